@@ -29,7 +29,7 @@ from inbatch.runtime.device import device_for
 from inbatch.runtime.environment import environment
 from inbatch.runtime.files import write_json
 from inbatch.training.build import RunComponents
-from inbatch.training.summary import estimate
+from inbatch.training.size_estimate import estimate
 
 OUT = Path(__file__).parents[1] / "results" / "context-cost.json"
 PLAIN, GROUPS, SHARE = "simclr", "context batch/4", "curate, at a share"

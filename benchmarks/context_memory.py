@@ -20,7 +20,7 @@ from inbatch.apps.console import print_table, say
 from inbatch.runtime.environment import environment
 from inbatch.runtime.files import write_json
 from inbatch.training.auto_context import LIMIT
-from inbatch.training.summary import estimate
+from inbatch.training.size_estimate import estimate
 
 OUT = Path(__file__).parents[1] / "results" / "context-memory.json"
 WORKSPACE = 4 / 3

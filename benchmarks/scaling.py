@@ -25,7 +25,7 @@ from inbatch.nn import logsumexp
 from inbatch.runtime import distributed
 from inbatch.runtime.environment import environment
 from inbatch.runtime.files import write_json
-from inbatch.training.summary import COPIES, OWN_COPIES
+from inbatch.training.size_estimate import COPIES, OWN_COPIES
 
 OUT = Path(__file__).parents[1] / "results" / "scaling.json"
 VIEWS, WIDTH, FLOAT = 2, 128, 4

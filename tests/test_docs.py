@@ -12,7 +12,7 @@ import test_methods
 import torch
 from step_states import assert_same
 
-from inbatch.apps.cli.output import explain_plugins
+from inbatch.apps.cli.part_output import explain_plugins
 from inbatch.errors import ConfigError
 from inbatch.methods import METHODS
 from inbatch.methods.base import Method

@@ -17,7 +17,7 @@ from PIL import Image
 from property_settings import examples
 
 from inbatch import api, rng
-from inbatch.data import Reading, cache, open_data
+from inbatch.data import Reading, cache, decoded_cache, open_data
 from inbatch.data.decoding import jpeg
 from inbatch.data.decoding.image_file import ImageFile
 from inbatch.data.decoding.pillow import FORMATS
@@ -475,7 +475,7 @@ def test_a_damaged_cache_is_decoded_anew(tmp_path_factory: pytest.TempPathFactor
             (photos / f"{kind}.{kind}").write_bytes(FILES[kind])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("INBATCH_CACHE", str(base / "cache"))
-        patch.setattr(cache, "WORTH", 0)
+        patch.setattr(decoded_cache, "WORTH", 0)
         whole = hold(open_data(photos), canvas=32)
         (path,) = [path for path in (base / "cache").iterdir() if not path.name.startswith(".")]
         file = path / which

@@ -365,7 +365,7 @@ def test_a_crafted_checkpoint_is_refused(what: object, finished: Path, elsewhere
 
 def test_a_crafted_cache_is_decoded_anew(elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("INBATCH_CACHE", str(elsewhere / "cache"))
-    monkeypatch.setattr("inbatch.data.cache.WORTH", 0)
+    monkeypatch.setattr("inbatch.data.decoded_cache.WORTH", 0)
     for i in range(12):
         Image.new("RGB", (20, 20 + i), (20 * i, 0, 0)).save(elsewhere / f"{i}.png")
     line = f"pretrain --data {elsewhere} --encoder tiny --set image_size=16 --dry-run --json"

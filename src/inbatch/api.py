@@ -37,8 +37,9 @@ from inbatch.training.run import Run, evaluate_run, load, load_run, replay_run
 from inbatch.training.run_embedding import embed_run
 from inbatch.training.run_encoder import kept_initial
 from inbatch.training.run_export import export_run
+from inbatch.training.size_estimate import estimate
 from inbatch.training.status import begin_run
-from inbatch.training.summary import describe, estimate
+from inbatch.training.summary import describe
 from inbatch.training.teacher import kept_teacher
 from inbatch.training.timing import expectation, smaller_choices, step_seconds
 from inbatch.training.trackers.selection import requested_trackers

@@ -22,7 +22,7 @@ from small_runs import judge_by_few_images, leave_out_comparison
 import inbatch
 from inbatch import api
 from inbatch.apps.cli.app import with_values
-from inbatch.apps.cli.output import explain
+from inbatch.apps.cli.part_output import explain
 from inbatch.errors import InbatchError, Preempted, TrainingError
 from inbatch.methods import METHODS
 from inbatch.runtime.text import printable

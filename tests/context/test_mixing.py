@@ -19,7 +19,7 @@ from inbatch.errors import ConfigError, Preempted
 from inbatch.methods import METHODS
 from inbatch.rng import fold
 from inbatch.training.mixing import MIXING, StepMixing
-from inbatch.training.summary import estimate
+from inbatch.training.size_estimate import estimate
 
 MIXABLE = [variant for variant in VARIANTS if create(variant).mixed_keys]
 

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from rank_pool import on_ranks
 
-from inbatch.data import Subset, cache, open_data
+from inbatch.data import Subset, cache, decoded_cache, open_data
 from inbatch.data.resident import decode_all, hold
 from inbatch.errors import ConfigError, DataError
 from inbatch.runtime import unfinished as unfinished_module
@@ -24,7 +24,7 @@ def root(tmp_path, monkeypatch):
     """Return the root of an empty cache in which every set is worth keeping."""
     monkeypatch.setenv("INBATCH_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("INBATCH_CACHE_GB", raising=False)
-    monkeypatch.setattr(cache, "WORTH", 0)
+    monkeypatch.setattr(decoded_cache, "WORTH", 0)
     return tmp_path / "cache"
 
 
@@ -98,7 +98,7 @@ class TestHold:
         assert hold(open_data(photos)).notes == () and not root.exists()
 
     def test_not_worth_it(self, root, photos, monkeypatch):
-        monkeypatch.setattr(cache, "WORTH", 1000.0)
+        monkeypatch.setattr(decoded_cache, "WORTH", 1000.0)
         assert hold(open_data(photos)).notes == () and not root.exists()
         assert hold(open_data(np.zeros((3, 8, 8), np.uint8))).notes == ()  # in memory already
 
@@ -112,7 +112,7 @@ class TestHold:
 def _like(source, path):
     """Return the source with the file states that the cache entry contains."""
     source.fingerprint = lambda: "fixed"
-    moved = cache.place(source, 11)
+    moved = decoded_cache.place(source, 11)
     os.rename(path, moved)
     return source
 
@@ -120,7 +120,7 @@ def _like(source, path):
 class TestKey:
     def test_of_a_folder(self, root, photos):
         def key(data=photos, canvas=12, **given):
-            return cache.place(open_data(data, **given), canvas)
+            return decoded_cache.place(open_data(data, **given), canvas)
 
         was = key()
         assert was.parent == root and key() == was and key(canvas=11) != was and key(channels=1) != was
@@ -143,7 +143,7 @@ class TestKey:
             rows = [{"bytes": image, "path": "x"} for image in images]
             parquet.write_table(arrow.table({"image": rows}), tmp_path / "train.parquet", row_group_size=group)
             os.utime(tmp_path / "train.parquet", ns=(1, 1))
-            return cache.place(open_data(tmp_path), 12)
+            return decoded_cache.place(open_data(tmp_path), 12)
 
         keys = [key([b"aa", b"bb", b"cc"]), key([b"aa", b"bb", b"dd"]), key([b"aa", b"bb", b"cc"], 3)]
         assert len(set(keys)) == 3 and key([b"aa", b"bb", b"cc"]) == keys[0]
@@ -151,11 +151,11 @@ class TestKey:
     def test_of_the_decoder_and_the_order(self, root, photos, monkeypatch):
         source = open_data(photos)
         turned = Subset(source, torch.arange(11, -1, -1), "turned round")
-        keys = {cache.place(source, 12), cache.place(turned, 12)}
-        monkeypatch.setattr(cache, "decoders", lambda: "another version")
-        assert len(keys | {cache.place(source, 12)}) == 3
+        keys = {decoded_cache.place(source, 12), decoded_cache.place(turned, 12)}
+        monkeypatch.setattr(decoded_cache, "decoders", lambda: "another version")
+        assert len(keys | {decoded_cache.place(source, 12)}) == 3
         (photos / "03.png").unlink()
-        assert cache.place(source, 12) is None  # opening it reports the error
+        assert decoded_cache.place(source, 12) is None  # opening it reports the error
 
 
 class TestFaults:
@@ -223,12 +223,12 @@ class TestFaults:
         assert "free in" in hold(open_data(photos)).notes[0] and not list(root.iterdir())
         monkeypatch.undo()
         monkeypatch.setenv("INBATCH_CACHE", str(root))
-        monkeypatch.setattr(cache, "WORTH", 0)
+        monkeypatch.setattr(decoded_cache, "WORTH", 0)
 
         def full(*_):
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr(cache, "to_json", full)  # after the pixels
+        monkeypatch.setattr(decoded_cache, "to_json", full)  # after the pixels
         assert "No space left on device" in hold(open_data(photos)).notes[0] and not list(root.iterdir())
 
     def test_a_damaged_entry_that_cannot_be_removed(self, root, photos, monkeypatch):
@@ -241,7 +241,7 @@ class TestFaults:
 
     def test_a_dead_writer_is_noticed_at_once_and_a_living_one_is_left(self, root, photos):
         source = open_data(photos)
-        path = cache.place(source, None)
+        path = decoded_cache.place(source, None)
         left = root / f".{path.name}.tmp"
         root.mkdir()
         with unfinished_folder(left) as mine:
@@ -261,7 +261,7 @@ class TestFaults:
 
         monkeypatch.setattr("inbatch.runtime.unfinished.fcntl.flock", refuse)
         source = open_data(photos)
-        path = cache.place(source, None)
+        path = decoded_cache.place(source, None)
         left = root / f".{path.name}.tmp"
         left.mkdir(parents=True)
         (left / "images.u8").write_bytes(b"half")
@@ -276,12 +276,15 @@ class TestSize:
         sets = [open_data(photos, subset=n) for n in (3, 4, 5)]
         for age, source in zip((300, 200), sets, strict=False):
             hold(source)
-            os.utime(cache.place(source, None) / "entry.json", (time.time() - age,) * 2)
+            os.utime(decoded_cache.place(source, None) / "entry.json", (time.time() - age,) * 2)
         assert hold(sets[0]).notes[0].startswith("from the cache")  # used now
         (root / "notes.txt").write_text("not ours")
         monkeypatch.setenv("INBATCH_CACHE_GB", str((cache.used() + 600) / 1e9))
         hold(sets[2])
-        assert {e.path for e in cache.entries()} == {cache.place(sets[0], None), cache.place(sets[2], None)}
+        assert {e.path for e in cache.entries()} == {
+            decoded_cache.place(sets[0], None),
+            decoded_cache.place(sets[2], None),
+        }
         monkeypatch.setenv("INBATCH_CACHE_GB", "1e-6")
         assert "over the limit of 1e-06 GB" in hold(sets[1]).notes[0]
         assert len(cache.entries()) == 2  # no entry is removed for a set that does not fit
@@ -347,9 +350,34 @@ class TestTogether:
         assert len(cache.entries()) == 1 and not half_written(root)
         assert hold(source).notes[0].startswith("from the cache")
 
+    def test_another_entry_is_written_before_the_folder_is_locked(self, root, monkeypatch):
+        """It removes abandoned folders, and a new one looks like these until it is locked."""
+        paths, locked = [root / (digit * 64) for digit in "ab"], unfinished_module._locked
+
+        def write(folder):
+            (folder / "entry.json").write_text('{"name": "one"}')
+
+        def late(path, wait):
+            monkeypatch.setattr(unfinished_module, "_locked", locked)
+            assert cache.write_entry(paths[1], 10, write) == f"cached in {paths[1]}"
+            return locked(path, wait)
+
+        monkeypatch.setattr(unfinished_module, "_locked", late)
+        assert cache.write_entry(paths[0], 10, write) == f"cached in {paths[0]}"
+        assert {entry.path for entry in cache.entries()} == {*paths} and not half_written(root)
+
+    def test_threads_that_write_other_entries(self, root):
+        def write(folder):
+            (folder / "entry.json").write_text('{"name": "one"}')
+
+        paths = [root / f"{i:064x}" for i in range(48)]
+        with ThreadPoolExecutor(6) as pool:
+            notes = list(pool.map(lambda path: cache.write_entry(path, 10, write), paths))
+        assert notes == [f"cached in {path}" for path in paths] and len(cache.entries()) == 48
+
     def test_another_wins_in_between(self, root, photos, monkeypatch):
         source = open_data(photos)
-        path, rename = cache.place(source, None), os.rename
+        path, rename = decoded_cache.place(source, None), os.rename
 
         def late(half, whole):
             (whole / "first").mkdir(parents=True)

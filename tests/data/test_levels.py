@@ -15,7 +15,7 @@ import inbatch
 from inbatch import api
 from inbatch.batch import Batch
 from inbatch.data import open_data
-from inbatch.data.cache import place
+from inbatch.data.decoded_cache import place
 from inbatch.data.decoding.image_file import ImageFile
 from inbatch.data.pixels import to_bytes
 from inbatch.data.views import View, Views

@@ -187,7 +187,7 @@ class TestResident:
         settings = {"batch": 10, "views": VIEWS, "seed": 0, "resident": True}
         plain = Loader(open_data(photos), **settings)
         monkeypatch.setenv("INBATCH_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr("inbatch.data.cache.WORTH", 0)
+        monkeypatch.setattr("inbatch.data.decoded_cache.WORTH", 0)
         for said in ("cached in ", "from the cache, "):
             loader = Loader(open_data(photos), **settings)
             assert f"\n{said}{tmp_path / 'cache'}" in loader.report() and "the cache" not in plain.report()

@@ -12,6 +12,7 @@ import torch
 from inbatch.data import open_data, splits
 from inbatch.data.loader import Loader
 from inbatch.data.sources import numpy_files
+from inbatch.data.sources.numpy_files import NpySource
 from inbatch.data.views import PRESETS, Views
 from inbatch.errors import DataError
 
@@ -41,13 +42,24 @@ class TestNpy:
         assert source.labels.tolist() == [-1] * 6 and splits(tmp_path / "x.npy") == ("train",)
         assert [source.identity(i) for i in (0, 5)] == ["0", "5"]
 
-    def test_it_is_mapped_and_cannot_be_written(self, tmp_path):
+    def test_images_are_read_alone_and_cannot_be_written(self, tmp_path, monkeypatch):
         np.save(tmp_path / "x.npy", IMAGES)
         before = (tmp_path / "x.npy").read_bytes()
         source = open_data(str(tmp_path / "x.npy"))
-        assert isinstance(source._map(), np.memmap) and source._map().mode == "r"
+        monkeypatch.setattr(numpy_files, "_load", None)
         source.image(0).zero_()
         assert (tmp_path / "x.npy").read_bytes() == before and torch.equal(source.image(0), GIVEN[0])
+        (tmp_path / "x.npy").write_bytes(before[:-9])
+        assert torch.equal(source.image(4), GIVEN[4])
+        with pytest.raises(DataError, match=r"x.npy' cannot be read: it has become shorter and holds no row 5"):
+            source.open(5)
+
+    def test_other_types_and_byte_orders(self, tmp_path):
+        for images in (IMAGES.astype(">u2") * 257, IMAGES.astype("<u2") * 257):
+            np.save(tmp_path / "x.npy", images)
+            np.savez(tmp_path / "x.npz", images=images)
+            for file in ("x.npy", "x.npz"):
+                assert torch.equal(all_of(open_data(tmp_path / file)), GIVEN)
 
     def test_it_travels_to_workers_without_its_pixels(self, tmp_path):
         np.save(tmp_path / "x.npy", np.zeros((1000, 32, 32, 3), np.uint8))
@@ -102,6 +114,7 @@ class TestNpz:
         source = open_data(tmp_path / "x.npz")
         assert torch.equal(all_of(source), GIVEN) and source.labels.tolist() == LABELS.tolist()
         assert source.classes == ("0", "1", "2") and source.name == str(tmp_path / "x.npz")
+        assert isinstance(source, NpySource) == (save is np.savez) and len(pickle.dumps(source)) < 20_000
 
     def test_splits(self, tmp_path):
         keras = {"x_train": IMAGES[:4], "y_train": LABELS[:4], "x_test": IMAGES[4:], "y_test": LABELS[4:]}
@@ -141,8 +154,9 @@ class TestNpz:
         with pytest.raises(DataError, match=r"x.npz': The array's images have 3 channels, 1 were requested"):
             open_data(tmp_path / "x.npz", channels=1)
 
-    def test_damaged(self, tmp_path):
-        np.savez_compressed(tmp_path / "x.npz", images=IMAGES)
+    @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+    def test_damaged(self, save, tmp_path):
+        save(tmp_path / "x.npz", images=IMAGES)
         whole = bytearray((tmp_path / "x.npz").read_bytes())
         whole[len(whole) // 2] ^= 255
         for content in (b"", b"PK no zip", bytes(whole[:300]), bytes(whole)):

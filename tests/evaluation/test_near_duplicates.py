@@ -9,7 +9,15 @@ from torch.nn import functional as F
 from inbatch.errors import DataError
 from inbatch.evaluation import thumbnail_alignment
 from inbatch.evaluation.image_defects import LIMITS, measures, reason
-from inbatch.evaluation.near_duplicates import SIDE, open_pairs, representatives, similar_pairs, thumbnail
+from inbatch.evaluation.near_duplicates import (
+    SIDE,
+    described,
+    descriptors,
+    open_pairs,
+    representatives,
+    similar_pairs,
+    thumbnail,
+)
 from inbatch.evaluation.outliers import distribution_distance, outlier_scores
 from inbatch.evaluation.thumbnail_alignment import THRESHOLD, compare
 
@@ -35,12 +43,6 @@ def changed(image: torch.Tensor) -> dict[str, torch.Tensor]:
     }
 
 
-def test_pairs_that_all_fail_on_half_the_size_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("inbatch.evaluation.thumbnail_alignment._HALF", 2.0)
-    image = small(scene(0))
-    assert compare(torch.stack([image, image]), torch.tensor([[0, 1]])).check.item() <= 1
-
-
 def test_copies_are_confirmed_and_other_images_are_not() -> None:
     originals = [scene(seed) for seed in range(12)]
     copies = changed(originals[0])
@@ -63,6 +65,29 @@ def test_images_without_detail_and_inverted_ones_are_no_duplicates() -> None:
     assert compare(thumbnails, torch.zeros(0, 2, dtype=torch.long)).check.shape == (0,)
     with pytest.raises(DataError, match="32 x 32 pixels, not 16 x 16"):
         compare(torch.zeros(2, 16, 16, dtype=torch.uint8), torch.tensor([[0, 1]]))
+
+
+def test_the_start_is_the_best_crop_of_either_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    thumbnails = torch.stack([small(image) for image in (scene(0), scene(1), *changed(scene(0)).values())])
+    pairs = torch.tensor([[0, 3], [3, 0], [1, 2], [8, 5], [0, 5], [4, 4]])
+    monkeypatch.setattr(thumbnail_alignment, "_IMAGES", 3)
+    monkeypatch.setattr(thumbnail_alignment, "_PRODUCTS", 2)
+    best, number = thumbnail_alignment._started(thumbnails, pairs)
+    spans = [(start * 0.15, 0.85) for start in (0, 0.5, 1)]
+    windows = [((0.0, 1.0), (0.0, 1.0)), *((row, column) for row in spans for column in spans)]
+    whole = descriptors(thumbnails)
+    mirror = descriptors(thumbnails, mirrored=True)
+    for pair, value, start in zip(pairs.tolist(), best.tolist(), number.tolist(), strict=True):
+        expected = [
+            described(thumbnails[pair[side], None].float(), [row], [column])[0, 0] @ other[pair[1 - side]]
+            for side in (0, 1)
+            for other in (whole, mirror)
+            for row, column in windows
+        ]
+        assert value == pytest.approx(float(max(expected)), abs=1e-5)
+        assert expected[start] == pytest.approx(value, abs=1e-5)
+    maps = torch.tensor(thumbnail_alignment._maps())[number[:2]]
+    assert maps[0, 0, 0] * maps[1, 0, 0] == pytest.approx(1), "a crop of the first image, and of the second"
 
 
 def test_no_pair_is_aligned_on_all_pixels(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,12 +18,13 @@ from inbatch.models.readout import Readout
 from inbatch.models.whitened_patches import WhitenedPatches
 from inbatch.training import checkpoint
 from inbatch.training.build import build
+from inbatch.training.first_layer import fit_first_layer
 from inbatch.training.holdout import EvaluationSplit
 from inbatch.training.monitors import online_evaluation
 from inbatch.training.monitors.online_evaluation import fit_readout, make_online_evaluator
 from inbatch.training.plan import resolve_recipe
 from inbatch.training.recipe import make
-from inbatch.training.run_encoder import fit_first_layer, initial_encoder
+from inbatch.training.run_encoder import initial_encoder
 from inbatch.training.run_views import image_scale
 
 IMAGES = torch.randint(0, 256, (64, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))

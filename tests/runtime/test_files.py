@@ -9,6 +9,7 @@ import pytest
 
 from inbatch.errors import ConfigError, InbatchError
 from inbatch.runtime import files
+from inbatch.runtime import unfinished as unfinished_module
 from inbatch.runtime.unfinished import unfinished_folder
 
 HOLDER = """
@@ -132,6 +133,24 @@ def test_a_folder_is_made_once_and_kept_only_if_it_is_renamed(tmp_path):
         (half / "file").touch()
         raise KeyboardInterrupt
     assert not half.exists()
+
+
+def test_the_folder_of_another_writer_is_left(tmp_path, monkeypatch):
+    """Another thread takes a new folder for abandoned, removes it and makes its own, before the first is locked."""
+    half, locked, other = tmp_path / "half", unfinished_module._locked, []
+
+    def late(path, wait):
+        monkeypatch.setattr(unfinished_module, "_locked", locked)
+        handle = locked(path, wait)
+        path.rename(tmp_path / "removed")
+        path.mkdir()
+        other.append(locked(path, wait))
+        return handle
+
+    monkeypatch.setattr(unfinished_module, "_locked", late)
+    with unfinished_folder(half) as mine:
+        assert not mine and half.is_dir()
+    os.close(other[0])
 
 
 def test_json_is_strict_and_whole(tmp_path):

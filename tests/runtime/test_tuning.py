@@ -34,8 +34,16 @@ def told(code: str, **more: str) -> str:
 @pytest.mark.slow
 @LINUX
 def test_freed_memory_is_kept() -> None:
-    kept = int(told("from inbatch.runtime import tuning; tuning.begin(); assert tuning.keeps_memory\n" + FAULTS))
-    left_alone = "from inbatch.runtime import tuning; tuning.begin(); assert not tuning.keeps_memory\n" + FAULTS
+    kept = int(
+        told(
+            "from inbatch.runtime import tuning; tuning.begin(); tuning.keep_memory(); assert tuning.keeps_memory\n"
+            + FAULTS
+        )
+    )
+    left_alone = (
+        "from inbatch.runtime import tuning; tuning.begin(); tuning.keep_memory(); assert not tuning.keeps_memory\n"
+        + FAULTS
+    )
     assert int(told(left_alone, INBATCH_ALLOCATOR="system")) > 4 * kept + 100  # large pages cause few page faults
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from inbatch.api import prepare
-from inbatch.training import summary
+from inbatch.training import size_estimate, summary
 from inbatch.training.build import RunComponents
 
 
@@ -29,7 +29,7 @@ def total(tensors: Any) -> int:
 @pytest.mark.parametrize("method", ["simclr", "moco"])
 def test_bytes_are_those_of_a_real_step(method: str, optimizer: str) -> None:
     run = built(method, optimizer__name=optimizer, optimizer__lr=0.01)
-    told = summary.estimate(run)["memory_bytes_estimate"]
+    told = size_estimate.estimate(run)["memory_bytes_estimate"]
     run.step(next(iter(run.loader.epoch(0))), 0)
     states = (x for state in run.optimizer.state.values() for x in state.values() if isinstance(x, Tensor) and x.ndim)
     assert told["optimiser"] == pytest.approx(total(states), rel=1e-3)
@@ -44,16 +44,16 @@ def test_activations_are_those_of_a_whole_group(context: int, monkeypatch: pytes
     """They are measured on a few samples, and depend on the context, not on the batch."""
 
     def activations() -> int:
-        return summary.estimate(built(context=context))["memory_bytes_estimate"]["activations_of_a_group"]
+        return size_estimate.estimate(built(context=context))["memory_bytes_estimate"]["activations_of_a_group"]
 
     told = activations()
-    monkeypatch.setattr(summary, "_SAMPLES", context)  # not linear: the group itself is measured
+    monkeypatch.setattr(size_estimate, "_SAMPLES", context)  # not linear: the group itself is measured
     assert told == pytest.approx(activations(), rel=1e-3)
 
 
 def test_shapes_and_parameters() -> None:
     run = built("supervised")
-    told = summary.estimate(run)
+    told = size_estimate.estimate(run)
     assert told["parameters"] == {"encoder": 74_400, "classifier": 96 * 10 + 10}
     images = run.step.views(next(iter(run.loader.epoch(0))))
     assert told["views"] == [list(image.shape) for image in images]

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from inbatch import rng
 from inbatch.batch import Batch
 from inbatch.data.pieces import checked, put
-from inbatch.data.resident import SHARE, Resident, check_dropped, estimate, hold, remark
+from inbatch.data.resident import SHARE, Resident, check_different, check_dropped, estimate, hold, remark, resides
 from inbatch.data.samplers import Sampler
 from inbatch.data.sequential import StreamReader
 from inbatch.data.source import Source
@@ -118,7 +118,7 @@ class Loader:
         if resident:
             self.held = hold(source, self.device, canvas=canvas, max_bad=max_bad)
             source = self.held.source
-            _differ(self.held)
+            check_different(self.held)
         self.source, self.steps = source, len(source) // batch
         if not self.steps and len(source) == 1:
             raise DataError(f"{source.name} has 1 image: the images of a batch learn from each other, give two or more")
@@ -284,21 +284,6 @@ class Loader:
             check_epoch(tally, self.plan.expected(epoch, self.rank, self.world, steps.start), self.rank, epoch)
 
 
-def resides(needed: int, free: int, resident: bool | None) -> bool:
-    """Return whether images of `needed` bytes are kept on the device: as requested, else by the free memory."""
-    return needed <= SHARE * free if resident is None else resident
-
-
 def processes(workers: int | None, world: int) -> int:
     """Return the number of decoding processes per rank: as requested, else by the CPU cores."""
     return max(1, min(16, cores() // world)) if workers is None else workers
-
-
-def _differ(held: Resident) -> None:
-    """Raise DataError if all images are identical; other sets usually end the comparison at the second image."""
-    images = held.images
-    if len(images) > 1 and all(torch.equal(images[0], images[i]) for i in range(1, len(images))):
-        raise DataError(
-            f"all {len(held.images):,} images of {held.source.name} are identical: at least two different images "
-            "are needed"
-        )

@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Int, UInt8
 from torch import Tensor
 
-from inbatch.data import cache
-from inbatch.data.cache import Decoded
+from inbatch.data import cache, decoded_cache
+from inbatch.data.decoded_cache import Decoded
 from inbatch.data.decoding.image_file import REMARKS, ImageFile
 from inbatch.data.source import Source, Subset
 from inbatch.errors import DataError, many
@@ -50,12 +50,12 @@ class Resident:
 def hold(
     source: Source, device: torch.device | str = "cpu", *, canvas: int | None = None, max_bad: float = 0.01
 ) -> Resident:
-    """Return `decode_all` of the source, cached; sets that took less than `cache.WORTH` seconds are not written."""
+    """Return `decode_all` of the source, cached; sets that took less than `WORTH` seconds are not written."""
     # before decoding, so that files changed meanwhile do not get the key of the decoded ones
-    path = cache.place(source, canvas)
+    path = decoded_cache.place(source, canvas)
     if path is None:
         return decode_all(source, device, canvas=canvas, max_bad=max_bad)
-    kept, note = cache.load(path)
+    kept, note = decoded_cache.load(path)
     if kept is not None and not _belongs(source, kept):
         cache.remove(path)
         kept, note = None, f"decoded again: the cache entry {path} is of other images"
@@ -69,8 +69,8 @@ def hold(
     began = time.perf_counter()
     kept, remarks = _decode_all(source, canvas, max_bad, None)
     notes += remarks
-    if time.perf_counter() - began >= cache.WORTH:
-        notes.append(cache.store(path, kept, source.name))
+    if time.perf_counter() - began >= decoded_cache.WORTH:
+        notes.append(decoded_cache.store(path, kept, source.name))
     return _resident(source, kept, device, notes)
 
 
@@ -185,6 +185,16 @@ def check_dropped(source: Source, missing: Sequence[tuple[int, str]], max_bad: f
         )
 
 
+def check_different(held: Resident) -> None:
+    """Raise DataError if all images are identical; other sets usually end the comparison at the second image."""
+    images = held.images
+    if len(images) > 1 and all(torch.equal(images[0], images[i]) for i in range(1, len(images))):
+        raise DataError(
+            f"all {len(held.images):,} images of {held.source.name} are identical: at least two different images "
+            "are needed"
+        )
+
+
 def remark(key: str, count: int) -> str:
     """Return the sentence of a remark about a number of images."""
     return REMARKS[key].format(many(count, "image"))
@@ -201,6 +211,11 @@ def _readable(source: Source, i: int) -> bool:
 def estimate(source: Source, canvas: int) -> int:
     """Return the size of the decoded source in bytes, estimated from the headers of some evenly spaced images."""
     return len(source) * source.channels * math.prod(_largest(source, canvas))
+
+
+def resides(needed: int, free: int, resident: bool | None) -> bool:
+    """Return whether images of `needed` bytes are kept on the device: as requested, else by the free memory."""
+    return needed <= SHARE * free if resident is None else resident
 
 
 def _largest(source: Source, canvas: int | None) -> tuple[int, int]:

@@ -4,7 +4,7 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from inbatch.errors import ConfigError, DataError, reason
 from inbatch.runtime.files import open_regular
 from inbatch.runtime.paths import path_of
+from inbatch.runtime.stored_array import stored_member
 
 _COLUMNS = ("path", "index", "label", "split", "class")
 
@@ -84,35 +85,16 @@ def _npz(path: Path) -> tuple[Tensor, dict[str, np.ndarray]]:
         names = set(archive.namelist())
         if not {"path.npy", "vector.npy"} <= names:
             raise ValueError("the arrays path and vector are missing")
-        columns = {}
-        for name in _COLUMNS:
-            if f"{name}.npy" in names:
-                with archive.open(f"{name}.npy") as member:
-                    columns[name] = np.lib.format.read_array(member, allow_pickle=False)
-        return _mapped(path, archive), columns
+        columns = {name: _read(archive, name) for name in _COLUMNS if f"{name}.npy" in names}
+        stored = stored_member(str(path), file, archive, "vector")
+        if stored is None or stored.dtype != np.float32 or len(stored.shape) != 2:
+            return torch.from_numpy(np.asarray(_read(archive, "vector"), np.float32)), columns
+        return torch.from_numpy(stored.mapped()), columns
 
 
-def _mapped(path: Path, archive: zipfile.ZipFile) -> Tensor:
-    """Return the vectors as a view of the file, if they are stored without compression as float32; else a copy."""
-    info = archive.getinfo("vector.npy")
-    with archive.open(info) as member:
-        version = np.lib.format.read_magic(member)
-        read_header: Any = getattr(np.lib.format, f"read_array_header_{version[0]}_0")
-        shape, fortran, dtype = read_header(member)
-        start = member.tell()
-        if info.compress_type != zipfile.ZIP_STORED or fortran or dtype != np.float32 or len(shape) != 2:
-            member.seek(0)
-            return torch.from_numpy(np.asarray(np.lib.format.read_array(member, allow_pickle=False), np.float32))
-    with open_regular(path) as file:
-        offset = _content(file, info) + start
-    return torch.from_numpy(np.memmap(path, dtype, "c", offset, shape))  # c: changes are not written
-
-
-def _content(file: IO[bytes], info: zipfile.ZipInfo) -> int:
-    """Return the position of a member's content: its local header has 30 bytes, its name and extra fields."""
-    file.seek(info.header_offset + 26)
-    name, extra = (int.from_bytes(file.read(2), "little") for _ in range(2))
-    return info.header_offset + 30 + name + extra
+def _read(archive: zipfile.ZipFile, name: str) -> np.ndarray:
+    with archive.open(f"{name}.npy") as member:
+        return np.lib.format.read_array(member, allow_pickle=False)
 
 
 def _parquet(path: Path) -> tuple[Tensor, dict[str, np.ndarray]]:

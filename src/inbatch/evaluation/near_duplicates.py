@@ -36,10 +36,11 @@ _CORNERS = tuple((row * (1 - CROP), column * (1 - CROP), CROP) for row in (0, 1)
 _QUERIED = ((0.0, 0.0, 1.0), ((1 - CROP) / 2, (1 - CROP) / 2, CROP), *_CORNERS)
 
 
-def thumbnail(image: UInt8[Tensor, "c s s"]) -> UInt8[Tensor, "s s"]:
-    """Return the grey values of an image; of images with other than three channels, their mean."""
+def thumbnail(image: UInt8[Tensor, "*n c s s"]) -> UInt8[Tensor, "*n s s"]:
+    """Return the grey values of images; of images with other than three channels, their mean."""
     values = image.float()
-    grey = (values * values.new_tensor(_LUMA)[:, None, None]).sum(0) if len(values) == 3 else values.mean(0)
+    colour = values.shape[-3] == 3
+    grey = (values * values.new_tensor(_LUMA)[:, None, None]).sum(-3) if colour else values.mean(-3)
     return grey.round_().clamp_(0, 255).byte()
 
 
@@ -57,7 +58,7 @@ def descriptors(
     rows = torch.empty(len(thumbnails), COARSE**2)  # not a list of parts, which would take twice the memory
     for part, images in zip(rows.split(_CHUNK), thumbnails.split(_CHUNK), strict=True):
         values = images.float()
-        part.copy_(described(values.flip(-1) if mirrored else values, [(top, side), (left, side)])[:, 1])
+        part.copy_(described(values.flip(-1) if mirrored else values, [(top, side)], [(left, side)])[:, 0])
     return rows
 
 
@@ -107,7 +108,9 @@ def unique_pairs(
     pairs: Int[Tensor, "p 2"], values: Float[Tensor, "p"]
 ) -> tuple[Int[Tensor, "q 2"], Float[Tensor, "q"]]:
     """Return each pair once, in order and with the lower position first, and the largest value of it."""
-    each, place = pairs.sort(1).values.unique(dim=0, return_inverse=True)
+    count = int(pairs.max()) + 1 if len(pairs) else 1
+    keys, place = (pairs.amin(1) * count + pairs.amax(1)).unique(return_inverse=True)  # rows would take 8 times as long
+    each = torch.stack([keys // count, keys % count], 1)
     return each, torch.full((len(each),), -torch.inf).scatter_reduce_(0, place, values, "amax")
 
 
@@ -125,11 +128,12 @@ def open_pairs(count: int, pairs: Int[Tensor, "p 2"], most: int = 50) -> Int[Ten
     first, second = pairs.T.numpy()
     _, part = connected_components(coo_array((first * 0 + 1, (first, second)), (count, count)), directed=False)
     part = torch.from_numpy(part).long()
-    order = part.argsort(stable=True)
     sizes = part.bincount()
+    images = ((sizes > 2) & (sizes <= most))[part].nonzero()[:, 0]
+    images = images[part[images].argsort(stable=True)]
+    groups = images.split(part[images].unique_consecutive(return_counts=True)[1].tolist())
     known = {tuple(pair) for pair in pairs.sort(1).values.tolist()}
-    groups = [group.tolist() for group in order.split(sizes.tolist()) if 2 < len(group) <= most]
-    more = [pair for group in groups for pair in combinations(group, 2) if pair not in known]
+    more = [pair for group in groups for pair in combinations(group.tolist(), 2) if pair not in known]
     return torch.tensor(sorted(more), dtype=torch.long).view(-1, 2)
 
 
@@ -173,15 +177,17 @@ def _resampling(start: float, part: float) -> Float[Tensor, "o s"]:
     return weights / weights.sum(1, keepdim=True)
 
 
-def described(images: Float[Tensor, "n s s"], spans: list[tuple[float, float]]) -> Float[Tensor, "n w 256"]:
-    """Return descriptors of all windows whose rows and whose columns are one of the spans (start, part) each."""
-    count, weights = len(spans), torch.cat([_resampling(*span) for span in spans])
-    across = (images.reshape(-1, SIDE) @ weights.T).view(-1, SIDE, count * COARSE)
-    small = (across.transpose(1, 2).reshape(-1, SIDE) @ weights.T).view(-1, count, COARSE, count, COARSE)
+def described(
+    images: Float[Tensor, "n s s"], rows: list[tuple[float, float]], columns: list[tuple[float, float]]
+) -> Float[Tensor, "n w 256"]:
+    """Return descriptors of the windows with one of the spans (start, part) of rows and one of columns each."""
+    down, right = (torch.cat([_resampling(*span) for span in spans]) for spans in (rows, columns))
+    across = (images.reshape(-1, SIDE) @ right.T).view(-1, SIDE, len(right))
+    small = (across.transpose(1, 2).reshape(-1, SIDE) @ down.T).view(-1, len(columns), COARSE, len(rows), COARSE)
     small = small.permute(0, 3, 1, 4, 2).reshape(-1, COARSE)  # image, rows, columns, row, column
     smooth = smoothing(COARSE, _WIDE)
     low = (small @ smooth.T).view(-1, COARSE, COARSE).transpose(1, 2).reshape(-1, COARSE) @ smooth.T
-    detail = small.view(-1, COARSE**2) - low.view(-1, COARSE, COARSE).transpose(1, 2).flatten(1)
+    detail = small.reshape(-1, COARSE**2) - low.view(-1, COARSE, COARSE).transpose(1, 2).flatten(1)
     detail = detail - detail.mean(1, keepdim=True)
     detail = detail / (detail.square().sum(1, keepdim=True) + NOISE**2 * COARSE**2).sqrt()
-    return detail.view(len(images), count**2, COARSE**2)
+    return detail.view(len(images), -1, COARSE**2)

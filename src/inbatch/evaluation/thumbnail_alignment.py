@@ -5,6 +5,7 @@ The thumbnails of a pair are aligned by mirroring and an affine map (Gauss-Newto
 """
 
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
@@ -19,13 +20,18 @@ THRESHOLD = 0.9
 """Least value of the check for which a pair counts as near duplicates; the documentation has the measurement."""
 
 _FINE = 2.0  # pixels of a thumbnail: standard deviation of what is not detail
-_PAIRS = 512  # pairs in memory at a time: 60 MB
+_PAIRS = 512  # pairs that are aligned at a time: 60 MB
+_IMAGES = 512  # images whose crops are described at a time: 5 MB
+_PRODUCTS = 1024  # pairs whose crops are compared at a time: 10 MB
 _START = 0.6  # least correlation of the descriptors of a pair that is aligned, with crops of either image
 _HALF = 0.3  # least value of the check on 16 x 16 pixels of a pair that is aligned on 32 x 32
 _STEPS = (8, 3)  # of Gauss-Newton, on 16 x 16 and on 32 x 32 pixels
 _CELLS, _LEFT = 4, 3  # of 4 x 4 parts of the images, the three that differ most are left out: a text, a person
 _SCALES, _STRETCH, _TURN = (0.7, 1.43), 1.33, 0.15  # of maps that keep an image recognisable
 _OVERLAP = 0.5  # least part of both images
+_SPANS = [(0.0, 1.0), *((place * (1 - CROP), CROP) for place in (0, 0.5, 1))]  # of the rows or columns of a crop
+_WINDOWS = [(0, 0), *product((1, 2, 3), repeat=2)]  # spans of the rows and the columns of each crop
+_STARTS = list(product((False, True), _WINDOWS))  # whether one image is mirrored, and the crop of the other
 
 
 @dataclass(frozen=True)
@@ -55,46 +61,61 @@ def compare(thumbnails: UInt8[Tensor, "n s s"], pairs: Int[Tensor, "p 2"]) -> Co
     """
     if thumbnails.shape[1:] != (SIDE, SIDE):
         raise DataError(f"thumbnails have {SIDE} x {SIDE} pixels, not {' x '.join(map(str, thumbnails.shape[1:]))}")
-    check, mirrored = torch.full((len(pairs),), -1.0), torch.zeros(len(pairs), dtype=torch.bool)
-    for at in torch.arange(len(pairs)).split(_PAIRS):
+    check = torch.full((len(pairs),), -1.0)
+    start, number = _started(thumbnails, pairs)
+    mirrored, maps = number % len(_STARTS) // len(_WINDOWS) == 1, torch.tensor(_maps())
+    started = (start >= _START).nonzero()[:, 0]
+    for at in (started[i : i + _PAIRS] for i in range(0, len(started), _PAIRS)):
         first, second = (thumbnails[pairs[at, side]].float() for side in (0, 1))
-        start, maps, mirror = _started(first, second)
-        mirrored[at] = mirror
-        near = start >= _START
-        if not near.any():
-            continue
-        first, second, maps = first[near], second[near], maps[near]
-        second = torch.where(mirror[near, None, None], second.flip(-1), second)
+        second = torch.where(mirrored[at, None, None], second.flip(-1), second)
         half, other_half = (F.avg_pool2d(images[:, None], 2)[:, 0] for images in (first, second))
-        maps = _aligned(half, other_half, maps, _STEPS[0])
-        values = _checked(half, other_half, maps)
+        aligned = _aligned(half, other_half, maps[number[at]], _STEPS[0])
+        values = _checked(half, other_half, aligned)
         near = values >= _HALF
         if near.any():
-            values[near] = _checked(
-                first[near], second[near], _aligned(first[near], second[near], maps[near], _STEPS[1])
-            )
-        check[at[start >= _START]] = values
+            first, second, aligned = first[near], second[near], aligned[near]
+            values[near] = _checked(first, second, _aligned(first, second, aligned, _STEPS[1]))
+        check[at] = values
     return Comparison(check, mirrored)
 
 
 def _started(
-    first: Float[Tensor, "p s s"], second: Float[Tensor, "p s s"]
-) -> tuple[Float[Tensor, "p"], Float[Tensor, "p 2 3"], Bool[Tensor, "p"]]:
-    """Return the best correlation over crops of either image and mirroring, the map, and whether it is mirrored."""
-    spans = [(0.0, 1.0), *((place * (1 - CROP), CROP) for place in (0, 0.5, 1))]
-    windows = [(0, 0), *((row, column) for row in (1, 2, 3) for column in (1, 2, 3))]
-    mine, theirs = (described(images, spans) for images in (first, second))
-    near, maps = [], []
-    for mirrored in (False, True):
-        other = theirs.unflatten(2, (COARSE, COARSE)).flip(-1).flatten(2) if mirrored else theirs
-        for row, column in windows:
-            across = 4 - column if mirrored and column else column
-            near += [(mine[:, row * 4 + column] * other[:, 0]).sum(1), (mine[:, 0] * other[:, row * 4 + across]).sum(1)]
-            side, left, top = spans[column][1], *(2 * spans[at][0] + spans[at][1] - 1 for at in (column, row))
-            maps.append([[1 / side, 0, -left / side], [0, 1 / side, -top / side]])  # the second is a crop of the first
-            maps.append([[side, 0, left], [0, side, top]])
-    best, at = torch.stack(near, 1).max(1)
-    return best, torch.tensor(maps)[at], at >= len(near) // 2
+    thumbnails: UInt8[Tensor, "n s s"], pairs: Int[Tensor, "p 2"]
+) -> tuple[Float[Tensor, "p"], Int[Tensor, "p"]]:
+    """Return the best correlation of each pair over crops of either image and mirroring, and the number of its map.
+
+    The crops of an image are described once, and compared with all other images of its pairs: mirroring one image of a
+    pair or the other gives the same correlation.
+    """
+    images, place = pairs.unique(return_inverse=True)
+    own, other = place.flatten(), place.flip(1).flatten()
+    starts, whole = range(0, len(images), _IMAGES), torch.empty(len(images), COARSE**2)
+    for block in (slice(start, start + _IMAGES) for start in starts):
+        whole[block] = described(thumbnails[images[block]].float(), _SPANS[:1], _SPANS[:1])[:, 0]
+    best, number = torch.empty(2 * len(pairs)), torch.empty(2 * len(pairs), dtype=torch.uint8)
+    order = own.argsort(stable=True)
+    sizes = own.div(_IMAGES, rounding_mode="floor").bincount(minlength=len(starts)).tolist()
+    for start, block in zip(starts, order.split(sizes), strict=True):
+        values = thumbnails[images[start : start + _IMAGES]].float()
+        crops = torch.cat([described(values, spans, spans) for spans in (_SPANS[:1], _SPANS[1:])], 1)
+        for at in block.split(_PRODUCTS):
+            theirs = whole[other[at]].view(-1, COARSE, COARSE)
+            both = torch.stack([theirs, theirs.flip(-1)], 1).flatten(2)
+            best[at], chosen = (both @ crops[own[at] - start].transpose(1, 2)).flatten(1).max(1)
+            number[at] = chosen.byte()
+    best, side = best.view(-1, 2).max(1)
+    return best, side * len(_STARTS) + number.view(-1, 2).gather(1, side[:, None])[:, 0]
+
+
+def _maps() -> list[list[list[float]]]:
+    """Return the maps from which pairs are aligned: first those to crops of the first image, then of the second."""
+    first, second = [], []
+    for mirrored, (row, column) in _STARTS:
+        side, top = _SPANS[row][1], 2 * _SPANS[row][0] + _SPANS[row][1] - 1
+        left = 2 * _SPANS[column][0] + side - 1
+        first.append([[1 / side, 0.0, -left / side], [0.0, 1 / side, -top / side]])
+        second.append([[side, 0.0, -left if mirrored else left], [0.0, side, top]])
+    return first + second
 
 
 def _aligned(

@@ -60,18 +60,17 @@ def tune() -> None:
     processors multiply much more slowly, count as 0.
     """
     begin()
+    keep_memory()
     ready()
 
 
 def begin() -> None:
     """Do the part of `tune` that should precede the import of torch and does not need it."""
-    global tuned, keeps_memory
+    global tuned
     if tuned:
         return
     tuned = True
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read when the hub's client, which timm loads, is loaded
-    if variable("INBATCH_ALLOCATOR") != "system":
-        keeps_memory = _keep_freed_memory()
     if "torch" in sys.modules:
         return  # its threads are set up when it is loaded
     if cores() < affine() and not variable("OMP_NUM_THREADS"):
@@ -79,6 +78,13 @@ def begin() -> None:
     if not any(map(variable, _WAITING)):
         os.environ.update(_SLEEP)
         _added.update(_SLEEP)
+
+
+def keep_memory() -> None:
+    """Keep freed memory for the next step; nothing if `begin` was not called."""
+    global keeps_memory
+    if tuned and not keeps_memory and variable("INBATCH_ALLOCATOR") != "system":
+        keeps_memory = _keep_freed_memory()
 
 
 def untuned() -> dict[str, str]:

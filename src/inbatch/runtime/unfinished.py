@@ -8,13 +8,15 @@ import errno
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
+
+_TRIES = 10  # to own a new folder
 
 _unfinished: set[Path] = set()
 """What this process is writing."""
@@ -25,31 +27,43 @@ def unfinished(path: Path) -> Iterator[None]:
     """Own a new file or folder within the context; if that ends by an exception, or the process by `leave`, remove it.
 
     Raises:
-        FileNotFoundError: If another process has removed it before it was owned.
+        FileNotFoundError: If another thread or process has removed it before it was owned.
     """
     handle = _locked(path, wait=True)
-    _unfinished.add(path)
     try:
-        if handle is not None and not os.path.samestat(os.fstat(handle), os.stat(path)):
+        there = os.stat(path)
+        if handle is not None and not os.path.samestat(os.fstat(handle), there):  # what is there belongs to another
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
-        yield
-    except BaseException:
-        _remove(path)
-        raise
+        _unfinished.add(path)
+        try:
+            yield
+        except BaseException:
+            _remove(path)
+            raise
+        finally:
+            _unfinished.discard(path)
     finally:
-        _unfinished.discard(path)
         if handle is not None:
             os.close(handle)
 
 
 @contextmanager
 def unfinished_folder(path: Path) -> Iterator[bool]:
-    """Create a folder that the work renames; yield False if another process is writing it.
+    """Create a folder that the work renames; yield False if another thread or process is writing it.
 
-    What a dead process left there is removed.
+    What a dead process left there is removed. So may be what is new and not yet owned, by `remove_abandoned` of another
+    thread or process: then the folder is created again.
     """
-    mine = _make(path) or (bool(remove_abandoned(path)) and _make(path))
-    with unfinished(path) if mine else nullcontext():
+    with ExitStack() as stack:
+        for left in reversed(range(_TRIES)):
+            if not (mine := _make(path) or (bool(remove_abandoned(path)) and _make(path))):
+                break
+            try:
+                stack.enter_context(unfinished(path))
+                break
+            except FileNotFoundError:
+                if not left:
+                    raise
         yield mine
 
 

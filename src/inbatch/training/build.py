@@ -32,13 +32,14 @@ from inbatch.training import build_checks
 from inbatch.training.budget import Timeline
 from inbatch.training.build_checks import check_momentum, check_recipe, check_views, context_and_groups
 from inbatch.training.checkpoint_recipe import run_facts
+from inbatch.training.first_layer import fit_first_layer
 from inbatch.training.negatives import embeds, plug_in_negatives
 from inbatch.training.optim import build_optimizer, layer_scales, parameter_groups, scaled_lr
 from inbatch.training.plug_ins import curator_of, fusion, mixer_of, without_effect
 from inbatch.training.presets import method_named
 from inbatch.training.rates import frozen_steps, set_rates
 from inbatch.training.recipe import Recipe
-from inbatch.training.run_encoder import fit_first_layer, make_encoder, seeded, starting_weights, view_sides
+from inbatch.training.run_encoder import make_encoder, seeded, starting_weights, view_sides
 from inbatch.training.run_views import drawn, image_scale, views_of
 from inbatch.training.step import Step
 from inbatch.training.teacher import load_teacher, teacher_network

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from inbatch.batch import Batch
 from inbatch.data import Source
-from inbatch.data.loader import PIECE, processes, resides
-from inbatch.data.resident import estimate
+from inbatch.data.loader import PIECE, processes
+from inbatch.data.resident import estimate, resides
 from inbatch.models.network import norms
 from inbatch.runtime import distributed
 from inbatch.runtime.memory import forget_peak, free_bytes, held, peak, settle
@@ -24,7 +24,7 @@ from inbatch.training.build import RunComponents, build
 from inbatch.training.mixing import stand_ins
 from inbatch.training.negatives import embeds
 from inbatch.training.recipe import Recipe
-from inbatch.training.summary import estimate as count
+from inbatch.training.size_estimate import estimate as count
 
 MARGIN = 1.5
 """Ratio of a step's memory to what a forward pass keeps, assumed until a step is measured."""

@@ -6,15 +6,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
 
-from inbatch.data import Source
 from inbatch.data.views import make_views
 from inbatch.errors import ConfigError, DataError, InbatchError, reason
-from inbatch.models import Encoder, Prepare, create_encoder, load_encoder, save_encoder
+from inbatch.models import Encoder, create_encoder, load_encoder, save_encoder
 from inbatch.models.initial_weights import is_named
 from inbatch.models.likely_encoder import encoder_of_weights
 from inbatch.models.lora import merged
@@ -23,7 +20,7 @@ from inbatch.models.weight_files import is_sharded
 from inbatch.models.weights import fill
 from inbatch.models.whitened_patches import WhitenedPatches
 from inbatch.rng import fold
-from inbatch.runtime import distributed, own_parts
+from inbatch.runtime import own_parts
 from inbatch.runtime.files import object_in, read_json
 from inbatch.runtime.paths import path_of
 from inbatch.training import checkpoint
@@ -118,44 +115,6 @@ def starting_weights(recipe: Recipe, notes: list[str]) -> str | Path | Encoder |
         loaded = load_run_encoder(init)
     notes += [loaded.note] if loaded.note else []
     return loaded.encoder
-
-
-_SAMPLE = 256
-"""Largest number of images from which a first layer of whitened patches is computed."""
-_SAMPLES: WeakKeyDictionary[Source, dict[Prepare, Tensor]] = WeakKeyDictionary()
-"""These images by source, which a calibration would otherwise decode for each candidate."""
-
-
-def fit_first_layer(encoder: Encoder, source: Source) -> None:
-    """Compute the filters of a first layer of whitened patches from the images, if the encoder has such a layer.
-
-    It draws no random numbers. Every rank must call it, and all get the same filters. If none of the images can be
-    read the layer stays as it is: the loader reports that.
-    """
-    for layer in (m for m in encoder.modules() if isinstance(m, WhitenedPatches)):
-        images = _sample(source, encoder.prepare)
-        if len(images):
-            layer.fit(images, encoder.std)
-        layer.weight.copy_(distributed.broadcast_object(layer.weight))
-
-
-def _sample(source: Source, prepare: Prepare) -> Tensor:
-    """Return evenly spaced images of a source as uint8, in the size that the encoder takes: (N, C, size, size).
-
-    Images that cannot be read are left out; N may be 0.
-    """
-    samples = _SAMPLES.setdefault(source, {})
-    if prepare not in samples:
-        images: list[Tensor] = []
-        for i in torch.linspace(0, len(source) - 1, min(_SAMPLE, len(source))).long().tolist():
-            try:
-                with source.open(i) as picture:
-                    images.append(picture.tensor(2 * prepare.size))
-            except DataError:
-                continue  # counted and reported when all images are read
-        squares = prepare.squares(images) if images else torch.empty(0, prepare.channels, prepare.size, prepare.size)
-        samples[prepare] = squares.round().to(torch.uint8)
-    return samples[prepare]
 
 
 def with_encoder_of_init(settings: Settings) -> Settings:

@@ -167,13 +167,20 @@ def print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
+COLLECTION = ("duplicates", "explore", "labels", "outliers", "search", "select")
+"""Commands that need each part of their memory once: freed memory is returned to the system."""
+
+
 @app.callback()
 def program(
+    context: typer.Context,
     version: Annotated[
         bool, Option("--version", "-V", help="Print the version.", callback=print_version, is_eager=True)
     ] = False,
 ) -> None:
     """Options before a command."""
+    if context.invoked_subcommand not in COLLECTION:
+        tuning.keep_memory()
 
 
 @contextmanager

@@ -22,7 +22,9 @@ from inbatch.apps.cli.app import (
     reported,
     requested_output,
 )
-from inbatch.apps.cli.output import (
+from inbatch.apps.cli.output import print_replay
+from inbatch.apps.cli.own_code import OwnEncoder, OwnMethod, OwnOptimizer, OwnViews, typed
+from inbatch.apps.cli.part_output import (
     explain_method,
     explain_methods,
     explain_plugins,
@@ -30,9 +32,7 @@ from inbatch.apps.cli.output import (
     print_methods,
     print_plugin,
     print_plugins,
-    print_replay,
 )
-from inbatch.apps.cli.own_code import OwnEncoder, OwnMethod, OwnOptimizer, OwnViews, typed
 from inbatch.apps.console import complain, print_json, print_table, say, warn
 from inbatch.errors import ConfigError, DataError, TrainingError
 from inbatch.runtime.path_list import joined_paths

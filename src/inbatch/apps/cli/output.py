@@ -1,9 +1,7 @@
-"""Print the results of commands: runs, methods, plug-ins and tables of figures."""
+"""Print the results of runs and evaluations: tables of figures, planned runs and repeated steps."""
 
-import inspect
-import re
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +10,6 @@ from inbatch.errors import many
 
 if TYPE_CHECKING:  # at run time, every --help would import torch
     from inbatch.apps.quickstart import Verdict
-    from inbatch.methods.base import Method
 
 FIGURES = {
     "k-NN": ("knn", "top1"),
@@ -197,143 +194,6 @@ def print_replay(found: Mapping[str, Any]) -> None:
         say("", "It is not repeated here: the same device, versions and number of threads compute the same numbers.")
     elif "float32" in found and not found["float32"]["reproduced"]:
         say("", "In float32 the step is finite: --set precision=float32.")
-
-
-def explain_method(named: Any) -> dict[str, Any]:
-    """Return one method for --json and the tables: by name, or the user's own part."""
-    from inbatch.methods import METHODS
-    from inbatch.runtime.own_parts import OwnPart, find
-    from inbatch.training.presets import method_named
-
-    own = named if isinstance(named, OwnPart) else None if named in METHODS else find("method", named)
-    if own is None:
-        return explain(named, method_named(named))
-    return explain(own.name, own.maker, f"{own.file or 'memory'}{f', version {own.version}' if own.version else ''}")
-
-
-def explain_methods() -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """Return every method, ours and those of installed packages, and sentences on those that are left out."""
-    from inbatch.methods import METHODS
-    from inbatch.runtime.own_parts import every_installed
-
-    every = [explain(name, kind) for name, kind in METHODS.items()]
-    found, broken = every_installed("method")
-    for name, own in found.items():
-        if name in METHODS:
-            broken[name] = f"a method {name} of a package ({own.file}) is not used: the name is one of inbatch"
-        else:
-            every.append(explain_method(own))
-    for part in ("encoder", "source"):
-        broken |= every_installed(part)[1]
-    return every, broken
-
-
-def explain(name: str, kind: "type[Method]", origin: str = "inbatch") -> dict[str, Any]:
-    """Return a method for --json and the tables, with default and description of each option by name."""
-    told, parameters = inspect.cleandoc(kind.__doc__ or "").splitlines(), inspect.signature(kind).parameters
-    options = _told(told[1:], parameters)
-    least, most = kind.views
-    return {
-        "name": name,
-        "what": told[0] if told else "",
-        "views": f"{least}" if least == most else f"{least} or more" if most is None else f"{least} to {most}",
-        "labels": kind.labels,
-        "target_network": bool(kind.target),
-        "options": {
-            p.name: {"default": _default(p.default), "what": options.get(p.name, "")} for p in parameters.values()
-        },
-        "presets": kind.presets,
-        "origin": origin,
-    }
-
-
-def _default(value: Any) -> Any:
-    """Return the default of an option for JSON; a user's own method may have one that is not a plain value."""
-    from inbatch.training.registry import is_plain
-
-    if value is inspect.Parameter.empty:
-        return "required"
-    return value if is_plain(value) else str(value)
-
-
-def print_methods(every: Sequence[Mapping[str, Any]]) -> None:
-    """Print a row per method, with its origin if some are not of inbatch."""
-    others = any(m["origin"] != "inbatch" for m in every)
-    rows = [
-        (m["name"], m["what"], m["views"], _yes(m["target_network"]), _yes(m["labels"]), ", ".join(m["presets"]))
-        + ((m["origin"],) if others else ())
-        for m in every
-    ]
-    columns = ("method", "what it is", "views", "target network", "labels", "presets")
-    print_table(columns + (("origin",) if others else ()), rows)
-    say("", "Every method also has the preset fast, for a budget of time, and for the embedded data the presets digits")
-    say("and digits-colour.")
-    say("One method in detail: inbatch methods NAME")
-
-
-def print_method(m: Mapping[str, Any]) -> None:
-    """Print a method's options, and its presets with their sources."""
-    say(f"{m['name']}: {m['what']}")
-    if m["origin"] != "inbatch":
-        say(f"from {m['origin']}")
-    say(f"{m['views']} views; target network: {_yes(m['target_network'])}; learns from labels: {_yes(m['labels'])}", "")
-    rows = ((f"method.{o}", str(told["default"]), told["what"]) for o, told in m["options"].items())
-    print_table(("--set", "default", "what it is"), rows)
-    for name, settings in m["presets"].items():
-        say("", f"--preset {name}   {settings.get('source', '')}")
-        say(*(f"    {key}: {value}" for key, value in settings.items() if key != "source"))
-    say("", f"Every other setting: inbatch pretrain {m['name']} --data ... --dry-run")
-
-
-STAGES = "which residual stages get a block, from 1; all by default"
-
-
-def explain_plugins() -> list[dict[str, Any]]:
-    """Return every plug-in for --json and the tables."""
-    from inbatch.training.registry import plugins
-
-    every = []
-    for name, (part, doc, defaults) in plugins().items():
-        lines = doc.splitlines()
-        told = _told(lines[1:], defaults) | ({"stages": STAGES} if "stages" in defaults else {})
-        options = {key: {"default": value, "what": told.get(key, "")} for key, value in defaults.items()}
-        every.append({"part": part, "name": name, "what": lines[0], "options": options})
-    return every
-
-
-def print_plugins(every: Sequence[Mapping[str, Any]]) -> None:
-    """Print a row per plug-in."""
-    flags = {"curate": "--curate"}
-    rows = [(flags.get(p["part"], f"--{p['part']} {p['name']}"), p["what"], ", ".join(p["options"])) for p in every]
-    print_table(("flag", "what it is", "options"), rows)
-    say(
-        "",
-        "All can be combined, except --mix with --negatives, and fit every method; --mix needs one with soft targets,",
-        "--negatives one that contrasts with the other samples of the batch. See also --shuffle-groups and",
-    )
-    say("--crops (inbatch crops --crops all). One plug-in in detail: inbatch plugins NAME")
-
-
-def print_plugin(p: Mapping[str, Any]) -> None:
-    """Print a plug-in's options."""
-    say(f"{p['name']}: {p['what']}", "")
-    print_table(
-        ("--set", "default", "what it is"),
-        [(f"{p['part']}.{o}", str(told["default"]), told["what"]) for o, told in p["options"].items()],
-    )
-
-
-def _told(lines: Sequence[str], options: Iterable[str]) -> dict[str, str]:
-    """Return the option texts of a docstring: "name, name: text" at the start of a line or after a full stop."""
-    one = "|".join(options)
-    text = re.sub(r"\n\s+", " ", "\n".join(lines))
-    parts = re.split(rf"(?:^|(?<=[.;] ))((?:{one})(?:, (?:{one}))*): ", text, flags=re.M)[1:]
-    told = zip(parts[::2], parts[1::2], strict=True)
-    return {name: what.split("\n")[0].strip() for names, what in told for name in names.split(", ")}
-
-
-def _yes(value: bool) -> str:
-    return "yes" if value else "no"
 
 
 def size_text(count: float) -> str:

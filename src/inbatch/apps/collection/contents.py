@@ -2,16 +2,19 @@
 
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from jaxtyping import Int, UInt8
 from torch import Tensor
 
 from inbatch.apps.collection.features import Collection
-from inbatch.apps.collection.images import by_threads, numbered
-from inbatch.apps.reports.image_statistics import chunks, repeated, total
+from inbatch.apps.reports.image_statistics import DIGEST, digest, equal_rows
 from inbatch.errors import DataError
 from inbatch.evaluation.near_duplicates import SIDE, thumbnail
 from inbatch.runtime.terminal import counted
+from inbatch.runtime.thread_map import thread_map
+
+_CHUNK = 64  # images per task of a thread
 
 
 @dataclass
@@ -33,44 +36,55 @@ class ImageContents:
     unreadable: list[str] = field(default_factory=list)
 
 
+@dataclass
+class _Part:
+    """What was read of adjacent images of a collection, from position `first` on: of unreadable ones zeros."""
+
+    first: int
+    pixels: list[int]
+    digests: bytes
+    thumbnails: UInt8[Tensor, "n s s"]
+    unreadable: list[str]
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+
 def read_contents(collection: Collection, quiet: bool) -> ImageContents:
-    """Read every image once for its digest and size, and once for its thumbnail."""
-    place = numbered(collection)
-    tallies, sizes, bad = [], {}, dict[int, str]()
-    for split, source in collection.sources.items():
-        indices = sorted(place[split])
-        tally = total(chunks(source, indices, pixels=False))
-        tallies.append(tally)
-        for i, number in enumerate(tally.numbers):
-            sizes[place[split][number]] = tally.sizes[2 * i] * tally.sizes[2 * i + 1]
-        bad |= {place[split][number]: why for number, why in tally.unreadable}
-    thumbnails = torch.zeros(len(collection), SIDE, SIDE, dtype=torch.uint8)
-    parts = by_threads(lambda i: _thumbnail(collection, i), sorted(sizes))
-    for part in parts if quiet else counted(parts, len(sizes), "read"):
-        for i, value in part:
-            if isinstance(value, str):
-                bad[i] = value
-            else:
-                thumbnails[i] = value
-    readable = torch.tensor(sorted(sizes.keys() - bad.keys()), dtype=torch.long)
-    where = {int(i): at for at, i in enumerate(readable.tolist())}
-    splits = list(collection.sources)
-    copies = {}
-    for group in repeated(*tallies):
-        rows = sorted(where[i] for which, number in group if (i := place[splits[which]][number]) in where)
-        if len(rows) > 1:
-            copies[rows[0]] = rows[1:]
-    pixels = torch.tensor([sizes[i] for i in readable.tolist()], dtype=torch.long)
-    unreadable = [*collection.unreadable, *(bad[i] for i in sorted(bad))]
-    if len(readable) < len(thumbnails):  # else a copy of a gigabyte for a million images
-        thumbnails = thumbnails[readable]
+    """Read every image once, for its digest, its size and its thumbnail."""
+    count, unreadable = len(collection), [*collection.unreadable]
+    pixels, thumbnails = torch.zeros(count, dtype=torch.long), torch.zeros(count, SIDE, SIDE, dtype=torch.uint8)
+    digests = np.zeros((count, 2), np.uint64)
+    parts = thread_map(lambda at: _read(collection, range(count)[at : at + _CHUNK]), range(0, count, _CHUNK))
+    for part in parts if quiet else counted(parts, count, "read"):
+        at = slice(part.first, part.first + len(part))
+        pixels[at], thumbnails[at] = torch.tensor(part.pixels), part.thumbnails
+        digests[at] = np.frombuffer(part.digests, np.uint64).reshape(-1, 2)
+        unreadable += part.unreadable
+    readable = pixels.nonzero()[:, 0]
+    if len(readable) < count:  # else a copy of a gigabyte for a million images
+        pixels, thumbnails, digests = pixels[readable], thumbnails[readable], digests[readable.numpy()]
+    copies = {group[0]: group[1:] for group in equal_rows(digests)}
     return ImageContents(readable, pixels, thumbnails, copies, unreadable)
 
 
-def _thumbnail(collection: Collection, i: int) -> Tensor | str:
-    try:
-        with collection.open(i) as picture:
-            height, width = picture.size
-            return thumbnail(picture.crops(torch.tensor([[0, 0, height, width]]), [(SIDE, "bilinear")])[0])
-    except DataError as error:
-        return str(error)
+def _read(collection: Collection, numbers: range) -> _Part:
+    pixels, digests, unreadable = [0] * len(numbers), bytearray(DIGEST * len(numbers)), []
+    crops: dict[int, Tensor] = {}
+    for at, i in enumerate(numbers):
+        try:
+            with collection.open(i) as picture:
+                contents = picture.contents() if hasattr(picture, "contents") else None
+                values = picture.tensor().numpy() if contents is None else None
+                height, width = picture.size
+                crops[at] = picture.crops(torch.tensor([[0, 0, height, width]]), [(SIDE, "bilinear")])[0]
+        except DataError as error:
+            unreadable.append(str(error))
+            continue
+        pixels[at] = height * width
+        digests[DIGEST * at : DIGEST * (at + 1)] = digest(contents, values)
+    thumbnails = torch.zeros(len(numbers), SIDE, SIDE, dtype=torch.uint8)
+    for channels in {len(crop) for crop in crops.values()}:
+        alike = [at for at, crop in crops.items() if len(crop) == channels]
+        thumbnails[alike] = thumbnail(torch.stack([crops[at] for at in alike]))
+    return _Part(numbers.start, pixels, bytes(digests), thumbnails, unreadable)

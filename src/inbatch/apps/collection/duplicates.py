@@ -169,15 +169,15 @@ def _groups(collection: Collection, images: ImageContents, pairs: _Pairs, limit:
     places, check = pairs.places[near], pairs.check[near]
     chosen = representatives(len(images.readable), places, images.pixels.argsort(descending=True, stable=True))
     value = {(min(pair), max(pair)): c for pair, c in zip(places.tolist(), check.tolist(), strict=True)}
-    copies = {other: first for first, others in images.copies.items() for other in others}
-    members: dict[int, list[dict[str, Any]]] = {}
-    for i in range(len(images.readable)):
-        first = copies.get(i, i)
-        keep = int(chosen[first])
-        if keep != i:
-            same = first == keep
-            known = 1.0 if same else value[min(first, keep), max(first, keep)]
-            members.setdefault(keep, []).append(_row(collection, images, i) | {"identical": same, "check": known})
+    original = torch.arange(len(images.readable))
+    for first, others in images.copies.items():
+        original[others] = first
+    kept, members = chosen[original], dict[int, list[dict[str, Any]]]()
+    for i in (kept != torch.arange(len(kept))).nonzero()[:, 0].tolist():
+        first, keep = int(original[i]), int(kept[i])
+        same = first == keep
+        known = 1.0 if same else value[min(first, keep), max(first, keep)]
+        members.setdefault(keep, []).append(_row(collection, images, i) | {"identical": same, "check": known})
     order, groups = list(collection.sources), []
     for keep in sorted(members):
         row = _row(collection, images, keep)

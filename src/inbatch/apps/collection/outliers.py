@@ -87,7 +87,8 @@ def find_outliers(
         "unreadable": [one_line(why) for why in (*collection.unreadable, *unreadable)],
         "notes": list(collection.notes),
     }  # fmt: skip
-    kept = [i for i in range(len(collection)) if i not in {*broken, *chosen}]
+    left_out = {*broken, *chosen}
+    kept = [i for i in range(len(collection)) if i not in left_out]
     return with_files(result | {"kept": None if write is None else len(kept)}, {
         "written": (write, lambda path: write_list(path, collection, kept)),
         "picture": (picture, lambda path: _draw(path, collection, result, [*broken, *chosen])),

@@ -14,8 +14,7 @@ import torch
 from inbatch.apps.reports.image_statistics import ImageStatistics, chunks, repeated, total
 from inbatch.apps.reports.view_grid import check_picture, check_place, save_sheet
 from inbatch.data import Source, find_split, open_data, splits
-from inbatch.data.loader import resides
-from inbatch.data.resident import estimate
+from inbatch.data.resident import estimate, resides
 from inbatch.data.views import make_views
 from inbatch.data.views.crop_pairs import arrange
 from inbatch.errors import ConfigError, InbatchError, Unwritten

@@ -16,7 +16,8 @@ from inbatch.runtime.thread_map import thread_map
 
 _CHUNK = 64  # images per task of a thread
 _BLOCK = 2**22  # values whose squares are in memory at once
-_DIGEST = 16  # bytes; enough that no two of 10^15 different images share a digest
+DIGEST = 16
+"""Bytes of a digest: enough that no two of 10^15 different images share one."""
 _NONE = np.zeros((0, 2), np.uint64)
 
 
@@ -108,11 +109,15 @@ def repeated(*tallies: ImageStatistics) -> list[list[tuple[int, int]]]:
         [np.frombuffer(t.digests, np.uint64).reshape(-1, 2) for t in tallies if t.numbers] or [_NONE]
     )
     whose = [(which, number) for which, t in enumerate(tallies) for number in t.numbers]
-    order = np.lexsort((words[:, 1], words[:, 0]))  # stable: the first image of a group stays first
+    return [[whose[i] for i in group] for group in equal_rows(words)]
+
+
+def equal_rows(words: np.ndarray) -> list[list[int]]:
+    """Return the positions of equal rows of two numbers, in groups of at least two, ordered by their first row."""
+    order = np.lexsort((words[:, 1], words[:, 0]))  # stable: the first row of a group stays first
     same = (words[order[1:]] == words[order[:-1]]).all(1)
-    cuts = np.flatnonzero(~same) + 1
-    groups = [group.tolist() for group in np.split(order, cuts) if len(group) > 1]
-    return [[whose[i] for i in group] for group in sorted(groups)]
+    edges = np.flatnonzero(np.diff(same, prepend=False, append=False)).reshape(-1, 2)
+    return sorted(order[first : last + 1].tolist() for first, last in edges)
 
 
 def _look(source: Source, indices: Sequence[int], pixels: bool) -> ImageStatistics:
@@ -128,7 +133,7 @@ def _look(source: Source, indices: Sequence[int], pixels: bool) -> ImageStatisti
             continue
         found.numbers.append(i)
         found.sizes.extend(map(int, picture.size))
-        found.digests += _digest(contents, values)
+        found.digests += digest(contents, values)
         found.kinds[_kind(contents)] += 1
         if isinstance(picture, ImageFile):
             _note(found, i, picture, pages)
@@ -155,9 +160,9 @@ def _kind(contents: bytes | None) -> str:
     return signatures.kind(contents) or "another"
 
 
-def _digest(contents: bytes | None, values: np.ndarray | None) -> bytes:
-    """Return the digest of the file, or of the pixels if there is no file."""
-    said = hashlib.blake2b(contents or b"", digest_size=_DIGEST)
+def digest(contents: bytes | None, values: np.ndarray | None) -> bytes:
+    """Return `DIGEST` bytes that identify the file, or the pixels if there is no file."""
+    said = hashlib.blake2b(contents or b"", digest_size=DIGEST)
     if contents is None and values is not None:
         said.update(repr(values.shape).encode())
         said.update(np.ascontiguousarray(values).data)

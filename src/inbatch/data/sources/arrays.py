@@ -19,6 +19,9 @@ from inbatch.data.sources.labels import Labels, from_array
 from inbatch.errors import DataError, type_name
 from inbatch.runtime.memory import free_bytes
 
+LABELS = "The labels given with the array"
+"""Name of labels in messages."""
+
 
 class Pixels:
     """One image that is already decoded."""
@@ -98,14 +101,14 @@ def open_arrays(images: Any, labels: Any, reading: Reading, like: Labels | None 
 
     like: See `labels.number`.
     """
-    pixels = _channels_first(_bytes(_in_memory(images), reading.levels))
+    pixels = channels_first(_bytes(_in_memory(images), reading.levels))
     if not len(pixels):
         raise DataError("The array holds no image (its first side is 0)")
     if reading.channels not in (None, pixels.shape[1]):
         raise DataError(f"The array's images have {pixels.shape[1]} channels, {reading.channels} were requested")
     if labels is None:
         return ArraySource(pixels, unlabelled(len(pixels)), ())
-    known = from_array(_in_memory(labels), len(pixels), "The labels given with the array", like=like)
+    known = from_array(_in_memory(labels), len(pixels), LABELS, like=like)
     source = ArraySource(pixels, known.numbers, known.classes)
     source.ids, source.label_note = known.ids, known.note
     return source
@@ -152,7 +155,7 @@ def _bytes(images: Any, levels: Levels | None) -> UInt8[Tensor, "..."]:
         raise DataError(f"The array cannot be used: {e}") from e
 
 
-def _channels_first(images: Tensor) -> UInt8[Tensor, "n c h w"]:
+def channels_first(images: Tensor) -> UInt8[Tensor, "n c h w"]:
     """Convert (N,C,H,W), (N,H,W,C) or (N,H,W) to (N,C,H,W); the smaller of the two candidate sides is the channels."""
     if images.ndim == 3:
         if images.shape[2] in (3, 4) and min(images.shape[:2]) > 4:
@@ -168,6 +171,8 @@ def _channels_first(images: Tensor) -> UInt8[Tensor, "n c h w"]:
 
 
 def _resize(pixels: UInt8[Tensor, "c h w"], height: int, width: int, how: str) -> UInt8[Tensor, "c s t"]:
+    if pixels.shape[1:] == (height, width):  # the filters have weight 1 at each pixel then
+        return pixels.clone(memory_format=torch.contiguous_format)
     image = pixels[None].float()
     image = F.interpolate(image, (height, width), mode=how, antialias=True, align_corners=False)
     return image[0].round().clamp(0, 255).byte()

@@ -10,12 +10,17 @@ from typing import Any
 import numpy as np
 import torch
 
+from inbatch.data.pixels import to_bytes
 from inbatch.data.source import Reading, Source, unlabelled
-from inbatch.data.sources.arrays import ArraySource, Pixels, open_arrays
+from inbatch.data.sources.arrays import LABELS, ArraySource, Pixels, channels_first, open_arrays
 from inbatch.data.sources.groups import groups_of_array
 from inbatch.data.sources.labels import NO_LABELS, Labels, from_array
 from inbatch.errors import DataError
+from inbatch.runtime.files import open_regular
 from inbatch.runtime.memory import free_bytes
+from inbatch.runtime.stored_array import StoredArray, stored_member
+
+_BLOCK = 1 << 20  # bytes whose checksum is computed at a time
 
 NAMES: dict[str, dict[str, tuple[str, ...]]] = {
     "train": {
@@ -32,29 +37,34 @@ The names are those of Keras and MedMNIST, and common names of arrays with and w
 
 
 class NpySource(Source):
-    """Images of one memory-mapped array; only the pages in use are in memory."""
+    """Images of one array in a file, each of which is read when it is needed."""
 
-    def __init__(self, file: str, reading: Reading):
-        self.file, self.reading = file, reading
-        self._images: np.ndarray | None = None
-        images = np.atleast_1d(self._map())
-        if not len(images):
-            raise DataError(f"{file!r} holds no image (its first side is 0)")
-        super().__init__(file, _converted(images[:1], reading, file).channels, unlabelled(len(images)), ())
+    def __init__(
+        self, array: StoredArray, reading: Reading, labels: np.ndarray | None = None, like: Labels | None = None
+    ):
+        self.array, self.reading = array, reading
+        channels, count = _converted(self._row(0)[None], reading, array.file).channels, array.shape[0]
+        known = Labels(unlabelled(count))
+        if labels is not None:
+            try:
+                known = from_array(labels, count, LABELS, like=like)
+            except (DataError, TypeError, ValueError) as e:
+                raise DataError(f"{array.file!r}: {e}") from e
+        super().__init__(array.file, channels, known.numbers, known.classes)
+        self.ids, self.label_note = known.ids, known.note
 
     def open(self, i: int) -> Pixels:
-        return _converted(self._map()[i : i + 1], self.reading, self.file).open(0)
+        row = torch.from_numpy(to_bytes(self._row(i), self.reading.levels))
+        return Pixels(channels_first(row[None])[0])
+
+    def _row(self, i: int) -> np.ndarray:
+        try:
+            return self.array.row(i)
+        except OSError as e:
+            raise DataError(f"{self.array.file!r} cannot be read: {e}") from e
 
     def identity(self, i: int) -> str:
         return str(i)
-
-    def _map(self) -> np.ndarray:
-        if self._images is None:
-            self._images = _load(self.file, mmap_mode="r")
-        return self._images
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_images": None}  # each data worker maps the file itself
 
 
 def find_numpy(data: object, reading: Reading) -> dict[str, Callable[[], Source]] | None:
@@ -67,7 +77,7 @@ def find_numpy(data: object, reading: Reading) -> dict[str, Callable[[], Source]
             raise DataError(
                 f"{file!r} is one array without names: leave out image_column, label_column and group_column"
             )
-        return {"train": lambda: NpySource(file, reading)}
+        return {"train": partial(_open_npy, file, reading)}
     if kind != ".npz":
         return None
     sizes = _members(file)
@@ -98,28 +108,73 @@ def _names(file: str, split: str, sizes: dict[str, int], reading: Reading) -> li
     return [images] if NO_LABELS in (labels, reading.label_column) else [images, labels]
 
 
+def _open_npy(file: str, reading: Reading) -> Source:
+    mapped = _load(file, mmap_mode="r")
+    images = np.atleast_1d(mapped)
+    if not len(images):
+        raise DataError(f"{file!r} holds no image (its first side is 0)")
+    _converted(images[:1], reading, file)  # raises for arrays that are no images
+    if images.flags.c_contiguous:
+        return NpySource(StoredArray(file, mapped.offset, images.shape, images.dtype), reading)
+    _check_memory(file, images.nbytes)  # column by column: no image can be read alone
+    source = _converted(np.asarray(images), reading, file)
+    source.name = file
+    return source
+
+
 def _open(
     file: str, split: str, names: list[str], train: list[str], sizes: dict[str, int], reading: Reading
 ) -> Source:  # fmt: skip
-    needed, free = sum(sizes[name] for name in names), free_bytes(torch.device("cpu"))
+    array = _stored(file, names[0])
+    groups = [] if reading.group_column is None else [reading.group_column]
+    shared = train[1:] if split != "train" and names[1:] else []
+    _check_memory(file, sum(sizes[name] for name in names[array is not None :]))
+    arrays = _arrays(file, [*names[array is not None :], *groups, *shared])
+    like = None
+    for name in shared:
+        like = from_array(arrays[name], len(arrays[name]), f"The labels of the train split of {file!r}")
+    labels = arrays[names[1]] if names[1:] else None
+    if array is None:
+        source: Source = _converted(arrays[names[0]], reading, file, labels, like)
+    else:
+        source = NpySource(array, reading, labels, like)
+    source.name = file if split == "train" else f"{file} ({split})"
+    for name in groups:
+        source.groups = groups_of_array(arrays[name], len(source), f"The groups {name!r} of {file!r}")
+    return source
+
+
+def _stored(file: str, name: str) -> StoredArray | None:
+    """Return the images of an archive after a check of their checksum; None if they must be loaded as a whole."""
+    try:
+        with open_regular(file) as opened, zipfile.ZipFile(opened) as archive:
+            array = stored_member(file, opened, archive, name)
+            if array is None or not array.shape or not array.shape[0]:
+                return None
+            with archive.open(f"{name}.npy") as member:
+                while member.read(_BLOCK):  # raises at the end if the checksum is wrong
+                    pass
+            return array
+    except Exception as e:  # a damaged file can raise any exception
+        raise DataError(f"{file!r} cannot be read: {e}") from e
+
+
+def _arrays(file: str, names: list[str]) -> dict[str, np.ndarray]:
+    with _load(file) as opened:
+        try:
+            return {name: np.asarray(opened[name]) for name in names}
+        except Exception as e:  # a damaged file can raise any exception
+            raise DataError(f"{file!r} cannot be read: {e}") from e
+
+
+def _check_memory(file: str, needed: int) -> None:
+    """Raise DataError if arrays of `needed` bytes cannot be loaded."""
+    free = free_bytes(torch.device("cpu"))
     if needed > free:
         raise DataError(
             f"{file!r} would unpack to {needed / 1e9:,.1f} GB, {free / 1e9:,.1f} GB are free: "
             "save the images as .npy, of which no more is read than is used"
         )
-    with _load(file) as opened:
-        try:
-            images, *labels = (np.asarray(opened[name]) for name in names)
-            group = None if reading.group_column is None else np.asarray(opened[reading.group_column])
-            shared = np.asarray(opened[train[1]]) if split != "train" and labels and len(train) > 1 else None
-        except Exception as e:  # a damaged file can raise any exception
-            raise DataError(f"{file!r} cannot be read: {e}") from e
-    like = None if shared is None else from_array(shared, len(shared), f"The labels of the train split of {file!r}")
-    source = _converted(images, reading, file, labels[0] if labels else None, like)
-    source.name = file if split == "train" else f"{file} ({split})"
-    if group is not None:
-        source.groups = groups_of_array(group, len(source), f"The groups {reading.group_column!r} of {file!r}")
-    return source
 
 
 def _converted(
