@@ -26,6 +26,7 @@ from inbatch.distributed import own_rows
 from inbatch.errors import ConfigError, DataError, InbatchError, RankError
 from inbatch.losses import nt_xent
 from inbatch.runtime import distributed, rank_store, sharding
+from inbatch.runtime.process_group import process_group
 from inbatch.runtime.rank_store import RankStore, fresh
 from inbatch.training import checkpoint
 from inbatch.training.metric_logger import Log
@@ -197,7 +198,7 @@ def unhappy(rank: int, world: int, folder: str, fault: str, bad: int, answers: A
     wait = datetime.timedelta(seconds=TIMEOUT)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world, timeout=wait)
     try:
-        with distributed.process_group(timeout=TIMEOUT):
+        with process_group(timeout=TIMEOUT):
             (endless_ring if ring else sharded if " in a " in fault else endless)(fault, bad)
     except Exception as error:
         answers.put((rank, type(error).__name__, str(error), getattr(error, "speaks", False), time.monotonic()))

@@ -29,6 +29,7 @@ from inbatch.runtime.files import object_in, read_json, to_json, write_json
 from inbatch.runtime.isolation import isolated
 from inbatch.runtime.path_list import joined_paths
 from inbatch.runtime.paths import path_of
+from inbatch.runtime.process_group import process_group
 from inbatch.runtime.terminal import progress
 from inbatch.training.budget import LEAST, duration, parse_budget
 from inbatch.training.claim import claim, numbered
@@ -86,7 +87,7 @@ def adapt(
         requested["budget"] = _share(parse_budget(budget), seeds)
     chosen = training_settings(requested, starting_settings(weights))
     check_one_length(chosen)
-    with distributed.process_group(None, device_for(device).type):
+    with process_group(None, device_for(device).type):
         plan = plan_without_budget(data, {key: x for key, x in chosen.items() if key != "budget"})
         split = evaluation_split(plan.recipe, plan.source, plan.data, test)
         facts = {"data": plan.recipe.data, "images": plan.source.signature(), "from": str(weights), "settings": chosen}
