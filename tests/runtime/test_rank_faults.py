@@ -4,6 +4,7 @@ import datetime
 import errno
 import json
 import os
+import re
 import signal
 import tempfile
 import threading
@@ -69,6 +70,10 @@ def test_what_differs_is_named_on_every_rank() -> None:
     for error in found:
         assert isinstance(error, ConfigError)
         assert "disagree about the seed: rank 2 has a different one from rank 0 (2, not 1)" in str(error)
+    facts = [dict.fromkeys("fedcba", str(number)) for number in range(2)]
+    for error in at_once(*(lambda r=r: r.meet(facts[r.rank]) for r in rolls(2))):
+        names = re.findall(r"about the (\w): rank 1 has a different one from rank 0 \(1, not 0\)", str(error))
+        assert names == [*"abcdef"], "every difference, in sorted order"
 
 
 def test_a_rank_that_ends_by_itself_ends_the_waiting_of_the_others() -> None:
