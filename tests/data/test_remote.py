@@ -139,7 +139,7 @@ class TestReading:
         source = open_data(f"{memory}/p/*.parquet")
         assert values(source) == source.labels.tolist() == list(range(12)) and source.shard_sizes() == [3] * 4
         fsspec.filesystem("memory").pipe_file("/bucket/p/1.parquet", b"no parquet")
-        with pytest.raises(DataError, match=r"p/1.parquet' cannot be read as Parquet"):
+        with pytest.raises(DataError, match=r"p/1.parquet' cannot be read: ArrowInvalid"):
             open_data(f"{memory}/p/*.parquet")
 
     def test_members_are_read_once_and_again_after_a_change(

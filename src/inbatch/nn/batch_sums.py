@@ -119,11 +119,11 @@ def batch_var(x: Tensor, dim: int, correction: int = 1) -> Tensor:
     return batch_sum(centred(x, dim).square().sum(dim)) / (batch_count(x.shape[dim], x.detach()) - correction)
 
 
-def loss_var(x: Tensor, dim: int) -> Tensor:
-    """Return the unbiased variance over a dimension that contains the samples, for terms of the loss (`loss_sum`)."""
+def loss_var(x: Tensor, dim: int, correction: int = 1) -> Tensor:
+    """Return the variance over a dimension that contains the samples, for terms of the loss (`loss_sum`)."""
     if _peers() is None:
-        return x.var(dim)
-    return loss_sum(centred(x, dim).square().sum(dim)) / (batch_count(x.shape[dim], x.detach()) - 1)
+        return x.var(dim, correction=correction)
+    return loss_sum(centred(x, dim).square().sum(dim)) / (batch_count(x.shape[dim], x.detach()) - correction)
 
 
 def batch_norm(x: Tensor, dim: int) -> Tensor:
