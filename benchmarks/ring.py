@@ -240,6 +240,8 @@ def show(found: dict[str, Any], parts: Sequence[str]) -> None:
         )  # fmt: skip
     results = [found[part] for part in parts if part != "statistics"]
     cases = [c for result in results for c in (result if isinstance(result, list) else [result])]
+    if not cases:
+        return
     print_table(
         ("ranks", "rows", "way", "ms", "processor ms", "extra MB", "sent MB", "on paper"),
         [
