@@ -103,6 +103,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "norm": {"encoder": "resnet10", "sync_norm": True, "context": 8},
     "sampler": {"sampler": "neighbours", "epochs": 2, "encoder": "tiny"},
     "curated": {"curate": "redraw", "settings": {"curate.model": "live"}},
+    "budget": {"budget": "1m", "epochs": None, "encoder": "tiny"},
 }  # fmt: skip
 
 
@@ -113,7 +114,7 @@ def test_an_option_beside_shards(tmp_path: Path, name: str) -> None:
     assert inbatch.load(tmp_path).width > 0
 
 
-@pytest.mark.parametrize("fields", [{"budget": "1m"}, {"curate.name": "redraw"}, {"context": "auto"}])
+@pytest.mark.parametrize("fields", [{"curate.name": "redraw"}, {"context": "auto"}])
 def test_what_shards_do_not_allow_is_refused(fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distributed, "world", lambda: 2)
     settings = {"shard": True, "encoder.name": "tiny", "preset": "digits", "subset": 80, "batch_size": 16}

@@ -54,11 +54,6 @@ def check_shard(recipe: Recipe) -> None:
     """Raise ConfigError for settings that a sharded encoder does not allow."""
     if not recipe.shard or distributed.world() == 1:
         return
-    if recipe.budget is not None:
-        raise ConfigError(
-            "shard and budget exclude each other: steps are timed on one rank, which cannot compute a sharded encoder "
-            "alone; set epochs or steps"
-        )
     if recipe.curate is not None and recipe.curate.options.get("model") != "live":
         raise ConfigError("shard: curation keeps a copy of the encoder, which is not divided; set curate.model=live")
 
