@@ -150,7 +150,7 @@ def indexed_files(path: Path) -> dict[str, list[str]]:
 
 def _load_indexed(path: Path) -> dict[str, Any]:
     """Return the tensors of an index from the files next to it."""
-    tensors = {}
+    tensors: dict[str, Any] = {}
     for file, names in indexed_files(path).items():
         place = path.parent / file
         if not place.is_file():

@@ -87,8 +87,8 @@ def adapt(
     with process_group(None, place.type):
         plan = plan_without_budget(data, {key: x for key, x in chosen.items() if key != "budget"})
         split = evaluation_split(plan.recipe, plan.source, plan.data, test)
-        facts = {"data": plan.recipe.data, "images": plan.source.signature(), "from": str(weights), "settings": chosen}
-        facts |= {} if total is None else {"seeds": seeds}
+        facts: dict[str, Any] = {"seeds": seeds} if total is not None else {}
+        facts |= {"data": plan.recipe.data, "images": plan.source.signature(), "from": str(weights), "settings": chosen}
         folder = _prepared(out, plan.recipe.data, facts)
         each = {key: value for key, value in chosen.items() if key != "own"}  # every run writes it itself
         if total is not None:
