@@ -103,7 +103,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "norm": {"encoder": "resnet10", "sync_norm": True, "context": 8},
     "sampler": {"sampler": "neighbours", "epochs": 2, "encoder": "tiny"},
     "curated": {"curate": "redraw", "settings": {"curate.model": "live"}},
-    "budget": {"budget": "1m", "epochs": None, "encoder": "tiny"},
 }  # fmt: skip
 
 
@@ -112,6 +111,23 @@ OPTIONS: dict[str, dict[str, Any]] = {
 def test_an_option_beside_shards(tmp_path: Path, name: str) -> None:
     on_ranks(2, run, tmp_path, "simclr", None, OPTIONS[name])
     assert inbatch.load(tmp_path).width > 0
+
+
+def run_for_a_minute(out: Path) -> dict[str, Any]:
+    with pytest.MonkeyPatch.context() as patch:
+        leave_out_judgement(patch)
+        return inbatch.pretrain(
+            "digits-canvas", out=out, encoder="tiny", shard=True, budget="1m", subset=80, batch_size=16, image_size=20,
+            workers=0, quiet=True,
+        ).result  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_budget_beside_shards(tmp_path: Path) -> None:
+    """All ranks time the same steps; rank 0 alone times evaluations, of the gathered encoder."""
+    first, second = on_ranks(2, run_for_a_minute, tmp_path)
+    assert first == second and first["world"] == 2 and first["recipe"]["shard"]
+    assert 30 < first["wall_seconds"] < 65 and first["steps"] > 5
 
 
 @pytest.mark.parametrize("fields", [{"curate.name": "redraw"}, {"context": "auto"}])
