@@ -3,6 +3,7 @@
 For both ways, on processes of one thread each (gloo, one machine): the memory that a rank needs in addition to its own
 rows, its time against one process, and the bytes that it sends, counted by a wrapper of its communication and compared
 with the formulas, which are then evaluated for up to 1,024 ranks. Values and gradients are compared with one process.
+The part "statistics" counts the numbers that Barlow Twins and VICReg send, whose statistics are added up.
 Writes results/ring.json.
 """
 
@@ -23,7 +24,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from inbatch.apps.console import print_table
+from inbatch.methods.barlow import barlow_twins
 from inbatch.methods.simclr import nt_xent
+from inbatch.methods.vicreg import vicreg
 from inbatch.nn import logsumexp
 from inbatch.runtime import distributed, memory
 from inbatch.runtime.environment import environment
@@ -34,6 +37,11 @@ OUT = Path(__file__).parents[1] / "results" / "ring.json"
 VIEWS, WIDTH, FLOAT = 2, 128, 4
 WAYS = ("gathered", "own rows")
 CPU = torch.device("cpu")
+STATISTICS: dict[str, tuple[Callable[[Tensor], Any], Callable[[int], int]]] = {
+    "barlow twins": (barlow_twins, lambda d: d**2 + 8 * d),
+    "vicreg": (vicreg, lambda d: 2 * d**2 + 6 * d + 1),
+}
+"""Losses of two views, and the numbers that are added over ranks for D features, forward and backward."""
 
 
 class Counted(OwnRows):
@@ -116,6 +124,56 @@ def case(rank: int, world: int, rows: int, repeat: int, ways: Sequence[str], fol
     dist.destroy_process_group()
 
 
+def statistics_case(rank: int, world: int, folder: str) -> None:
+    """Run one rank: losses of statistics in float64, their gradients, and the numbers that this rank sends."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
+    found = {}
+    for name, (loss, _) in STATISTICS.items():
+        peers, leaf = Counted(), statistics_rows(rank).requires_grad_()
+        with logsumexp.using(peers=peers):
+            value = loss(leaf)["loss"]
+            value.backward()
+        assert leaf.grad is not None
+        found[name] = {"sent": peers.sent / leaf.element_size(), "loss": value.detach(), "gradient": leaf.grad / world}
+    torch.save(found, f"{folder}/{rank}")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def statistics_rows(rank: int) -> Tensor:
+    """Return a rank's 256 samples of two views."""
+    generator = torch.Generator().manual_seed(rank)
+    return torch.randn(VIEWS, 256, WIDTH, generator=generator, dtype=torch.float64)
+
+
+def measure_statistics(world: int) -> list[dict[str, Any]]:
+    """Return what a rank sends for each loss of statistics, and how far loss and gradient are from one process."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["OMP_NUM_THREADS"] = "1"
+        torch.multiprocessing.start_processes(statistics_case, args=(world, folder), nprocs=world)
+        ranks = [torch.load(f"{folder}/{rank}", weights_only=True) for rank in range(world)]
+    results = []
+    for name, (loss, numbers) in STATISTICS.items():
+        leaf = torch.cat([statistics_rows(rank) for rank in range(world)], 1).requires_grad_()
+        value = loss(leaf)["loss"]
+        value.backward()
+        assert leaf.grad is not None
+        gradient = torch.cat([rank[name]["gradient"] for rank in ranks], 1)
+        results.append(
+            {
+                "ranks": world,
+                "loss": name,
+                "width": WIDTH,
+                "sent": max(rank[name]["sent"] for rank in ranks),
+                "sent_on_paper": 2 * (world - 1) / world * numbers(WIDTH),
+                "loss_differs": abs(ranks[0][name]["loss"] / value.detach() - 1).item(),
+                "gradient_differs": ((gradient - leaf.grad).norm() / leaf.grad.norm()).item(),
+            }
+        )
+    return results
+
+
 def measure(world: int, rows: int, repeat: int, ways: Sequence[str] = WAYS) -> dict[str, Any]:
     """Return both ways on some ranks; every figure is the largest of the ranks, the median of the repetitions."""
     with tempfile.TemporaryDirectory() as folder:
@@ -139,20 +197,20 @@ def main() -> None:
     parser.add_argument("--memory", type=int, nargs=2, default=[4, 65536], help="ranks and rows of the memory case")
     parser.add_argument("--time", type=int, nargs=2, default=[2, 16384], help="ranks and rows of the time case")
     parser.add_argument("--volume", type=int, nargs="+", default=[2, 3, 4], help="ranks of the cases of 3,072 rows")
-    parser.add_argument(
-        "--parts", nargs="+", choices=["memory", "time", "volume"], help="default: all; others are kept"
-    )
+    kinds = ["statistics", "volume", "memory", "time"]
+    parser.add_argument("--parts", nargs="+", choices=kinds, help="default: all; others are kept")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, help="of the memory case; the other is kept")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
-    parts = args.parts or ["volume", "memory", "time"]
+    parts = args.parts or kinds
     found: dict[str, Any] = json.loads(args.out.read_text()) if args.parts and args.out.exists() else {}
     found["paper"] = [
         {"ranks": world, "rows": n} | {way: paper(way, world, n) for way in WAYS}
         for world, n in ((4, 65536), (64, 65536), (1024, 65536), (1024, 2**21))
     ]
     cases: dict[str, Callable[[], Any]] = {
+        "statistics": lambda: [case for world in args.volume for case in measure_statistics(world)],
         "volume": lambda: [measure(world, 3072, 1) for world in args.volume],
         # Each way in processes of its own: the second one would find memory that the first one has freed.
         "memory": lambda: functools.reduce(
@@ -165,13 +223,32 @@ def main() -> None:
         found.setdefault("load", {})[part] = os.getloadavg()
         found["ratios"] = ratios(found)
         write_json(args.out, found | {"environment": environment(CPU)})
+    show(found, parts)
+
+
+def show(found: dict[str, Any], parts: Sequence[str]) -> None:
+    """Print the results of some parts."""
+    if "statistics" in parts:
+        print_table(
+            ("ranks", "loss", "numbers sent", "on paper", "loss differs", "gradient differs"),
+            [
+                (str(c["ranks"]), c["loss"], f"{c['sent']:,.0f}", f"{c['sent_on_paper']:,.0f}",
+                 f"{c['loss_differs']:.1e}", f"{c['gradient_differs']:.1e}")
+                for c in found["statistics"]
+            ],
+            numbers=True,
+        )  # fmt: skip
+    results = [found[part] for part in parts if part != "statistics"]
+    cases = [c for result in results for c in (result if isinstance(result, list) else [result])]
+    if not cases:
+        return
     print_table(
         ("ranks", "rows", "way", "ms", "processor ms", "extra MB", "sent MB", "on paper"),
         [
             (str(c["ranks"]), f"{c['rows']:,}", way, f"{1e3 * c[way]['seconds']:.0f}",
              f"{1e3 * c[way]['processor']:.0f}", f"{c[way]['bytes'] / 1e6:.1f}", f"{c[way]['sent'] / 1e6:.3f}",
              f"{c[way]['sent_on_paper'] / 1e6:.3f}")
-            for part in parts for c in (found[part] if isinstance(found[part], list) else [found[part]]) for way in WAYS
+            for c in cases for way in WAYS
         ],
         numbers=True,
     )  # fmt: skip

@@ -28,6 +28,7 @@ from inbatch.apps.console import print_table, say
 from inbatch.runtime import distributed
 from inbatch.runtime.environment import environment
 from inbatch.runtime.files import read_json, write_json
+from inbatch.runtime.process_group import process_group
 
 OUT = Path(__file__).parents[1] / "results" / "shards.json"
 SEEDS, WORLD, WORKERS, BATCH, TURN, POINTS = 400, 2, 2, 256, 20, 20
@@ -72,7 +73,7 @@ def rank(data: str, out: Path) -> None:
     """Deliver an epoch of both loaders in turn, as one rank of torchrun; rank 0 writes the figures of all."""
     from inbatch.api import prepare
 
-    with distributed.process_group():
+    with process_group():
         settings = {"encoder.name": "tiny", "image_size": 16, "cache_on_device": False, "batch_size": BATCH}
         loaders = {
             way: prepare(data, settings=settings | {"read": way}, device="cpu", workers=WORKERS).loader for way in WAYS

@@ -50,7 +50,7 @@ NEVER: dict[str, set[str]] = {"evaluation": {"methods", "models", "training"}}
 
 ONLY: dict[str, set[str]] = {
     "torch.distributed": {"distributed", "testing", "models.sharded_weights"}
-    | {f"runtime.{name}" for name in ("distributed", "ring", "sharding", "shard_files")},
+    | {f"runtime.{name}" for name in ("distributed", "process_group", "ring", "sharding", "shard_files")},
     "torch.nn.parallel": {"runtime.distributed", "training.cached_step"},
     "pydantic": {"training.recipe", "training.registry", "apps.cli", "apps.papers"},
     "typer": {"apps.cli"},
@@ -81,7 +81,8 @@ LIBRARIES: dict[str, set[str]] = dict.fromkeys(("nn", "context", "methods", "los
 LIBRARIES |= {"nn.clustering": FEW | {"sklearn", "threadpoolctl"}, "nn.triton_logsumexp": FEW | {"triton"}}
 LIBRARIES |= {"context.mixing": FEW | {"scipy"}}
 LIBRARIES |= {f"training.{name}": FEW for name in ("step", "grad_cache")}
-LIBRARIES |= {f"runtime.{name}": FEW for name in ("distributed", "rank_store", "ring", "sharding", "shard_files")}
+LIBRARIES |= {f"runtime.{name}": FEW for name in ("distributed", "process_group", "rank_store", "ring")}
+LIBRARIES |= {f"runtime.{name}": FEW for name in ("sharding", "shard_files")}
 LIBRARIES |= {f"models.{name}": FEW for name in ("network", "sync_batchnorm")}
 """Package or file -> the libraries that it may import in addition to the standard library."""
 

@@ -16,6 +16,7 @@ from inbatch.runtime.files import locked
 from inbatch.runtime.isolation import isolated
 from inbatch.runtime.path_list import joined_paths
 from inbatch.runtime.paths import path_of
+from inbatch.runtime.process_group import assert_equal_across_ranks, process_group
 from inbatch.runtime.terminal import progress
 from inbatch.training.advice import advice
 from inbatch.training.budget import duration
@@ -134,7 +135,7 @@ def pretrain(
     tuning.ready()
     data = joined_paths(data)
     trackers = requested_trackers(track)
-    with distributed.process_group(expect_world_size, device_for(device).type, dist_timeout):
+    with process_group(expect_world_size, device_for(device).type, dist_timeout):
         requested = merged_settings(method, config, settings, fields)
         out = None if out is None else path_of(out, "out")
         if resume is False and out is not None and restarted(out):
@@ -153,7 +154,7 @@ def pretrain(
                     configured=config is not None, notify=notify,
                 )  # fmt: skip
         if distributed.world() > 1:  # reading a million names is only needed with several ranks
-            distributed.assert_equal_across_ranks(_facts(plan.recipe, plan.source))
+            assert_equal_across_ranks(_facts(plan.recipe, plan.source))
         plan = with_context(plan, device_for(device), workers, check_memory=previous is None)
         reference = _reference(compare, plan.recipe) if distributed.rank() == 0 else None
         built = build(
@@ -204,7 +205,7 @@ def dry_run(
     Does not train; only decoded images in the cache remain.
     """
     began = tuning.command_began()
-    with distributed.process_group(expect_world_size, device_for(device).type):
+    with process_group(expect_world_size, device_for(device).type):
         requested = merged_settings(method, config, settings, fields)
         plan = plan_run(
             data, requested, device=device_for(device), workers=workers, download=download, began=began,

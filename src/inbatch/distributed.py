@@ -78,7 +78,8 @@ def own_rows(group: Any = None) -> Iterator[None]:
     gathers what it needs. Labels, groups and indices that a loss takes are those of own samples. As with `gather_rows`,
     the value is equal on all processes, processes may hold different numbers of samples, and the mean of the gradients
     over processes in DistributedDataParallel is the gradient of the loss of the whole batch. Call the loss and its
-    backward pass on every process, in the same order. With one process it changes nothing.
+    backward pass on every process, in the same order, and the same factor if the loss has one: gradients that every
+    process can compute are not exchanged. With one process it changes nothing.
 
     Args:
         group: process group of torch.distributed; by default all processes.

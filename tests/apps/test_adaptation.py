@@ -17,12 +17,14 @@ from small_runs import judge_by_few_images, stop_after
 
 import inbatch
 from inbatch.apps.adaptation import adapt as adaptation
+from inbatch.apps.adaptation import share
 from inbatch.apps.adaptation.gain import Gain, accuracy_gain, measure_gain
 from inbatch.apps.adaptation.verdict import HELPED, NO_HELP, NOT_SHOWN, Verdict
 from inbatch.data import open_data
 from inbatch.errors import ConfigError, Preempted
 from inbatch.evaluation import evaluate
 from inbatch.models import create_encoder, load_encoder, save_encoder
+from inbatch.runtime import tuning
 from inbatch.runtime.files import write_json
 from inbatch.training.holdout import evaluation_split
 from inbatch.training.monitors.online_evaluation import limited
@@ -230,6 +232,37 @@ def test_wrong_use_is_refused_before_training(folders: tuple[Path, Path], traini
     assert not training.seeds and not list(tmp_path.glob("*/adapt.json"))
     with pytest.raises(ConfigError, match="seeds must be a whole number"):
         inbatch.adapt("digits-canvas", start, seeds=1.5)
+
+
+def test_a_budget_counts_start_and_verdict(
+    folders: tuple[Path, Path], training: Training, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert share.run_seconds(600, 30, 60, 3) == pytest.approx(0.96 * 510 / 3, abs=0.1)
+    monkeypatch.setattr(tuning, "_began", None)  # of an earlier command
+    monkeypatch.setattr(share, "verdict_seconds", lambda *a: 190.0)
+    out = tmp_path / "a"
+    done = run(f"adapt digits-canvas --from {folders[0]} -o {out} --set subset=60 --budget 5m --seeds 2 -q")
+    assert done.exit_code == 2 and "the verdict takes about 3 min, and each of 2 runs needs" in done.stderr
+    assert not training.seeds and not out.exists()
+
+
+@pytest.mark.slow
+def test_the_shares_of_a_budget_are_kept(
+    folders: tuple[Path, Path], training: Training, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start, training.end = folders
+    call = f"adapt digits-canvas --from {start} -o {tmp_path / 'a'} --set subset=60 --budget 5m"
+    monkeypatch.setattr(tuning, "_began", None)
+    monkeypatch.setattr(share, "_TIMED", (20, 10))
+    assert run(f"{call} --seeds 1 -q").exit_code == 0
+    seconds = training.settings["budget"]
+    assert 200 < seconds < 0.96 * 300
+    assert one_object((tmp_path / "a" / "adapt.json").read_text())[adaptation.SHARE] == seconds
+    monkeypatch.setattr(share, "verdict_seconds", lambda *a: pytest.fail("the share is kept"))
+    again = run(f"{call} --seeds 1")
+    assert again.exit_code == 0 and "Budget of 5 min: this command took" in again.stderr
+    other = run(f"{call} --seeds 2 -q")
+    assert other.exit_code == 2 and "another adaptation: seeds = 2 (it has 1)" in other.stderr
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import builtins
 import io
 import pickle
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 from tar_shards import encoded, write_shards, write_tar
 
 from inbatch.data import open_data, splits
+from inbatch.data.sources import parquet as parquet_source
 from inbatch.data.sources import tar_members
 from inbatch.errors import ConfigError, DataError
 from inbatch.runtime import remote
@@ -111,6 +113,34 @@ class TestReading:
         assert [*source.read_shards([7, 8, 19])] == [encoded(i) for i in (7, 8, 19)]
         with pytest.raises(DataError, match=r"'memory://bucket' names .tar and .parquet files: choose one kind"):
             open_data(memory)
+
+    def test_parquet_files_are_described_at_once_in_their_order(
+        self, memory: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The first file waits until the third is read: described one after another, they would never end."""
+        arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+        for number in range(4):
+            file = io.BytesIO()
+            rows = range(3 * number, 3 * number + 3)
+            table = arrow.table({"image": [encoded(i) for i in rows], "label": list(rows)})
+            parquet.write_table(table, file)
+            fsspec.filesystem("memory").pipe_file(f"/bucket/p/{number}.parquet", file.getvalue())
+        third, read = threading.Event(), parquet_source.read_table
+
+        def late(file: str, *options: Any) -> Any:
+            if file.endswith("0.parquet"):
+                assert third.wait(10)
+            table = read(file, *options)
+            if file.endswith("2.parquet"):
+                third.set()
+            return table
+
+        monkeypatch.setattr(parquet_source, "read_table", late)
+        source = open_data(f"{memory}/p/*.parquet")
+        assert values(source) == source.labels.tolist() == list(range(12)) and source.shard_sizes() == [3] * 4
+        fsspec.filesystem("memory").pipe_file("/bucket/p/1.parquet", b"no parquet")
+        with pytest.raises(DataError, match=r"p/1.parquet' cannot be read: ArrowInvalid"):
+            open_data(f"{memory}/p/*.parquet")
 
     def test_members_are_read_once_and_again_after_a_change(
         self, memory: str, cache: Path, monkeypatch: pytest.MonkeyPatch

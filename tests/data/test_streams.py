@@ -100,6 +100,22 @@ class TestPlan:
         streams = [{plan.stream_at(512 + i) for i in range(cut.start, cut.stop)} for cut in cuts]
         assert not set.union(*streams[::2]) & set.union(*streams[1::2])
 
+    @pytest.mark.parametrize(("world", "streams"), [(300, 301), (255, 256), (7, 48), (1, 16)])
+    def test_no_piece_is_empty_if_ranks_do_not_divide_the_streams(self, world: int, streams: int) -> None:
+        """A rank can have few samples of a stream; a worker with these alone would have no sample in most pieces."""
+        plan = StreamPlan((world * 1000,), batch=world * 1000, seed=0, streams=streams, buffer=4)
+        for rank in {0, 1, world // 2, world - 1} & {*range(world)}:
+            for requested in (1, 2, 3, 16):
+                workers = plan.workers(rank, world, 64, requested)
+                cuts = plan.cuts(rank, world, workers, 64)
+                assert 1 <= workers <= requested and len(cuts) % workers == 0
+                assert all(0 < cut.stop - cut.start <= 64 for cut in cuts)
+                assert sorted(i for cut in cuts for i in range(cut.start, cut.stop)) == list(range(1000))
+                places = [(k % workers, i) for k, cut in enumerate(cuts) for i in range(cut.start, cut.stop)]
+                owners = {(worker, plan.stream_at(rank * 1000 + i)) for worker, i in places}
+                assert len(owners) == len({stream for _, stream in owners}), "a stream has one worker"
+        assert plan.workers(0, world, 64, 0) == 0
+
     def test_a_tally_tells_sets_of_samples_apart(self) -> None:
         assert Tally.of([3, 1]) + Tally.of([2]) == Tally.of([1, 2, 3]) != Tally.of([2, 2, 2])
         assert Tally.of([1, 2, 3]) - Tally.of([2]) == Tally.of([3, 1])

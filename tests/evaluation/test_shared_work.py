@@ -15,6 +15,7 @@ from inbatch.data.views import Views, make_views
 from inbatch.evaluation import embed, evaluate
 from inbatch.models import create_encoder
 from inbatch.runtime import distributed, shared_work
+from inbatch.runtime.process_group import process_group
 from inbatch.runtime.signals import StopRequested, stop_on_signals
 from inbatch.training.monitors import label_free
 
@@ -75,7 +76,7 @@ def test_parts_cover_everything_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def stopped() -> tuple[int, float]:
     """Send rank 1 a signal in its part of the work; the other rank is in a longer part, with many batches."""
-    with distributed.process_group(timeout=60), stop_on_signals() as stop:
+    with process_group(timeout=60), stop_on_signals() as stop:
         began = time.monotonic()
         try:
             with stop.losing(), shared_work.sharing(stop):

@@ -1,6 +1,7 @@
 """Weights of other programs: layouts are recognised by content, adapted by timm's rules, and read without code."""
 
 import argparse
+import json
 import math
 import re
 import zipfile
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from inbatch.errors import ConfigError, DataError
 from inbatch.models import create_encoder, initial_weights
+from inbatch.models.hub_weights import folder_weights
 from inbatch.models.likely_encoder import likely_encoder
 from inbatch.models.published_weights import MIN_MATCH, load, match
 from inbatch.models.weight_files import Contents, read_contents
@@ -353,6 +355,38 @@ def test_what_is_no_file_of_weights_is_named(tmp_path: Path) -> None:
 # Encoders
 
 
+def test_the_files_of_an_index_are_read_together(tmp_path: Path) -> None:
+    """The layout of transformers for large models: several files, and an index of them."""
+    w = state(resnet())
+    files = [f"model-0000{number + 1}-of-00002.safetensors" for number in range(2)]
+    places = {name: files[number % 2] for number, name in enumerate(w)}
+    for file in files:
+        safetensors.torch.save_file({name: w[name] for name in w if places[name] == file}, tmp_path / file)
+    index = tmp_path / "model.safetensors.index.json"
+    for indent in (None, 2):
+        index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": places}, indent=indent))
+        backbone = resnet()
+        assert "65 of 65 tensors fit" in loaded(index, backbone)
+        assert_holds(backbone, w)
+    foreign = folder_weights(tmp_path)
+    assert foreign is not None and foreign[0].tensors.keys() == w.keys()
+    for content, words in (
+        ({"weight_map": places | {"x": files[0]}}, f"{files[0]} lacks x, which its index places there"),
+        ({"weight_map": places | {"x": "other.bin"}}, "its index names other.bin, which is not in the same folder"),
+        ({"weight_map": {"x": "../model.bin"}}, "names a file outside of the folder: ../model.bin"),
+        ({"weight_map": {"x": index.name}}, "neither a file of safetensors nor one of torch.save"),
+        ({"weight_map": [1]}, 'it is JSON, but not an index of weights with a "weight_map"'),
+        ({"a": 1}, 'it is JSON, but not an index of weights with a "weight_map"'),
+    ):
+        index.write_text(json.dumps(content))
+        with pytest.raises(DataError, match=re.escape(words)):
+            read_contents(index)
+    index.write_text(json.dumps({"weight_map": places}))
+    (tmp_path / files[1]).write_bytes((tmp_path / files[1]).read_bytes()[:-9])
+    with pytest.raises(DataError, match=f"{files[1]} is damaged. Copy or download it again"):
+        read_contents(index)
+
+
 def test_the_stem_is_that_of_the_weights(tmp_path: Path) -> None:
     options = {"size": 32}
     published = create_encoder("resnet10", **options, stem="imagenet")
@@ -429,6 +463,14 @@ def test_weights_of_the_hub_come_from_its_cache(tmp_path: Path, monkeypatch: pyt
     assert initial_weights.is_named("hub:owner/name") and not initial_weights.is_named("owner/name")
     snapshot = tmp_path / "models--owner--name" / "snapshots" / "abc"
     assert create_encoder("test_resnet", size=64, init=snapshot).mean == (0.1, 0.2, 0.3)
+    tensors = safetensors.torch.load(weights)
+    halves = {"a.safetensors": [*tensors][::2], "b.safetensors": [*tensors][1::2]}
+    parts = {file: safetensors.torch.save({k: tensors[k] for k in names}) for file, names in halves.items()}
+    places = {name: file for file, names in halves.items() for name in names}
+    index = json.dumps({"weight_map": places}).encode()
+    hub_cache(tmp_path, "owner/large", {"model.safetensors.index.json": index} | parts)
+    encoder = create_encoder("test_resnet", size=64, init="hub:owner/large")
+    assert_holds(encoder.backbone, dict(published.backbone.state_dict()))
     with pytest.raises(ConfigError, match="hub:owner/other are in no cache, and HF_HUB_OFFLINE is set"):
         create_encoder("test_resnet", size=64, init="hub:owner/other")
     with pytest.raises(ConfigError, match=r"there is no such repository; write hub:OWNER/NAME"):

@@ -59,6 +59,8 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "sigmoid": lambda z, place: losses.pairwise_sigmoid(z, 5.0, -3.0),
     "sigmoid, groups": lambda z, place: losses.pairwise_sigmoid(z, 5.0, -3.0, group(N)[place]),
     "koleo": lambda z, place: losses.koleo(z),
+    "barlow twins": lambda z, place: losses.barlow_twins(z)["loss"],
+    "vicreg": lambda z, place: losses.vicreg(z)["loss"],
 }  # fmt: skip
 
 
@@ -181,6 +183,21 @@ def test_a_rank_sends_what_the_formula_says(world: int) -> None:
 
     numbers = world // 2 * (2 * N // world) * 3 * (5 + 1)
     assert on_threads(world, own) == [{"add": 2, "gather": 0, "exchange": numbers}] * world
+
+
+@pytest.mark.parametrize(
+    ("loss", "numbers"), [(losses.barlow_twins, 5**2 + 8 * 5), (losses.vicreg, 2 * 5**2 + 6 * 5 + 1)]
+)
+def test_gradients_that_every_rank_knows_are_not_sent(loss: Callable[..., dict[str, Tensor]], numbers: int) -> None:
+    """Matrices of D x D are added up once, not again in the backward pass; of Barlow Twins, gradients of 2 D are."""
+
+    def own(rank: int) -> dict[str, int]:
+        loss(rows(2, N // 3, 5, seed=rank).requires_grad_())["loss"].backward()
+        peers = tiles.PLAN.get().peers
+        assert isinstance(peers, ThreadPeers)
+        return peers.sent
+
+    assert on_threads(3, own) == [{"add": numbers, "gather": 0, "exchange": 0}] * 3
 
 
 def test_weights_of_own_rows_only_are_refused() -> None:

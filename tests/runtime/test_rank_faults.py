@@ -4,6 +4,7 @@ import datetime
 import errno
 import json
 import os
+import re
 import signal
 import tempfile
 import threading
@@ -26,6 +27,7 @@ from inbatch.distributed import own_rows
 from inbatch.errors import ConfigError, DataError, InbatchError, RankError
 from inbatch.losses import nt_xent
 from inbatch.runtime import distributed, rank_store, sharding
+from inbatch.runtime.process_group import process_group
 from inbatch.runtime.rank_store import RankStore, fresh
 from inbatch.training import checkpoint
 from inbatch.training.metric_logger import Log
@@ -68,6 +70,10 @@ def test_what_differs_is_named_on_every_rank() -> None:
     for error in found:
         assert isinstance(error, ConfigError)
         assert "disagree about the seed: rank 2 has a different one from rank 0 (2, not 1)" in str(error)
+    facts = [dict.fromkeys("fedcba", str(number)) for number in range(2)]
+    for error in at_once(*(lambda r=r: r.meet(facts[r.rank]) for r in rolls(2))):
+        names = re.findall(r"about the (\w): rank 1 has a different one from rank 0 \(1, not 0\)", str(error))
+        assert names == [*"abcdef"], "every difference, in sorted order"
 
 
 def test_a_rank_that_ends_by_itself_ends_the_waiting_of_the_others() -> None:
@@ -197,7 +203,7 @@ def unhappy(rank: int, world: int, folder: str, fault: str, bad: int, answers: A
     wait = datetime.timedelta(seconds=TIMEOUT)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world, timeout=wait)
     try:
-        with distributed.process_group(timeout=TIMEOUT):
+        with process_group(timeout=TIMEOUT):
             (endless_ring if ring else sharded if " in a " in fault else endless)(fault, bad)
     except Exception as error:
         answers.put((rank, type(error).__name__, str(error), getattr(error, "speaks", False), time.monotonic()))

@@ -113,7 +113,24 @@ def test_an_option_beside_shards(tmp_path: Path, name: str) -> None:
     assert inbatch.load(tmp_path).width > 0
 
 
-@pytest.mark.parametrize("fields", [{"budget": "1m"}, {"curate.name": "redraw"}, {"context": "auto"}])
+def run_for_a_minute(out: Path) -> dict[str, Any]:
+    with pytest.MonkeyPatch.context() as patch:
+        leave_out_judgement(patch)
+        return inbatch.pretrain(
+            "digits-canvas", out=out, encoder="tiny", shard=True, budget="1m", subset=80, batch_size=16, image_size=20,
+            workers=0, quiet=True,
+        ).result  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_budget_beside_shards(tmp_path: Path) -> None:
+    """All ranks time the same steps; rank 0 alone times evaluations, of the gathered encoder."""
+    first, second = on_ranks(2, run_for_a_minute, tmp_path)
+    assert first == second and first["world"] == 2 and first["recipe"]["shard"]
+    assert 30 < first["wall_seconds"] < 65 and first["steps"] > 5
+
+
+@pytest.mark.parametrize("fields", [{"curate.name": "redraw"}, {"context": "auto"}])
 def test_what_shards_do_not_allow_is_refused(fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distributed, "world", lambda: 2)
     settings = {"shard": True, "encoder.name": "tiny", "preset": "digits", "subset": 80, "batch_size": 16}

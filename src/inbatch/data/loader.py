@@ -148,7 +148,7 @@ class Loader:
         if self.held is None:
             self.workers = processes(workers, world)
             if self.plan is not None:
-                self.workers = min(self.workers, self.plan.parts(rank, world))
+                self.workers = self.plan.workers(rank, world, PIECE, self.workers)
             self._cuts = self._pieces()
             if sampler is not None:
                 shared = torch.zeros(self.steps * batch, dtype=torch.long).share_memory_()

@@ -8,6 +8,7 @@ divide the positions of a batch, so they do not affect which samples are in it.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -136,23 +137,34 @@ class StreamPlan:
         Args:
             rank: Rank of this process.
             world: Number of ranks.
-            workers: Number of worker processes, at most `parts`.
+            workers: Number of worker processes, as returned by `workers`.
             most: Maximum number of samples in a piece.
         """
-        share = self.batch // world
-        inner = self._borders(rank, world)
-        ends = [inner[worker * (len(inner) - 1) // workers] - rank * share for worker in range(workers + 1)]
-        widths = [high - low for low, high in zip(ends, ends[1:], strict=False)]
-        pieces = -(-max(widths) // most)
+        ends, pieces = self._ends(rank, world, workers, most)
         return [
-            slice(low + width * piece // pieces, low + width * (piece + 1) // pieces)
+            slice(low + (high - low) * piece // pieces, low + (high - low) * (piece + 1) // pieces)
             for piece in range(pieces)
-            for low, width in zip(ends, widths, strict=False)
+            for low, high in pairwise(ends)
         ]
 
-    def parts(self, rank: int, world: int) -> int:
-        """Return the number of streams, or parts of streams, of a rank."""
-        return len(self._borders(rank, world)) - 1
+    def workers(self, rank: int, world: int, most: int, requested: int) -> int:
+        """Return the largest number of workers, up to the requested one, of which each has samples in every piece."""
+        for workers in range(min(requested, len(self._borders(rank, world)) - 1), 1, -1):
+            ends, pieces = self._ends(rank, world, workers, most)
+            if min(high - low for low, high in pairwise(ends)) >= pieces:
+                return workers
+        return min(requested, 1)
+
+    def _ends(self, rank: int, world: int, workers: int, most: int) -> tuple[list[int], int]:
+        """Return the ends of the workers' shares of a local batch, and the number of pieces of each.
+
+        They are the borders of streams nearest to equal shares: where ranks do not divide the streams, the first and
+        the last part of a rank can be one sample.
+        """
+        share, inner = self.batch // world, np.asarray(self._borders(rank, world)) - rank * (self.batch // world)
+        equal = share * np.arange(workers + 1) / workers
+        ends = inner[np.abs(inner[:, None] - equal).argmin(0)].tolist()
+        return ends, -(-max(high - low for low, high in pairwise(ends)) // most)
 
     def expected(self, epoch: int, rank: int, world: int, step: int) -> Tally:
         """Return the tally of the samples that a rank reads in an epoch from a step on."""

@@ -25,6 +25,7 @@ from inbatch.evaluation.embeddings import Embeddings
 from inbatch.evaluation.export import Tokens, check_output, numbers, write_embeddings
 from inbatch.runtime import distributed
 from inbatch.runtime.files import locked, read_json, replacing, write_json
+from inbatch.runtime.process_group import advance, follow
 
 BATCH = 256
 """Images per chunk."""
@@ -142,27 +143,27 @@ class EmbeddingParts:
                     self.encoder, self.sources[part.split], batch=BATCH, missing=bad, numbers=part.numbers
                 ):
                     done.append(chunk)
-                    distributed.advance(_WORK)
+                    advance(_WORK)
                     yield chunk
                 _save(part.file, done, bad or {}, self.tokens)
 
         for _ in shown(chunks(), sum(len(self.parts[i].numbers) for i in todo)):
             pass
-        distributed.advance(_WORK, finished=True)
+        advance(_WORK, finished=True)
 
     def _joined(self, missing: dict[int, str] | None, main: bool) -> int:
         """Write the file from its parts on rank 0, when all ranks have embedded theirs, and remove the parts."""
         count = 0
         if main:
-            distributed.follow(_WORK, range(1, distributed.world()))
+            follow(_WORK, range(1, distributed.world()))
             bad: dict[int, str] = {}
             count = write_embeddings(self.out, self._chunks(bad), self.tokens)
             if missing is not None:
                 missing |= bad
             shutil.rmtree(self.folder, ignore_errors=True)
-            distributed.advance(_JOIN, finished=True)
+            advance(_JOIN, finished=True)
         else:
-            distributed.follow(_JOIN, [0])
+            follow(_JOIN, [0])
         count, told = distributed.broadcast_object((count, missing))
         if missing is not None:
             missing |= told
@@ -192,7 +193,7 @@ class EmbeddingParts:
                     classes=getattr(source, "classes", ()),
                     ids=getattr(source, "ids", None),
                 )
-            distributed.advance(_JOIN)
+            advance(_JOIN)
 
 
 def digest(tensors: Mapping[str, Tensor], *more: object) -> str:

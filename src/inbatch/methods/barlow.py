@@ -8,7 +8,7 @@ from torch import Tensor
 
 from inbatch.batch import Batch, Losses, Rows
 from inbatch.methods.base import Method
-from inbatch.nn.batch_sums import batch_count, batch_mean, batch_sum, batch_var
+from inbatch.nn.batch_sums import batch_count, batch_var, centred, loss_sum
 from inbatch.nn.functional import nan_if_overflow, product, wide
 from inbatch.nn.heads import Head, hidden_widths, mlp
 
@@ -20,11 +20,8 @@ def cross_correlation(
 
     Zbontar et al. 2021, Eq. 2; eps is added to the (biased) variances, as in batch normalisation.
     """
-    a, b = (
-        (x - batch_mean(x, 0)) / nan_if_overflow((batch_var(x, 0, correction=0) + eps).sqrt())
-        for x in (wide(a), wide(b))
-    )
-    return batch_sum(product(a.T, b)) / batch_count(len(a), a)
+    a, b = (centred(x, 0) / nan_if_overflow((batch_var(x, 0, correction=0) + eps).sqrt()) for x in (wide(a), wide(b)))
+    return loss_sum(product(a.T, b)) / batch_count(len(a), a)
 
 
 def barlow_twins(z: Float[Tensor, "v n d"], lambd: float = 0.0051, scale: float = 1.0) -> Losses:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from inbatch.batch import Batch, Losses, Rows
 from inbatch.methods.base import Method
-from inbatch.nn.batch_sums import batch_count, batch_mean
+from inbatch.nn.batch_sums import batch_count, loss_mean
 from inbatch.nn.functional import covariance, variance_hinge, wide
 from inbatch.nn.heads import Head, hidden_widths, mlp
 
@@ -29,7 +29,7 @@ def vicreg(
     if z.shape[0] < 2 or batch_count(z.shape[1], z) < 2:
         raise ValueError(f"VICReg needs 2 views of 2 samples, got {tuple(z.shape)} (views, samples, width)")
     z = wide(z)
-    away = torch.stack([batch_mean((a - b).square()) for a, b in combinations(z, 2)]).mean()
+    away = torch.stack([loss_mean((a - b).square()) for a, b in combinations(z, 2)]).mean()
     narrow = variance_hinge(z, eps) * (1 if variance == "mean" else 2)
     shared = torch.stack([covariance(view).square().fill_diagonal_(0).sum() for view in z]).mean() * 2 / z.shape[2]
     loss = sim_coeff * away + std_coeff * narrow + cov_coeff * shared

@@ -7,11 +7,12 @@ from typing import Any
 
 from inbatch.errors import ConfigError, DataError, reason
 from inbatch.models.backbones import reached
-from inbatch.models.weight_files import Contents, read_contents
+from inbatch.models.weight_files import Contents, indexed_files, read_contents
 from inbatch.runtime.files import read_json
 
 PREFIX = "hub:"
-_FILES = ("model.safetensors", "pytorch_model.bin", "open_clip_pytorch_model.bin")
+_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+_FILES = ("model.safetensors", "pytorch_model.bin", "open_clip_pytorch_model.bin", *_INDEXES)
 
 
 def is_hub(init: Any) -> bool:
@@ -33,6 +34,8 @@ def read_hub(name: str) -> tuple[Contents, dict[str, Any]]:
     file = next((path for path in (_file(name, one) for one in _FILES) if path is not None), None)
     if file is None:
         raise ConfigError(f"{name} has none of the files {', '.join(_FILES)}: choose another repository")
+    for part in indexed_files(file) if file.name in _INDEXES else ():
+        _file(name, part)  # into the folder of the index
     return _with_activation(read_contents(file), config), _published(config)
 
 

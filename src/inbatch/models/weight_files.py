@@ -1,13 +1,14 @@
 """Tensors of a file of weights from any program, recognised by its content. No code of a file is executed."""
 
 import io
+import json
 import pickletools
 import re
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, BinaryIO
 
 import safetensors.torch
@@ -18,8 +19,9 @@ from inbatch.errors import ConfigError, DataError, listed, reason
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".tar", ".ckpt", ".bin")
 KINDS = (
-    'a run, "timm", hub:REPOSITORY, an encoder\'s folder, a folder of torch.distributed.checkpoint, or a file of '
-    "safetensors or of torch.save (.safetensors, .pt, .pth, .pth.tar, .ckpt, .bin)"
+    'a run, "timm", hub:REPOSITORY, an encoder\'s folder, a folder of torch.distributed.checkpoint, a file of '
+    "safetensors or of torch.save (.safetensors, .pt, .pth, .pth.tar, .ckpt, .bin), or an index of such files "
+    "(.index.json)"
 )
 _CONVERT = "Save its tensors with safetensors.torch.save_file, or torch.save a state dict of PyTorch"
 
@@ -104,7 +106,7 @@ def read_contents(path: Path) -> Contents:
 
             loaded: Any = read_sharded(path / INDEX)
         else:
-            loaded = _load(path)
+            loaded = _load_indexed(path) if is_index(path) else _load(path)
         if not isinstance(loaded, Mapping):
             raise DataError(f"it holds a {type(loaded).__name__} instead of tensors with names")
         tensors = {_WRAPPERS.sub("", name): tensor for name, tensor in _named(loaded)}
@@ -122,6 +124,49 @@ def read_contents(path: Path) -> Contents:
 def is_sharded(path: Path) -> bool:
     """Return whether a path is a folder that `torch.distributed.checkpoint` wrote."""
     return (path / INDEX).is_file()
+
+
+def is_index(path: Path) -> bool:
+    """Return whether a file is JSON, as the index of transformers is that names the files of a model."""
+    with path.open("rb") as file:
+        head = file.read(9)
+    return head.lstrip()[:1] == b"{" and head[8:] != b"{"  # a file of safetensors has its header there
+
+
+def indexed_files(path: Path) -> dict[str, list[str]]:
+    """Return the files that an index names, and the names of the tensors in each; DataError if it is no index."""
+    try:
+        places = json.loads(path.read_bytes())["weight_map"]
+        named = [(str(name), str(file)) for name, file in places.items()]
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        raise DataError('it is JSON, but not an index of weights with a "weight_map"') from None
+    files: dict[str, list[str]] = {}
+    for name, file in named:
+        if PurePath(file).name != file:
+            raise DataError(f"its index names a file outside of the folder: {file}")
+        files.setdefault(file, []).append(name)
+    return files
+
+
+def _load_indexed(path: Path) -> dict[str, Any]:
+    """Return the tensors of an index from the files next to it."""
+    tensors: dict[str, Any] = {}
+    for file, names in indexed_files(path).items():
+        place = path.parent / file
+        if not place.is_file():
+            raise DataError(f"its index names {file}, which is not in the same folder. Download all files of the model")
+        try:
+            part = _load(place)
+        except DataError as error:
+            raise DataError(f"{file}: {error}") from None
+        except safetensors.SafetensorError:
+            raise DataError(f"{file} is damaged. Copy or download it again") from None
+        if not isinstance(part, Mapping):
+            raise DataError(f"{file} holds a {type(part).__name__} instead of tensors with names")
+        if missing := [name for name in names if name not in part]:
+            raise DataError(f"{file} lacks {listed(missing, 3)}, which its index places there")
+        tensors |= {name: part[name] for name in names}
+    return tensors
 
 
 def _load(path: Path) -> Any:

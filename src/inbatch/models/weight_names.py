@@ -39,24 +39,19 @@ _OF_TORCHVISION: Rules = (
     (r"conv_proj\.", "patch_embed.proj."),
     (r"encoder\.ln\.", "norm."),
 )
-_OF_TRANSFORMERS_RESNET: Rules = (
-    (r"embedder\.embedder\.convolution\.", "conv1."),
-    (r"embedder\.embedder\.normalization\.", "bn1."),
-    *((rf"encoder\.stages\.{i}\.layers\.(\d+)\.", rf"layer{i + 1}.\1.") for i in range(4)),
-    (r"shortcut\.convolution\.", "downsample.0."),
-    (r"shortcut\.normalization\.", "downsample.1."),
-    *((rf"layer\.{i}\.convolution\.", f"conv{i + 1}.") for i in range(3)),
-    *((rf"layer\.{i}\.normalization\.", f"bn{i + 1}.") for i in range(3)),
-)
-_OF_SIMCLR: Rules = (
-    (r"net\.0\.0\.", "conv1."),
-    (r"net\.0\.1\.0\.", "bn1."),
-    (r"net\.([1-4])\.blocks\.(\d+)\.", r"layer\1.\2."),
-    (r"projection\.shortcut\.", "downsample.0."),
-    (r"projection\.bn\.0\.", "downsample.1."),
-    *((rf"net\.{2 * i}\.(?=weight$)", f"conv{i + 1}.") for i in range(3)),
-    *((rf"net\.{2 * i + 1}\.0\.", f"bn{i + 1}.") for i in range(3)),
-)
+_RESNETS = (
+    ("conv1.", r"embedder\.embedder\.convolution\.", r"net\.0\.0\."),
+    ("bn1.", r"embedder\.embedder\.normalization\.", r"net\.0\.1\.0\."),
+    *((rf"layer{i + 1}.\1.", rf"encoder\.stages\.{i}\.layers\.(\d+)\.", rf"net\.{i + 1}\.blocks\.(\d+)\.")
+      for i in range(4)),
+    ("downsample.0.", r"shortcut\.convolution\.", r"projection\.shortcut\."),
+    ("downsample.1.", r"shortcut\.normalization\.", r"projection\.bn\.0\."),
+    *((f"conv{i + 1}.", rf"layer\.{i}\.convolution\.", rf"net\.{2 * i}\.(?=weight$)") for i in range(3)),
+    *((f"bn{i + 1}.", rf"layer\.{i}\.normalization\.", rf"net\.{2 * i + 1}\.0\.") for i in range(3)),
+)  # fmt: skip
+"""Names of timm, of transformers and of SimCLRv2's conversion."""
+_OF_TRANSFORMERS_RESNET: Rules = tuple((theirs, ours) for ours, theirs, _ in _RESNETS)
+_OF_SIMCLR: Rules = tuple((theirs, ours) for ours, _, theirs in _RESNETS)
 _OF_DINOV3: Rules = (
     (r"(model\.)?layer\.(\d+)\.", r"blocks.\2."),
     (r"attention\.q_proj\.", "attn.query."),

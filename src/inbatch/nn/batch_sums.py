@@ -5,6 +5,8 @@ the whole batch, these functions are those of PyTorch. If each rank holds its ow
 reach over all ranks: every rank computes the loss of the whole batch from its own rows. A value that is summed over
 ranks gets the sum of the gradients of all ranks. Each rank propagates the loss back, so that gradients are W times
 those of the whole batch, and their mean over W ranks, as DistributedDataParallel computes it, is exact.
+
+Terms of the loss (`loss_sum`, `loss_mean`, `loss_var`) have a gradient that every rank knows: it is not exchanged.
 """
 
 from collections.abc import Iterator
@@ -46,26 +48,42 @@ def positions(own: int, device: torch.device) -> Tensor:
 
 
 class _Sum(torch.autograd.Function):
-    """Sum over ranks; its gradient is summed, too, because every rank's result depends on every rank's term."""
+    """Sum over ranks; its gradient is summed, too, because every rank's result depends on every rank's term.
+
+    equal: the gradient is the same on all ranks, so that their sum is W times it.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, peers: Peers) -> Tensor:
-        ctx.peers = peers
+    def forward(ctx: Any, x: Tensor, peers: Peers, equal: bool) -> Tensor:
+        ctx.peers, ctx.equal = peers, equal
         x = x.clone(memory_format=torch.contiguous_format)
         peers.add(x)
         return x
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        if ctx.equal:
+            return gradient * ctx.peers.world, None, None
         gradient = gradient.clone(memory_format=torch.contiguous_format)
         ctx.peers.add(gradient)
-        return gradient, None
+        return gradient, None, None
 
 
 def batch_sum(x: Tensor) -> Tensor:
     """Return the sum over ranks of a tensor that each computed from its own samples; x itself in one process."""
     peers = _peers()
-    return x if peers is None else _Sum.apply(x, peers)
+    return x if peers is None else _Sum.apply(x, peers, False)
+
+
+def loss_sum(x: Tensor) -> Tensor:
+    """Return `batch_sum` as a term of the loss, whose backward pass needs no communication.
+
+    All ranks must compute the same from it, so that they have the same gradient of it: the loss, from values that are
+    equal on all ranks. A sum that a rank combines with its own rows, such as a mean that it subtracts from them, has
+    another gradient on each rank; it needs `batch_sum`.
+    """
+    peers = _peers()
+    return x if peers is None else _Sum.apply(x, peers, True)
 
 
 def batch_mean(x: Tensor, dim: int | None = None, keepdim: bool = False, count: int | None = None) -> Tensor:
@@ -80,12 +98,32 @@ def batch_mean(x: Tensor, dim: int | None = None, keepdim: bool = False, count: 
     return batch_sum(x.sum(dim, keepdim)) / batch_count(x.shape[dim], x.detach())
 
 
-def batch_var(x: Tensor, dim: int, correction: int = 1, keepdim: bool = False) -> Tensor:
+def loss_mean(x: Tensor) -> Tensor:
+    """Return the mean over all dimensions as a term of the loss (`loss_sum`)."""
+    return x.mean() if _peers() is None else loss_sum(x.sum()) / batch_count(x.numel(), x.detach())
+
+
+def centred(x: Tensor, dim: int) -> Tensor:
+    """Return x minus its mean over a dimension that contains the samples.
+
+    On several ranks the mean has no gradient. Use the result only in sums over the samples of products with centred
+    values, such as (co)variances: the gradient of the mean, a sum of centred values, is 0 there.
+    """
+    return x - batch_mean(x if _peers() is None else x.detach(), dim, keepdim=True)
+
+
+def batch_var(x: Tensor, dim: int, correction: int = 1) -> Tensor:
     """Return the variance over a dimension that contains the samples."""
     if _peers() is None:
-        return x.var(dim, correction=correction, keepdim=keepdim)
-    away = (x - batch_mean(x, dim, keepdim=True)).square().sum(dim, keepdim)
-    return batch_sum(away) / (batch_count(x.shape[dim], x.detach()) - correction)
+        return x.var(dim, correction=correction)
+    return batch_sum(centred(x, dim).square().sum(dim)) / (batch_count(x.shape[dim], x.detach()) - correction)
+
+
+def loss_var(x: Tensor, dim: int, correction: int = 1) -> Tensor:
+    """Return the variance over a dimension that contains the samples, for terms of the loss (`loss_sum`)."""
+    if _peers() is None:
+        return x.var(dim, correction=correction)
+    return loss_sum(centred(x, dim).square().sum(dim)) / (batch_count(x.shape[dim], x.detach()) - correction)
 
 
 def batch_norm(x: Tensor, dim: int) -> Tensor:

@@ -18,7 +18,9 @@ from inbatch.nn.batch_sums import (
     batch_log_softmax,
     batch_mean,
     batch_sum,
-    batch_var,
+    centred,
+    loss_sum,
+    loss_var,
     own_rows,
     positions,
     whole,
@@ -86,10 +88,10 @@ def moments(x: Float[Tensor, "*b n d"]) -> tuple[Float[Tensor, "*b 1 d"], Float[
 
 
 def covariance(x: Float[Tensor, "n d"]) -> Float[Tensor, "d d"]:
-    """Return the unbiased covariance of the rows of the whole batch."""
+    """Return the unbiased covariance of the rows of the whole batch, a term of the loss (`batch_sums.loss_sum`)."""
     x = wide(x)
-    mean = batch_mean(x, -2, keepdim=True)
-    return batch_sum(product((x - mean).mT, x - mean)) / (batch_count(len(x), x) - 1)
+    away = centred(x, -2)
+    return loss_sum(product(away.mT, away)) / (batch_count(len(x), x) - 1)
 
 
 def variance_hinge(z: Float[Tensor, "v n d"], eps: float = 1e-4) -> Float[Tensor, ""]:
@@ -97,7 +99,7 @@ def variance_hinge(z: Float[Tensor, "v n d"], eps: float = 1e-4) -> Float[Tensor
 
     It measures how far features are below a standard deviation of 1. Variances are unbiased, rows are not normalised.
     """
-    return (1 - (batch_var(wide(z), 1) + eps).sqrt()).relu().mean()
+    return (1 - (loss_var(wide(z), 1) + eps).sqrt()).relu().mean()
 
 
 def cholesky_with_jitter(

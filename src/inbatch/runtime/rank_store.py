@@ -41,15 +41,17 @@ class RankStore:
         if not self._wait(lambda: self._has(f"{here} 0"), self.timeout):
             raise self._lost(self._missing(here), self.timeout)
         first = json.loads(self._get(f"{here} 0"))
-        for name in first.keys() | facts.keys():
-            mine, other = facts.get(name, "none"), first.get(name, "none")
-            if mine != other:
-                problem = f"ranks disagree about the {name}: rank {self.rank} has a different one from rank 0 "
-                problem += f"({_short(mine)}, not {_short(other)})"
-                self.tell(problem, ConfigError.exit_code)
-                error = ConfigError(problem)
-                error.alone = True  # rank 0 may be ended before it receives the error
-                raise error
+        differences = [
+            f"the {name}: rank {self.rank} has a different one from rank 0 ({_short(mine)}, not {_short(other)})"
+            for name in sorted(first.keys() | facts.keys())
+            if (mine := facts.get(name, "none")) != (other := first.get(name, "none"))
+        ]
+        if differences:
+            problem = f"ranks disagree about {', and about '.join(differences)}"
+            self.tell(problem, ConfigError.exit_code)
+            error = ConfigError(problem)
+            error.alone = True  # rank 0 may be ended before it receives the error
+            raise error
         if self._add(came) == self.world:
             self._set(f"{here} all", "")
         if not self._wait(lambda: self._has(f"{here} all"), self.timeout):

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from inbatch.runtime import distributed
+from inbatch.runtime.process_group import interrupt, interrupted
 from inbatch.runtime.signals import Stop, StopRequested
 
 
@@ -62,7 +63,7 @@ def sharing(stop: Stop | None = None) -> Iterator[None]:
     except StopRequested as request:
         if stop is not None and not one.agreed:
             stop.hold()
-            distributed.interrupt(request.number)
+            interrupt(request.number)
             one.agree(request.number)
         raise
     finally:
@@ -82,7 +83,7 @@ def alone() -> Iterator[None]:
 
 def check() -> None:
     """Raise StopRequested if another rank was stopped; to be called between parts of long work."""
-    if _active and _active[0].stop is not None and (number := distributed.interrupted()):
+    if _active and _active[0].stop is not None and (number := interrupted()):
         raise StopRequested(number)
 
 

@@ -92,10 +92,15 @@ def resolve(
     Every rank must call it, and all get the same result.
 
     Raises:
-        ConfigError: If not even the smallest group fits.
+        ConfigError: If not even the smallest group fits, or the encoder is sharded.
     """
     if recipe.context != "auto":
         return recipe, None
+    if recipe.shard and distributed.world() > 1:
+        raise ConfigError(
+            "shard and context = auto exclude each other: a rank that runs out of memory in a dry step leaves the "
+            "others waiting; set a number (inbatch pretrain --dry-run states the memory)"
+        )
     gc.collect()
     frozen = gc.get_freeze_count()
     gc.freeze()  # the garbage collector then only scans what the dry steps allocate
@@ -112,13 +117,14 @@ def within_memory(
 ) -> tuple[Recipe, str]:
     """Return the recipe with a context that fits in the free memory, and a sentence if it had to be made smaller.
 
-    The estimate costs one small forward pass; no image is decoded. A context that the recipe sets is not changed.
+    The estimate costs one small forward pass; no image is decoded. A context that the recipe sets is not changed. A
+    sharded encoder is not checked: the estimate is that of a whole one.
     Every rank must call it, and all get the same result.
 
     Raises:
         ConfigError: If the context that the recipe sets does not fit, or no context does.
     """
-    if recipe.context == "auto":
+    if recipe.context == "auto" or (recipe.shard and distributed.world() > 1):
         return recipe, ""
     requested, share = recipe.context is not None, local_batch_size(recipe, distributed.world())
     context = int(recipe.context) if isinstance(recipe.context, int) else share

@@ -10,6 +10,7 @@ from inbatch.models.network import norms
 from inbatch.nn import triton_logsumexp
 from inbatch.runtime import distributed
 from inbatch.runtime.device import precision_for
+from inbatch.runtime.process_group import assert_equal_across_ranks
 from inbatch.training.negatives import check_negatives
 from inbatch.training.presets import method_named
 from inbatch.training.recipe import Recipe
@@ -22,7 +23,7 @@ def check_recipe(recipe: Recipe, source: Source, device: torch.device, context: 
     if distributed.world() > 1:  # ranks that reduce results must compute them in the same way
         kernels = triton_logsumexp.usable(torch.zeros(1, 1, device=device))
         facts = {"use of Triton's kernels": kernels, "precision": precision_for(recipe.precision, device)}
-        distributed.assert_equal_across_ranks(facts)
+        assert_equal_across_ranks(facts)
     check_reading(recipe)
     check_shard(recipe)
     check_labels(recipe, source)
@@ -53,11 +54,6 @@ def check_shard(recipe: Recipe) -> None:
     """Raise ConfigError for settings that a sharded encoder does not allow."""
     if not recipe.shard or distributed.world() == 1:
         return
-    if recipe.budget is not None:
-        raise ConfigError(
-            "shard and budget exclude each other: steps are timed on one rank, which cannot compute a sharded encoder "
-            "alone; set epochs or steps"
-        )
     if recipe.curate is not None and recipe.curate.options.get("model") != "live":
         raise ConfigError("shard: curation keeps a copy of the encoder, which is not divided; set curate.model=live")
 

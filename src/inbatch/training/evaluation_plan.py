@@ -67,18 +67,19 @@ def _within_budget(built: RunComponents, split: EvaluationSplit | None, progress
     budget, calibration, sizes = built.recipe.budget or 0.0, progress.calibration, progress.sizes
     left = max(1.0, budget - progress.wall)
     began = time.perf_counter()
-    if split is not None:
-        part = split if sizes or distributed.rank() else affordable(built, split, JUDGED * left)
-        bank, queries = distributed.broadcast_object(
-            (sizes.bank, sizes.queries) if sizes else (len(part.bank), len(part.queries))
+    with built.gathered():
+        if split is not None:
+            part = split if sizes or distributed.rank() else affordable(built, split, JUDGED * left)
+            bank, queries = distributed.broadcast_object(
+                (sizes.bank, sizes.queries) if sizes else (len(part.bank), len(part.queries))
+            )
+            split = limited(split, bank, queries)
+        with shared_work.sharing():
+            make_online_evaluator(built, split)()
+        seconds = time.perf_counter() - began
+        images, comparison = distributed.broadcast_object(
+            (0, 0.0) if distributed.rank() else images_within(built, JUDGED * left, sizes.compared if sizes else None)
         )
-        split = limited(split, bank, queries)
-    with shared_work.sharing():
-        make_online_evaluator(built, split)()
-    seconds = time.perf_counter() - began
-    images, comparison = distributed.broadcast_object(
-        (0, 0.0) if distributed.rank() else images_within(built, JUDGED * left, sizes.compared if sizes else None)
-    )
     progress.sizes = EvaluationSizes(len(split.bank) if split else 0, len(split.queries) if split else 0, images)
     until = built.recipe.grow_until
     costs = [(until, calibration["small"])] if calibration and until else growth(built)

@@ -145,13 +145,6 @@ def with_context(plan: RunPlan, device: torch.device, workers: int | None, check
     Raises:
         ConfigError: If the context that the recipe sets does not fit in memory, or no context does.
     """
-    if plan.recipe.shard and distributed.world() > 1:
-        if plan.recipe.context == "auto":
-            raise ConfigError(
-                "shard and context = auto exclude each other: a rank that runs out of memory in a dry step leaves the "
-                "others waiting; set a number (inbatch pretrain --dry-run states the memory)"
-            )
-        return plan
     recipe, context = resolve(plan.recipe, plan.source, device, workers)
     memory = ""
     if check_memory and plan.choice is None:

@@ -9,6 +9,7 @@ from typing import Any
 from inbatch.errors import InbatchError
 from inbatch.nn.cpu_matmul import fast_products
 from inbatch.runtime import distributed, shared_work
+from inbatch.runtime.process_group import assert_equal_across_ranks
 from inbatch.runtime.signals import stop_on_signals
 from inbatch.runtime.threads import Threads
 from inbatch.training.budget import duration
@@ -74,7 +75,7 @@ def train(
         notes = [*notes, saved.note or where_from, *(() if saved.run else (EARLIER,))]
     else:
         progress.calibration = dict(calibration) if calibration else None
-    distributed.assert_equal_across_ranks(
+    assert_equal_across_ranks(
         {
             "checkpoint": f"step {progress.step}",
             "images that can be read": data,

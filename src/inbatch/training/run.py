@@ -20,6 +20,7 @@ from inbatch.runtime.files import read_json
 from inbatch.runtime.isolation import briefly_isolated, isolated
 from inbatch.runtime.own_parts import OwnPart
 from inbatch.runtime.paths import path_of
+from inbatch.runtime.process_group import assert_equal_across_ranks, process_group
 from inbatch.training.data_places import located, opening
 from inbatch.training.head_evaluation import evaluate_head
 from inbatch.training.holdout import Images, columns_of_other, evaluation_split
@@ -123,7 +124,7 @@ def evaluate_run(
         ConfigError: If protocols are requested but no image is labelled.
     """
     columns = {"image_column": image_column, "label_column": label_column}
-    with distributed.process_group(None, device_for(device).type, dist_timeout, "with the same command"):
+    with process_group(None, device_for(device).type, dist_timeout, "with the same command"):
         with shared_work.sharing():
             result = _evaluated(path, data, test, protocols, from_, device, columns, options)
         return distributed.broadcast_object(result)
@@ -162,7 +163,7 @@ def _evaluated(
         images = for_encoder(encoder, source)
         return evaluate_unlabelled(own, before, encoder, images, options["seed"], stopped) | origin
     bank, queries = (for_encoder(encoder, part) for part in (split.bank, split.queries))
-    distributed.assert_equal_across_ranks(
+    assert_equal_across_ranks(
         {"encoder": digest(encoder.state_dict())} | {part.name: f"{len(part):,} images" for part in (bank, queries)}
     )
     head = {"head": evaluate_head(path, encoder, queries)} if from_ == "head" else {}

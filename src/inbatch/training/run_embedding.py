@@ -20,6 +20,7 @@ from inbatch.runtime import distributed
 from inbatch.runtime.device import device_for
 from inbatch.runtime.isolation import isolated
 from inbatch.runtime.paths import path_of
+from inbatch.runtime.process_group import assert_equal_across_ranks, process_group
 from inbatch.runtime.terminal import counted, progress
 from inbatch.training.holdout import columns_of_other
 from inbatch.training.own_requests import with_own_encoder
@@ -66,7 +67,7 @@ def embed_run(
         raise ConfigError("--float16 halves the files of --tokens: add it; vectors are written in float32")
     place = device_for(device)
     with (
-        distributed.process_group(None, place.type, dist_timeout, "with the same command"),
+        process_group(None, place.type, dist_timeout, "with the same command"),
         progress(quiet) as (say, _),
     ):
         loaded = load_run_encoder(path)
@@ -81,7 +82,7 @@ def embed_run(
         dense = TokenEncoder(encoder) if tokens else None
         layout = None if dense is None else Tokens(dense.grid, dense.width, float16)
         facts = _facts(encoder, sources, f"{layout}, plain {plain}")
-        distributed.assert_equal_across_ranks(facts)
+        assert_equal_across_ranks(facts)
         facts["images"] += "".join(str(source.fingerprint()) for source in sources.values())
         with encoder.plain() if plain else nullcontext():
             parts = EmbeddingParts(dense or encoder, sources, path_of(out, "out"), layout, facts)

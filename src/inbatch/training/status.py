@@ -11,6 +11,7 @@ from inbatch.data import lost_workers
 from inbatch.errors import InbatchError, Interrupted, Preempted, RankError, unreadable
 from inbatch.runtime import distributed
 from inbatch.runtime.files import out_of_room, replacing, write_json
+from inbatch.runtime.process_group import shared_errors
 from inbatch.runtime.resources import launch_id
 from inbatch.runtime.signals import StopRequested
 from inbatch.training.build import RunComponents
@@ -59,7 +60,7 @@ class Report:
     def record_exit_status(self) -> Iterator[None]:
         """Record the reason if the run ends inside the context: on rank 0 or, without it, the first remaining rank."""
         try:
-            with distributed.shared_errors(), lost_workers(), out_of_room(self.path.parent):
+            with shared_errors(), lost_workers(), out_of_room(self.path.parent):
                 yield
         except InbatchError as error:
             self.main |= isinstance(error, RankError) and error.speaks

@@ -2,35 +2,31 @@
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from inbatch.api import Run, load, load_run, pretrain
 from inbatch.apps.adaptation.gain import Gain, accuracy_gain, measure_gain
+from inbatch.apps.adaptation.hits import measure_hits
+from inbatch.apps.adaptation.share import check_budget, planned_share
 from inbatch.apps.adaptation.start import starting_settings, training_settings
 from inbatch.apps.adaptation.verdict import HELPED, NO_HELP, Verdict
 from inbatch.data import Source
 from inbatch.errors import ConfigError, InbatchError, Interrupted, Preempted, TrainingError, Unwritten, check_whole
-from inbatch.evaluation import embed, knn_scores
-from inbatch.evaluation.accuracy import credit
-from inbatch.evaluation.embeddings import matched
-from inbatch.evaluation.knn import equal_scores
-from inbatch.evaluation.linear_probe import fit
 from inbatch.models import Encoder, load_encoder, save_encoder
-from inbatch.runtime import distributed
+from inbatch.runtime import distributed, tuning
 from inbatch.runtime.device import device_for
 from inbatch.runtime.files import object_in, read_json, to_json, write_json
 from inbatch.runtime.isolation import isolated
 from inbatch.runtime.path_list import joined_paths
 from inbatch.runtime.paths import path_of
+from inbatch.runtime.process_group import process_group
 from inbatch.runtime.terminal import progress
-from inbatch.training.budget import LEAST, duration, parse_budget
+from inbatch.training.budget import duration, parse_budget
 from inbatch.training.claim import claim, numbered
 from inbatch.training.holdout import EvaluationSplit, evaluation_split
 from inbatch.training.monitors.online_evaluation import fit_readout, limited
@@ -39,8 +35,8 @@ from inbatch.training.plan import plan_without_budget
 from inbatch.training.requested_settings import check_one_length, merged_settings
 
 REQUEST, VERDICT = "adapt.json", "verdict.json"
-TEMPERATURE = 0.1
-"""Temperature of k-NN, that of `evaluate`."""
+SHARE = "seconds_of_a_run"
+"""Entry of the request with a budget: the share of each run, which a repeated call keeps."""
 
 
 @isolated
@@ -62,7 +58,7 @@ def adapt(
         method: A name of `METHODS`, or your own (`pretrain`); simclr by default.
         out: Directory of the result, runs/adapt-DATA-NUMBER by default.
         seeds: Number of runs, with the seeds 0, 1, ...; one seed has no spread, and its verdict is never "helped".
-        budget: Wall time of all runs together ("30m"), without the verdict; each run gets an equal share.
+        budget: Wall time of the whole call ("30m"), to the written verdict; each run gets an equal share of it.
         settings: Settings with a dotted name.
         test: Labelled images for the verdict, if the data have no test split.
         device: Device of the runs, or "auto".
@@ -78,20 +74,27 @@ def adapt(
         ConfigError, DataError, TrainingError, Preempted, Interrupted, Unwritten: See `inbatch.errors`.
     """
     check_whole("seeds", seeds, least=1)
-    data, began = joined_paths(data), time.perf_counter()
+    data, began = joined_paths(data), tuning.command_began()
     requested = merged_settings(method, None, settings, fields)
     if "seed" in requested:
         raise ConfigError("an adaptation trains with the seeds 0, 1, ...: leave out seed, and set their number (seeds)")
-    if budget is not None:
-        requested["budget"] = _share(parse_budget(budget), seeds)
+    total, place = requested.get("budget") if budget is None else budget, device_for(device)
+    if total is not None:
+        requested["budget"] = total = parse_budget(total)
+        check_budget(total, seeds)
     chosen = training_settings(requested, starting_settings(weights))
     check_one_length(chosen)
-    with distributed.process_group(None, device_for(device).type):
+    with process_group(None, place.type):
         plan = plan_without_budget(data, {key: x for key, x in chosen.items() if key != "budget"})
         split = evaluation_split(plan.recipe, plan.source, plan.data, test)
-        facts = {"data": plan.recipe.data, "images": plan.source.signature(), "from": str(weights), "settings": chosen}
+        facts: dict[str, Any] = {"seeds": seeds} if total is not None else {}
+        facts |= {"data": plan.recipe.data, "images": plan.source.signature(), "from": str(weights), "settings": chosen}
         folder = _prepared(out, plan.recipe.data, facts)
         each = {key: value for key, value in chosen.items() if key != "own"}  # every run writes it itself
+        if total is not None:
+            each["budget"] = _agreed_share(
+                folder, facts, lambda: planned_share(total, seeds, began, plan.recipe, split, place)
+            )
         runs = []
         for seed in range(seeds):
             with progress(quiet) as (notify, _):
@@ -100,8 +103,11 @@ def adapt(
             runs.append(_trained(folder / f"seed-{seed}", data, each | {"seed": seed}, test, device, workers, quiet))
         result = None
         if distributed.rank() == 0:
-            result = _judged(folder, runs, split, plan.source, device_for(device))
+            result = _judged(folder, runs, split, plan.source, place)
             result |= {"from": str(weights), "seconds": time.perf_counter() - began}
+            if total is not None:
+                with progress(quiet) as (notify, _):
+                    notify(f"Budget of {duration(total)}: this command took {duration(result['seconds'])}.")
             try:
                 write_json(folder / VERDICT, result)
             except InbatchError as error:
@@ -109,14 +115,20 @@ def adapt(
         return distributed.broadcast_object(result)
 
 
-def _share(budget: float, seeds: int) -> float:
-    """Return the seconds of each run."""
-    if budget / seeds < LEAST:
-        raise ConfigError(
-            f"a budget of {duration(budget)} leaves {budget / seeds:.0f} s for each of {seeds} seeds, and a run needs "
-            f"at least {LEAST:.0f} s: give at least {duration(LEAST * seeds)}, or fewer seeds"
-        )
-    return budget / seeds
+def _agreed_share(folder: Path, facts: dict[str, Any], plan: Callable[[], float]) -> float:
+    """Return the seconds of each run with a budget: as an earlier call in this folder planned them, or `plan()`."""
+    share, problem = 0.0, ""
+    if distributed.rank() == 0:
+        try:
+            share = read_json(folder / REQUEST).get(SHARE) or plan()
+            write_json(folder / REQUEST, facts | {SHARE: share})
+        except ConfigError as error:
+            problem = str(error)
+    share, problem = distributed.broadcast_object((share, problem))
+    if problem:
+        _forget(folder)
+        raise ConfigError(problem)
+    return share
 
 
 def _prepared(out: str | Path | None, data: str, facts: dict[str, Any]) -> Path:
@@ -148,7 +160,7 @@ def _begin(folder: Path, facts: dict[str, Any]) -> str | None:
                 return f"{folder} holds {name}, which an adaptation would replace: choose another --output-dir"
         write_json(folder / REQUEST, facts)
         return None
-    then = read_json(folder / REQUEST)
+    then = {key: value for key, value in read_json(folder / REQUEST).items() if key != SHARE}
     now = _plain(facts)
     if then == now:
         return None
@@ -195,14 +207,6 @@ def _hash(folder: Path) -> str:
     return str(object_in(read_json(file), "inbatch", file)["sha256"])
 
 
-@dataclass(frozen=True)
-class _Hits:
-    """Hits of an encoder on every test image, (N,) from 0 to 1."""
-
-    knn: Tensor
-    linear: Tensor
-
-
 def _judged(
     folder: Path, runs: Sequence[Run], split: EvaluationSplit | None, source: Source, device: torch.device
 ) -> dict[str, Any]:
@@ -211,11 +215,11 @@ def _judged(
     accuracy, images = {}, 0
     if split is not None:
         split = _as_judged(split, runs)
-        before = [_hits(start, split, runs[0], device)]
+        before = [measure_hits(start, split, runs[0].recipe, device)]
         for run in runs[1:]:  # the weights at --from can have changed between two calls
             own = load_encoder(run.directory / "initial")
-            before.append(before[0] if _equal_weights(own, start) else _hits(own, split, run, device))
-        after = [_hits(load(run.directory), split, run, device) for run in runs]
+            before.append(before[0] if _equal_weights(own, start) else measure_hits(own, split, run.recipe, device))
+        after = [measure_hits(load(run.directory), split, run.recipe, device) for run in runs]
         images = len(after[0].knn)
         for name in ("knn", "linear"):
             accuracy[name] = accuracy_gain(*(torch.stack([getattr(one, name) for one in x]) for x in (before, after)))
@@ -266,17 +270,3 @@ def _equal_weights(a: Encoder, b: Encoder) -> bool:
     """Return whether two encoders of the same kind have the same weights in their backbones."""
     pairs = zip(a.backbone.state_dict().values(), b.backbone.state_dict().values(), strict=True)
     return all(torch.equal(x.cpu(), y.cpu()) for x, y in pairs)
-
-
-def _hits(encoder: Encoder, split: EvaluationSplit, run: Run, device: torch.device) -> _Hits:
-    """Return the hits of k-NN and of the linear probe, by the protocol of `evaluate`."""
-    encoder = encoder.to(device)
-    fit_readout(encoder, split.bank)
-    bank, queries, classes = matched(embed(encoder, split.bank, batch=512), embed(encoder, split.queries, batch=512))
-    vectors, near = bank.vectors.to(device), min(run.recipe.knn_k, len(bank))
-    scores = knn_scores(queries.vectors.to(device), vectors, bank.labels, classes, k=near, temperature=TEMPERATURE)
-    probe = fit(bank, classes, seed=run.recipe.seed, device=device)
-    return _Hits(
-        credit(scores, queries.labels, equal=equal_scores(TEMPERATURE, "cosine")),
-        credit(probe.scores(queries.vectors), queries.labels),
-    )

@@ -53,7 +53,7 @@ def adapt(
     ] = None,
     seeds: Annotated[int, Option(min=1, max=1000, help="Number of runs; one alone is never shown to help.")] = 3,
     budget: Annotated[
-        str | None, Option(metavar="TIME", help="Wall time of all runs together, in equal shares: 30m, 2h.")
+        str | None, Option(metavar="TIME", help="Wall time of the command, with its verdict: 30m, 2h.")
     ] = None,
     epochs: Annotated[int | None, Option(help="Passes over the images; default 10 without a budget.")] = None,
     encoder: Annotated[

@@ -5,7 +5,6 @@ The images are a column of bytes, or of structs of `bytes` and `path` as written
 """
 
 import hashlib
-import json
 import os
 import threading
 from bisect import bisect_right
@@ -15,25 +14,35 @@ from contextlib import contextmanager
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from inbatch.data.decoding.image_file import ImageFile, file_channels
 from inbatch.data.source import Reading, Source, signed
-from inbatch.data.sources.columns import image_column, label_column
-from inbatch.data.sources.groups import check_group_column, group_numbers
-from inbatch.data.sources.labels import Labels, arrow_codes, number
-from inbatch.data.sources.shard_files import open_shard, place_of, reached, shard_key, shard_state, unchanged
+from inbatch.data.sources.groups import group_numbers
+from inbatch.data.sources.parquet_tables import (
+    UNREADABLE,
+    join_codes,
+    number_labels,
+    open_parquet,
+    pyarrow_parquet,
+    read_table,
+)
+from inbatch.data.sources.shard_files import (
+    map_shards,
+    open_shard,
+    place_of,
+    reached,
+    shard_key,
+    shard_state,
+    unchanged,
+)  # fmt: skip
 from inbatch.data.sources.shards import Shards, divided, named, shards_below, shards_in, without_images
-from inbatch.errors import ConfigError, DataError
-from inbatch.runtime.remote import Url
+from inbatch.errors import DataError
 
 CACHE_BYTES = 512 * 2**20
 """Encoded row groups cached per process, in bytes; a larger set is read from disk repeatedly when shuffled."""
-
-_UNREADABLE = (OSError, ValueError, TypeError, LookupError, NotImplementedError, MemoryError)
-"""Exceptions that Arrow may raise on a damaged or missing file, or on types without images."""
 
 
 class ParquetSource(Source):
@@ -46,8 +55,8 @@ class ParquetSource(Source):
         train: Sequence[str | os.PathLike] = (),
     ):  # fmt: skip
         self.levels, self.note, self.files = reading.levels, note, [*map(place_of, files)]
-        self._keys = [*map(shard_key, self.files)]
-        tables = [_read_table(file, reading) for file in self.files]
+        described = [*map_shards(lambda file: (shard_key(file), read_table(file, reading)), self.files)]
+        self._keys, tables = [key for key, _ in described], [table for _, table in described]
         self._columns = [table.image for table in tables]
         starts, groups = [0], []
         for number_of_file, table in enumerate(tables):
@@ -56,12 +65,13 @@ class ParquetSource(Source):
                 starts.append(starts[-1] + rows)
         if not starts[-1]:
             raise DataError(f"{name!r} holds no image: its Parquet files have no rows")
-        like = _number([_read_table(place_of(file), reading) for file in train], name, None) if train else None
-        labels = _number(tables, name, like)
+        training = [*map_shards(partial(read_table, reading=reading), [*map(place_of, train)])]
+        like = number_labels(training, name, None) if training else None
+        labels = number_labels(tables, name, like)
         super().__init__(name, file_channels(reading.channels), labels.numbers, labels.classes)
         self.ids, self.label_note = labels.ids, labels.note
         if reading.group_column is not None:
-            found = _together([table.groups for table in tables if table.groups is not None])
+            found = join_codes([table.groups for table in tables if table.groups is not None])
             self.groups = group_numbers(*found, f"The groups of {name!r}")
         self._starts, self._groups = starts, groups
         self._forget()
@@ -76,7 +86,7 @@ class ParquetSource(Source):
         for which, part in groupby(numbers, self._group):
             file = self._groups[which][0]
             with unchanged(self.files[file], self._keys[file]) as opened, self._reading(which):
-                rows = self._rows_of(which, _pyarrow().ParquetFile(opened))
+                rows = self._rows_of(which, pyarrow_parquet().ParquetFile(opened))
             yield from (rows[i] for i in part)
 
     def unpack(self, i: int, data: bytes | None) -> ImageFile:
@@ -90,10 +100,8 @@ class ParquetSource(Source):
     def fingerprint(self) -> str | None:
         said = hashlib.sha256("".join(column for column in self._columns if column != "image").encode())
         try:
-            for name in self.files:
-                said.update(shard_state(name))
-                with open_shard(name) as file, reached(name):
-                    said.update(_footer(file))
+            for part in map_shards(lambda name: shard_state(name) + _footer(name), self.files):
+                said.update(part)
         except (OSError, ValueError, DataError):  # reading a row reports the problem
             return None
         return said.hexdigest()
@@ -103,11 +111,7 @@ class ParquetSource(Source):
 
         The footers contain the sizes and positions of the columns; names can only be read together with the images.
         """
-        footers = []
-        for name in self.files:
-            with open_shard(name) as file, reached(name):
-                footers.append(_footer(file))
-        return signed(self, b"".join(footers))
+        return signed(self, b"".join(map_shards(_footer, self.files)))
 
     def _rows(self, i: int) -> "_Rows":
         """Return the row group of row i, from memory if it is cached."""
@@ -135,7 +139,7 @@ class ParquetSource(Source):
         file, _ = self._groups[which]
         with self._reading(which):
             if file not in self._opened:
-                self._opened[file] = _parquet_file(self.files[file])
+                self._opened[file] = open_parquet(self.files[file])
             return self._rows_of(which, self._opened[file])
 
     def _rows_of(self, which: int, opened: Any) -> "_Rows":
@@ -154,7 +158,7 @@ class ParquetSource(Source):
         with reached(self.files[file]):
             try:
                 yield
-            except _UNREADABLE as e:
+            except UNREADABLE as e:
                 raise DataError(f"Row group {group} of {str(self.files[file])!r} cannot be read: {e}") from e
 
     def _forget(self) -> None:
@@ -195,67 +199,6 @@ class _Rows:
         return path or f"row {i}"
 
 
-class _Table(NamedTuple):
-    """What is read of a file before its images: `rows` are the numbers of rows of its groups.
-
-    image: name of the column. codes, values: labels, as `labels.number` takes them. names: of the classes.
-    groups: codes and values of the groups, if a column of them is requested.
-    """
-
-    image: str
-    rows: list[int]
-    codes: np.ndarray
-    values: list[Any]
-    names: tuple[str, ...]
-    groups: tuple[np.ndarray, list[Any]] | None = None
-
-
-def _read_table(file: str, reading: Reading) -> _Table:
-    """Return the description and the labels of a file; raise DataError if it cannot be read or has no images."""
-    try:
-        with reached(file), _parquet_file(file) as opened:
-            schema, meta = opened.schema_arrow, opened.metadata
-            kinds = {field.name: field.type for field in schema}
-            usable = [name for name, kind in kinds.items() if _holds_images(kind)]
-            image = image_column(usable, kinds, reading.image_column, file)
-            named = _class_names(schema.metadata)
-            label = label_column([*kinds], [*named], reading.label_column, image, file)
-            codes, values = np.full(meta.num_rows, -1), list[Any]()
-            if label is not None:
-                codes, values = arrow_codes(opened.read([label])[label])
-            check_group_column([*kinds], column := reading.group_column, file)
-            grouped = None if column is None else arrow_codes(opened.read([column])[column])
-    except _UNREADABLE as e:
-        raise DataError(f"{str(file)!r} cannot be read as Parquet: {e}") from e
-    rows = [meta.row_group(group).num_rows for group in range(meta.num_row_groups)]
-    return _Table(image, rows, codes, values, named.get(label or "", ()), grouped)
-
-
-def _number(tables: Sequence[_Table], name: str, like: Labels | None) -> Labels:
-    """Return the labels of all files together."""
-    codes, values = _together([(table.codes, table.values) for table in tables])
-    names = next((table.names for table in reversed(tables) if table.names), ())
-    return number(codes, values, f"The labels of {name!r}", names, like)
-
-
-def _together(parts: Sequence[tuple[np.ndarray, list[Any]]]) -> tuple[np.ndarray, list[Any]]:
-    """Return codes and values of all files together."""
-    codes, values = [], list[Any]()
-    for own, meanings in parts:
-        codes.append(np.where(own < 0, -1, own + len(values)))
-        values += meanings
-    return np.concatenate(codes), values
-
-
-def _holds_images(kind: Any) -> bool:
-    """Return whether an Arrow type can hold encoded images: bytes, or a struct with bytes."""
-    import pyarrow as pa
-
-    if pa.types.is_struct(kind):
-        return kind.get_field_index("bytes") >= 0 and _holds_images(kind.field("bytes").type)
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
-
-
 def find_parquet(data: object, reading: Reading) -> dict[str, Callable[[], Source]] | None:
     """Find the splits: a `.parquet` file is `train`.
 
@@ -285,32 +228,10 @@ def parquet_splits(shards: Shards, name: str, reading: Reading) -> dict[str, Cal
     }
 
 
-def _footer(file: BinaryIO) -> bytes:
+def _footer(place: str) -> bytes:
     """Return the footer of a Parquet file, which describes its contents and their positions."""
-    file.seek(-8, os.SEEK_END)  # the length of the footer, and the four final magic bytes
-    length = int.from_bytes(file.read(4), "little")
-    file.seek(-8 - length, os.SEEK_END)
-    return file.read(length)
-
-
-def _class_names(metadata: dict[bytes, bytes] | None) -> dict[str, tuple[str, ...]]:
-    """Return the class names by column; empty if the file does not contain them."""
-    try:
-        features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
-        kinds = {name: kind.get("names") for name, kind in features.items() if isinstance(kind, dict)}
-    except (AttributeError, KeyError, TypeError, ValueError):
-        return {}
-    return {name: tuple(map(str, names)) for name, names in kinds.items() if isinstance(names, list)}
-
-
-def _parquet_file(file: str) -> Any:
-    """Open a Parquet file on a disk or behind a URL."""
-    return _pyarrow().ParquetFile(open_shard(file) if isinstance(file, Url) else file)
-
-
-def _pyarrow() -> Any:
-    try:
-        import pyarrow.parquet as parquet
-    except ImportError as e:
-        raise ConfigError('Parquet files need pyarrow: python -m pip install "inbatch[parquet]"') from e
-    return parquet
+    with open_shard(place) as file, reached(place):
+        file.seek(-8, os.SEEK_END)  # the length of the footer, and the four final magic bytes
+        length = int.from_bytes(file.read(4), "little")
+        file.seek(-8 - length, os.SEEK_END)
+        return file.read(length)

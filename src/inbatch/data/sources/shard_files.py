@@ -2,14 +2,20 @@
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 from inbatch.data.source import stat_fingerprint
 from inbatch.errors import DataError
 from inbatch.runtime.files import open_regular
 from inbatch.runtime.remote import Url, open_url, reaching, read_range, state_of
+from inbatch.runtime.thread_map import thread_map
+
+AT_ONCE = 8
+"""Files behind URLs that are described at once: the time is that of waiting for the network."""
+
+Result = TypeVar("Result")
 
 
 def place_of(shard: str | os.PathLike) -> str:
@@ -23,6 +29,12 @@ def open_shard(place: str) -> BinaryIO:
         with reaching(place):
             return open_url(place)
     return open_regular(place)
+
+
+def map_shards(work: Callable[[str], Result], places: Sequence[str]) -> Iterator[Result]:
+    """Yield the result of `work` for every file, in their order; of files behind URLs, some work at once."""
+    remote = any(isinstance(place, Url) for place in places)
+    return thread_map(work, places, min(AT_ONCE, len(places))) if remote else map(work, places)
 
 
 def read_part(place: str, start: int, size: int) -> bytes:

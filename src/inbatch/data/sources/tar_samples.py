@@ -19,13 +19,11 @@ import numpy as np
 from inbatch.data.source import Reading
 from inbatch.data.sources.labels import NO_LABELS, Distinct
 from inbatch.data.sources.packed_names import Names
-from inbatch.data.sources.shard_files import place_of
+from inbatch.data.sources.shard_files import map_shards, place_of
 from inbatch.data.sources.shard_index import Entry
 from inbatch.data.sources.split_names import split_of
 from inbatch.data.sources.tar_members import IMAGES, MemberName, labelled_by, parts_of, read_contents
 from inbatch.errors import DataError
-from inbatch.runtime.remote import Url
-from inbatch.runtime.thread_map import thread_map
 
 
 @dataclass
@@ -136,9 +134,7 @@ def _check_clear(
 def read_members(shards: Iterable[str | os.PathLike], name: str, reading: Reading) -> Members:
     """Return the images of the shards with their labels; raise DataError with the name of a shard on any problem."""
     members, places = Members(), [*map(place_of, shards)]
-    remote = any(isinstance(place, Url) for place in places)  # threads wait for the network
-    parts = (thread_map if remote else map)(partial(read_contents, column=reading.label_column), places)
-    for key, entries in parts:
+    for key, entries in map_shards(partial(read_contents, column=reading.label_column), places):
         members.keys_of_shards.append(key)
         _add(entries, members, reading)
     _check_one_split(members.folders, name)
