@@ -61,7 +61,7 @@ ONLY: dict[str, set[str]] = {
     "huggingface_hub": {"data.sources", "models"},
     "tifffile": {"data.decoding"},
     "fsspec": {"runtime.remote"},
-    "triton": {"nn.triton_logsumexp"},
+    "triton": {"nn.triton_kernels"},
     "faiss": {"evaluation.neighbour_index"},
     "torch.utils.tensorboard": {"training.trackers.tensorboard"},
     "wandb": {"training.trackers.wandb"},
@@ -78,7 +78,7 @@ ONLY: dict[str, set[str]] = {
 
 FEW = {"torch", "jaxtyping"}
 LIBRARIES: dict[str, set[str]] = dict.fromkeys(("nn", "context", "methods", "losses", "distributed"), FEW)
-LIBRARIES |= {"nn.clustering": FEW | {"sklearn", "threadpoolctl"}, "nn.triton_logsumexp": FEW | {"triton"}}
+LIBRARIES |= {"nn.clustering": FEW | {"sklearn", "threadpoolctl"}, "nn.triton_kernels": {"triton"}}
 LIBRARIES |= {"context.mixing": FEW | {"scipy"}}
 LIBRARIES |= {f"training.{name}": FEW for name in ("step", "grad_cache")}
 LIBRARIES |= {f"runtime.{name}": FEW for name in ("distributed", "rank_store", "ring", "sharding", "shard_files")}
@@ -90,7 +90,7 @@ TORCHLESS = {"errors", "runtime.tuning", "apps.cli", "training.trackers"}
 
 LATE = {"matplotlib", "pandas", "scipy", "sklearn", "timm", "torchvision", "triton"}
 """Libraries whose import takes a second in all: only functions import them, so that a run starts without them."""
-EARLY = {"data.views.numba_kernel", "nn.triton_logsumexp", "sklearn"}
+EARLY = {"data.views.numba_kernel", "nn.triton_kernels", "sklearn"}
 """Modules that are themselves imported in functions only, or by the user."""
 
 DEVICES = {"nn.exponentials", "nn.logsumexp", "nn.tiles", "nn.triton_logsumexp", "nn.cpu_matmul", "nn.slicing"}

@@ -1,7 +1,6 @@
 """Denominators of contrast within a batch: which samples are negatives of a query, and how they count."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,37 +83,6 @@ class Negatives:
         share = math.log(self.tau_plus / len(positive)) + count + (positive / temperature).logsumexp(0) - total
         corrected = total + (-torch.expm1(share.where(share < 0, -1))).log() - math.log1p(-self.tau_plus)
         return corrected.where((share < 0) & (corrected >= least), least)
-
-
-@dataclass(frozen=True)
-class SimilarOfOtherClass:
-    """Weights of a log-sum-exp: 0 for pairs of similar samples of different classes, 1 for others.
-
-    Attributes:
-        q_same: similar samples have equal numbers.
-        q_label: class of every query.
-        k_same: numbers of the keys.
-        k_label: class of every key.
-    """
-
-    q_same: Int[Tensor, "n"]
-    q_label: Int[Tensor, "n"]
-    k_same: Int[Tensor, "m"]
-    k_label: Int[Tensor, "m"]
-
-    @property
-    def keys(self) -> tuple[Tensor, ...]:
-        """Return the numbers and classes of the keys."""
-        return self.k_same, self.k_label
-
-    def among(self, rows: slice, keys: Sequence[Tensor]) -> "SimilarOfOtherClass":
-        """Return the weights of some queries and of other keys, by their numbers and classes."""
-        return SimilarOfOtherClass(self.q_same[rows], self.q_label[rows], *keys)
-
-    def tile(self, rows: slice, columns: slice) -> Float[Tensor, "rows columns"]:
-        """Return the weights of these queries and keys."""
-        differ = self.q_label[rows, None] != self.k_label[columns]
-        return (differ & (self.q_same[rows, None] == self.k_same[columns])).logical_not().float()
 
 
 def other_views(u: Float[Tensor, "v n d"]) -> Float[Tensor, "p v n"]:
