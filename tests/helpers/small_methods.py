@@ -83,6 +83,7 @@ VARIANTS = {name: (name, SMALL.get(name, {})) for name in METHODS} | {
     "dclw": ("dcl", SMALL["dcl"] | {"weighted": True}),
     "dcl-3": ("dcl", SMALL["dcl"] | {"weighted": True, "symmetric": False, "detach": True}),
     "swav-4": ("swav", SMALL["swav"] | {"queue_size": 0}),
+    "swav-plain": ("swav", SMALL["swav"] | {"queue_size": 0}),
     "swav-frozen": ("swav", SMALL["swav"] | {"freeze_prototypes_epochs": 1}),
     "swav-joined": ("swav", SMALL["swav"]),
     "dino-4": ("dino", SMALL["dino"] | {"freeze_prototypes_epochs": 1, "layers": 2, "norm": True}),

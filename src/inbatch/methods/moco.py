@@ -76,8 +76,9 @@ class MoCo(Method):
         return {"loss": torch.stack([info_nce(q, k, *how) for q, k in pairs]).sum()}
 
     def mixed_loss(self, query: Rows, keys: Rows, mixture: Mixture, batch: Batch) -> Tensor:
-        q, every, how = query["projection"], keys["projection"].detach(), (self.smooth, self.neighbours)
-        losses = [mixed_contrast(q, k, mixture, self.temperature, self.queue.rows, *how) for k in every]
+        q, every = query["projection"], keys["projection"].detach()
+        how = self.temperature, self.queue.rows, self.smooth, self.neighbours, self.negatives_of(batch)
+        losses = [mixed_contrast(q, k, mixture, *how) for k in every]
         return torch.stack(losses).mean() * (2 if self.symmetric else 1)
 
     def after_step(self, online: Rows, target: Rows, batch: Batch, progress: float) -> None:

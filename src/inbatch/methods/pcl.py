@@ -3,30 +3,34 @@
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from inbatch.batch import Batch, Losses, Rows
+from inbatch.batch import Batch, Losses, Mixture, Rows
 from inbatch.methods.base import Method
 from inbatch.nn.batch_sums import batch_count, batch_mean, whole
 from inbatch.nn.clustering import Clusterings, Spread
 from inbatch.nn.functional import info_nce, logsumexp_rows, normalize, wide
 from inbatch.nn.heads import Head, hidden_widths, mlp
 from inbatch.nn.memory_bank import MemoryBank
+from inbatch.nn.mixed_contrast import mixed_contrast
 
 
 def proto_nce(q: Float[Tensor, "n d"], columns: Float[Tensor, "c d"], density: Float[Tensor, "c"],
-              counts: Bool[Tensor, "c"] | None = None) -> Float[Tensor, ""]:  # fmt: skip
+              counts: Bool[Tensor, "c"] | None = None, mixture: Mixture | None = None, samples: int | None = None
+              ) -> Float[Tensor, ""]:  # fmt: skip
     """Compute the prototype term of ProtoNCE for one clustering (Li et al. 2021, Eq. 11), all rows normalised inside.
 
     -log( exp(q_n . c_n / phi_n) / sum_j exp(q_n . c_j / phi_j) ), averaged; c_n is sample n's prototype, every other
     column a negative, also if equal. counts: False leaves a column out.
+    mixture: q are rows of mixed images of `samples` samples, the first columns; the target is shared by two of these.
     """
-    if not batch_count(len(q), q) or len(q) > len(columns):
-        raise ValueError(f"ProtoNCE needs a prototype for every query, got {len(columns)} for {len(q)}")
+    n = len(q) if samples is None else samples
+    if not batch_count(len(q), q) or n > len(columns):
+        raise ValueError(f"ProtoNCE needs a prototype for every query, got {len(columns)} for {n}")
     q, keys = normalize(q), normalize(columns).to(wide(q)) / density.to(wide(q))[:, None]
-    own, others = keys.tensor_split([len(q)])
+    own, others = keys.tensor_split([n])
     if counts is not None:
-        own, others = own[counts[: len(q)]], others[counts[len(q) :]]
+        own, others = own[counts[:n]], others[counts[n:]]
     negative = logsumexp_rows(q, own, 1.0, others)
-    return batch_mean(negative - (q * keys[: len(q)]).sum(-1))
+    return batch_mean(negative - (q * (keys[:n] if mixture is None else mixture.blend(keys[:n]))).sum(-1))
 
 
 class PCL(Method):
@@ -37,7 +41,7 @@ class PCL(Method):
     alpha: of phi (Eq 12). restarts, iterations: of k-means. layers: of the projection, 2 in v2. out_dim: width of rows.
     """
 
-    target = ("projection",)
+    target, mixed_keys = ("projection",), "other"
     _v1 = {"source": "PCL, main_pcl.py", "views.name": "mocov1", "schedule.name": "step", "schedule.warmup_epochs": 0,
         "epochs": 200, "optimizer.name": "sgd", "optimizer.lr": 0.03, "optimizer.weight_decay": 1e-4}  # fmt: skip
     _v2 = _v1 | {"source": "PCL, main_pcl.py --mlp --aug-plus --cos", "views.name": "mocov2", "method.layers": 2,
@@ -76,6 +80,11 @@ class PCL(Method):
         instance = info_nce(q, target["projection"][0], self.queue.rows, self.temperature)
         prototypes = self.clusterings.mean(lambda *some: proto_nce(q, *some), batch)
         return {"loss": instance + prototypes, "instance": instance, "prototypes": prototypes}
+
+    def mixed_loss(self, query: Rows, keys: Rows, mixture: Mixture, batch: Batch) -> Tensor:
+        q = query["projection"]
+        instance = mixed_contrast(q, keys["projection"][0].detach(), mixture, self.temperature, self.queue.rows)
+        return instance + self.clusterings.mean(lambda *some: proto_nce(q, *some, mixture, len(batch)), batch)
 
     def after_step(self, online: Rows, target: Rows, batch: Batch, progress: float) -> None:
         self.queue.push(normalize(whole(target["projection"][0])))

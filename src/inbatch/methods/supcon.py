@@ -96,5 +96,5 @@ class SupCon(Method):
         return {"loss": supcon(online["projection"], batch.label, *options, None, self.negatives_of(batch))}
 
     def mixed_loss(self, query: Rows, keys: Rows, mixture: Mixture, batch: Batch) -> Tensor:
-        how = mixture, mixture.temperature or self.temperature, self.base_temperature
+        how = mixture, mixture.temperature or self.temperature, self.base_temperature, self.negatives_of(batch)
         return mixed_supcon(query["projection"], keys["projection"], batch.label, *how)

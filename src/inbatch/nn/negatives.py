@@ -1,8 +1,8 @@
 """Denominators of contrast within a batch: which samples are negatives of a query, and how they count."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -54,35 +54,77 @@ class Negatives:
         queries, ids = q.flatten(0, 1), same.repeat(len(q))
         keys, key_ids = (queries, ids) if k is q else (k.flatten(0, 1), same.repeat(len(k)))
         weights = SameGroup(ids, key_ids)
-        values, sizes = whole(same).unique(return_counts=True)
-        others = batch_count(n, q) - sizes[torch.searchsorted(values, same)]
+        others = batch_count(n, q) - _sizes(same, whole(same))
         count = (len(k) * others).to(q.dtype).log().repeat(len(q))
-        return self._corrected(queries, keys, weights, count, positive.flatten(1), temperature).view(len(q), n)
+
+        def sums(t: float) -> Tensor:
+            return logsumexp(queries, keys, t, weights=weights)
+
+        return self._corrected(sums, count, positive.flatten(1), temperature).view(len(q), n)
 
     def log_keys(
         self, q: Float[Tensor, "n d"], keys: Float[Tensor, "m d"], positive: Float[Tensor, "n"], temperature: float
     ) -> Float[Tensor, "n"]:
         """Return log Ng_i for keys that are all negatives of every query: a memory bank."""
         count = q.new_full((len(q),), math.log(len(keys)))
-        return self._corrected(q, keys, None, count, positive[None], temperature)
+        return self._corrected(lambda t: logsumexp(q, keys, t, shared=True), count, positive[None], temperature)
+
+    def log_mixed(
+        self, q: Float[Tensor, "m d"], k: Float[Tensor, "n d"], places: Int[Tensor, "m"], positive: Float[Tensor, "m"],
+        temperature: float, queue: Float[Tensor, "l d"] | None = None, own: bool = False,
+    ) -> Float[Tensor, "m"]:  # fmt: skip
+        """Return log Ng_i of rows of mixed images, for one of the two samples of each as its positive.
+
+        Negatives are the keys of the batch, except those of that sample and of its near duplicates, and of the queue.
+
+        Args:
+            q: queries, rows of mixed images.
+            k: keys of the batch, one view.
+            places: positions in the batch of the positives.
+            positive: products of the queries with them.
+            temperature: T.
+            queue: rows of earlier batches, all of them negatives.
+            own: leave out the keys of the batch, so that only those of the queue are negatives.
+        """
+        same = positions(len(k), k.device) if self.same is None else self.same
+        ids, count = same[places], q.new_zeros(len(q))
+        if not own:
+            count += batch_count(len(k), k) - _sizes(ids, whole(same))
+        if queue is not None:
+            count += len(queue)
+
+        def sums(t: float) -> Tensor:
+            of_queue = None if queue is None else logsumexp(q, queue, t, shared=True)
+            if own and of_queue is not None:
+                return of_queue
+            of_batch = logsumexp(q, k, t, weights=SameGroup(ids, same))
+            return of_batch if of_queue is None else torch.logaddexp(of_batch, of_queue)
+
+        return self._corrected(sums, count.log(), positive[None], temperature)
 
     def _corrected(
-        self, q: Tensor, k: Tensor, weights: SameGroup | None, count: Tensor, positive: Tensor, temperature: float
+        self, sums: Callable[[float], Tensor], count: Tensor, positive: Tensor, temperature: float
     ) -> Tensor:
-        """Return log Ng_i of rows; count: log M_i, positive: (P, n)."""
+        """Return log Ng_i of rows; sums: T -> log-sum-exps of negatives, count: log M_i, positive: (P, n)."""
         check_temperature(temperature)
-        how: Any = {"weights": weights, "shared": weights is None}  # keys without weights are a memory bank
-        total = logsumexp(q, k, temperature / (1 + (self.beta if self.tau_plus is not None else 0)), **how)
+        total = sums(temperature / (1 + (self.beta if self.tau_plus is not None else 0)))
         if self.tau_plus is None:
             return total
         if self.beta:
-            total = count + total - logsumexp(q, k, temperature / self.beta, **how)
+            total = count + total - sums(temperature / self.beta)
         total, least = total.masked_fill(count == -torch.inf, -torch.inf), count - 1 / temperature
         if not self.tau_plus:
             return total.where(total >= least, least)
         share = math.log(self.tau_plus / len(positive)) + count + (positive / temperature).logsumexp(0) - total
         corrected = total + (-torch.expm1(share.where(share < 0, -1))).log() - math.log1p(-self.tau_plus)
         return corrected.where((share < 0) & (corrected >= least), least)
+
+
+def _sizes(ids: Int[Tensor, "m"], every: Int[Tensor, "n"]) -> Int[Tensor, "m"]:
+    """Return for each number how many of all numbers are equal to it."""
+    values, sizes = every.unique(return_counts=True)
+    place = torch.searchsorted(values, ids).clamp(max=len(values) - 1)
+    return sizes[place].where(values[place] == ids, 0)
 
 
 def other_views(u: Float[Tensor, "v n d"]) -> Float[Tensor, "p v n"]:
