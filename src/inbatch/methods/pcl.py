@@ -1,6 +1,7 @@
 """PCL v1 and v2: MoCo, and each view also identifies its sample's prototypes at several granularities."""
 
-from jaxtyping import Bool, Float
+import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from inbatch.batch import Batch, Losses, Mixture, Rows
@@ -9,18 +10,22 @@ from inbatch.nn.batch_sums import batch_count, batch_mean, whole
 from inbatch.nn.clustering import Clusterings, Spread
 from inbatch.nn.functional import info_nce, logsumexp_rows, normalize, wide
 from inbatch.nn.heads import Head, hidden_widths, mlp
+from inbatch.nn.logsumexp import logsumexp
 from inbatch.nn.memory_bank import MemoryBank
 from inbatch.nn.mixed_contrast import mixed_contrast
+from inbatch.nn.negatives import log_add
+from inbatch.nn.pair_weights import SameGroup
 
 
 def proto_nce(q: Float[Tensor, "n d"], columns: Float[Tensor, "c d"], density: Float[Tensor, "c"],
-              counts: Bool[Tensor, "c"] | None = None, mixture: Mixture | None = None, samples: int | None = None
-              ) -> Float[Tensor, ""]:  # fmt: skip
+              counts: Bool[Tensor, "c"] | None = None, mixture: Mixture | None = None, samples: int | None = None,
+              same: Int[Tensor, "n"] | None = None) -> Float[Tensor, ""]:  # fmt: skip
     """Compute the prototype term of ProtoNCE for one clustering (Li et al. 2021, Eq. 11), all rows normalised inside.
 
     -log( exp(q_n . c_n / phi_n) / sum_j exp(q_n . c_j / phi_j) ), averaged; c_n is sample n's prototype, every other
     column a negative, also if equal. counts: False leaves a column out.
     mixture: q are rows of mixed images of `samples` samples, the first columns; the target is shared by two of these.
+    same: prototypes of samples with equal numbers are no negatives of each other; None: all are.
     """
     n = len(q) if samples is None else samples
     if not batch_count(len(q), q) or n > len(columns):
@@ -29,8 +34,17 @@ def proto_nce(q: Float[Tensor, "n d"], columns: Float[Tensor, "c d"], density: F
     own, others = keys.tensor_split([n])
     if counts is not None:
         own, others = own[counts[:n]], others[counts[n:]]
-    negative = logsumexp_rows(q, own, 1.0, others)
-    return batch_mean(negative - (q * (keys[:n] if mixture is None else mixture.blend(keys[:n]))).sum(-1))
+    if same is None:
+        negative = logsumexp_rows(q, own, 1.0, others)
+        return batch_mean(negative - (q * (keys[:n] if mixture is None else mixture.blend(keys[:n]))).sum(-1))
+    places = torch.arange(n, device=q.device)[None] if mixture is None else mixture.positive
+    among, rest = same if counts is None else same[counts[:n]], logsumexp(q, others, 1.0, shared=True)
+    losses = []
+    for place in places:
+        positive = (q * keys[place]).sum(-1)
+        negative = log_add(logsumexp(q, own, 1.0, weights=SameGroup(same[place], among)), rest)
+        losses.append(torch.logaddexp(positive, negative) - positive)
+    return batch_mean(losses[0] if mixture is None else mixture.shared(torch.stack(losses)))
 
 
 class PCL(Method):
@@ -41,7 +55,7 @@ class PCL(Method):
     alpha: of phi (Eq 12). restarts, iterations: of k-means. layers: of the projection, 2 in v2. out_dim: width of rows.
     """
 
-    target, mixed_keys = ("projection",), "other"
+    target, negatives, mixed_keys = ("projection",), ("drop-similar",), "other"
     _v1 = {"source": "PCL, main_pcl.py", "views.name": "mocov1", "schedule.name": "step", "schedule.warmup_epochs": 0,
         "epochs": 200, "optimizer.name": "sgd", "optimizer.lr": 0.03, "optimizer.weight_decay": 1e-4}  # fmt: skip
     _v2 = _v1 | {"source": "PCL, main_pcl.py --mlp --aug-plus --cos", "views.name": "mocov2", "method.layers": 2,
@@ -77,17 +91,22 @@ class PCL(Method):
 
     def loss(self, online: Rows, target: Rows, batch: Batch) -> Losses:
         q = online["projection"][0]
-        instance = info_nce(q, target["projection"][0], self.queue.rows, self.temperature)
-        prototypes = self.clusterings.mean(lambda *some: proto_nce(q, *some), batch)
+        how = self.queue.rows, self.temperature, 0.0, 0, self.negatives_of(batch)
+        instance = info_nce(q, target["projection"][0], *how)
+        prototypes = self.clusterings.mean(lambda *some: proto_nce(q, *some, same=batch.same), batch)
         return {"loss": instance + prototypes, "instance": instance, "prototypes": prototypes}
 
     def mixed_loss(self, query: Rows, keys: Rows, mixture: Mixture, batch: Batch) -> Tensor:
-        q = query["projection"]
-        instance = mixed_contrast(q, keys["projection"][0].detach(), mixture, self.temperature, self.queue.rows)
-        return instance + self.clusterings.mean(lambda *some: proto_nce(q, *some, mixture, len(batch)), batch)
+        q, (k,), chosen = query["projection"], keys["projection"].detach(), self.negatives_of(batch)
+        instance = mixed_contrast(q, k, mixture, self.temperature, self.queue.rows, negatives=chosen)
+        how = mixture, len(batch), batch.same
+        return instance + self.clusterings.mean(lambda *some: proto_nce(q, *some, *how), batch)
 
     def after_step(self, online: Rows, target: Rows, batch: Batch, progress: float) -> None:
-        self.queue.push(normalize(whole(target["projection"][0])))
+        self.queue.push(normalize(whole(target["projection"][0])), None if batch.bank is None else batch.bank.tags)
+
+    def negative_bank(self) -> MemoryBank:
+        return self.queue
 
     def surveys(self, epoch: int) -> bool:
         return epoch >= self.warmup_epochs

@@ -19,6 +19,8 @@ class Negatives:
     Attributes:
         same: (N,) integers; samples with equal integers are never negatives of each other. None: every other sample is
             a negative.
+        bank: (L,) integers; a row of the memory bank is no negative of the samples with an equal integer in `same`.
+            None: every row of it is a negative.
         tau_plus: probability that a negative is of the query's class, for the correction; None: no correction.
         beta: weight of hard negatives in the correction; 0: all count alike.
     """
@@ -26,6 +28,7 @@ class Negatives:
     same: Int[Tensor, "n"] | None = None
     tau_plus: float | None = None
     beta: float = 0.0
+    bank: Int[Tensor, "l"] | None = None
 
     def __post_init__(self) -> None:
         """Raise ValueError for a probability or a weight outside of its range."""
@@ -65,9 +68,21 @@ class Negatives:
     def log_keys(
         self, q: Float[Tensor, "n d"], keys: Float[Tensor, "m d"], positive: Float[Tensor, "n"], temperature: float
     ) -> Float[Tensor, "n"]:
-        """Return log Ng_i for keys that are all negatives of every query: a memory bank."""
+        """Return log Ng_i for the keys of a memory bank, which are negatives of every query but those of its group."""
         count = q.new_full((len(q),), math.log(len(keys)))
-        return self._corrected(lambda t: logsumexp(q, keys, t, shared=True), count, positive[None], temperature)
+        if self.bank is not None:
+            count = self._in_bank(q, keys, self.same).log()
+        return self._corrected(lambda t: self._of_bank(q, keys, self.same, t), count, positive[None], temperature)
+
+    def _of_bank(self, q: Tensor, keys: Tensor, ids: Tensor | None, temperature: float) -> Tensor:
+        """Return the log-sum-exps of queries of these groups over the keys of a memory bank."""
+        weights = None if self.bank is None or ids is None else SameGroup(ids, self.bank)
+        return logsumexp(q, keys, temperature, weights=weights, shared=True)
+
+    def _in_bank(self, q: Tensor, keys: Tensor, ids: Tensor | None) -> Tensor:
+        """Return the number of negatives among the keys of a memory bank."""
+        every = q.new_full((len(q),), len(keys))
+        return every if self.bank is None or ids is None else every - _sizes(ids, self.bank)
 
     def log_mixed(
         self, q: Float[Tensor, "m d"], k: Float[Tensor, "n d"], places: Int[Tensor, "m"], positive: Float[Tensor, "m"],
@@ -83,7 +98,7 @@ class Negatives:
             places: positions in the batch of the positives.
             positive: products of the queries with them.
             temperature: T.
-            queue: rows of earlier batches, all of them negatives.
+            queue: rows of a memory bank.
             own: leave out the keys of the batch, so that only those of the queue are negatives.
         """
         same = positions(len(k), k.device) if self.same is None else self.same
@@ -91,14 +106,14 @@ class Negatives:
         if not own:
             count += batch_count(len(k), k) - _sizes(ids, whole(same))
         if queue is not None:
-            count += len(queue)
+            count += self._in_bank(q, queue, ids)
 
         def sums(t: float) -> Tensor:
-            of_queue = None if queue is None else logsumexp(q, queue, t, shared=True)
+            of_queue = None if queue is None else self._of_bank(q, queue, ids, t)
             if own and of_queue is not None:
                 return of_queue
             of_batch = logsumexp(q, k, t, weights=SameGroup(ids, same))
-            return of_batch if of_queue is None else torch.logaddexp(of_batch, of_queue)
+            return of_batch if of_queue is None else log_add(of_batch, of_queue)
 
         return self._corrected(sums, count.log(), positive[None], temperature)
 
@@ -125,6 +140,12 @@ def _sizes(ids: Int[Tensor, "m"], every: Int[Tensor, "n"]) -> Int[Tensor, "m"]:
     values, sizes = every.unique(return_counts=True)
     place = torch.searchsorted(values, ids).clamp(max=len(values) - 1)
     return sizes[place].where(values[place] == ids, 0)
+
+
+def log_add(a: Float[Tensor, "n"], b: Float[Tensor, "n"]) -> Float[Tensor, "n"]:
+    """Return log(e^a + e^b); where both are -inf, with a gradient of 0 instead of nan."""
+    empty = (a == -torch.inf) & (b == -torch.inf)
+    return torch.logaddexp(a.masked_fill(empty, 0), b).masked_fill(empty, -torch.inf)
 
 
 def other_views(u: Float[Tensor, "v n d"]) -> Float[Tensor, "p v n"]:

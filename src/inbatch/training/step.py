@@ -250,9 +250,11 @@ def _every(x: Tensor | None) -> Tensor | None:
 def _without_pixels(batch: Batch, own: bool = False) -> Batch:
     """Return the samples of all ranks, or own ones, without their images."""
     if own:
-        return Batch(batch.index, batch.label, batch.seed, batch.epoch, group=batch.group, same=batch.same)
-    index, label = distributed.gather(batch.index), distributed.gather(batch.label)
-    return Batch(index, label, batch.seed, batch.epoch, group=_every(batch.group), same=_every(batch.same))
+        index, label, group, same = batch.index, batch.label, batch.group, batch.same
+    else:
+        index, label, group, same = map(_every, (batch.index, batch.label, batch.group, batch.same))
+    assert index is not None and label is not None
+    return Batch(index, label, batch.seed, batch.epoch, group=group, same=same, bank=batch.bank)
 
 
 def _compared(forward: grad_cache.GroupForward, orders: Orders, own: bool) -> Rows:
