@@ -119,7 +119,8 @@ def open_data(
     if group_column is not None and source.groups is None:
         raise DataError(
             f"group_column = {group_column!r}: groups cannot be read from {source.name}; they are columns of lists, "
-            "Parquet files and Hugging Face data, arrays of .npz files, or keys of items"
+            "Parquet files and Hugging Face data, arrays of .npz files, keys of items, members of tar files, or parts "
+            "of the paths of files"
         )
     if label_column == NO_LABELS:
         source.labels, source.classes, source.ids = unlabelled(len(source)), (), None
