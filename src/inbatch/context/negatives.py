@@ -98,6 +98,10 @@ class DropSimilar:
         """
         self._embed, self._bank = embed, bank
 
+    def embeds(self) -> bool:
+        """Return whether every step embeds the whole images of its batch."""
+        return self._embed is not None
+
     @torch.no_grad()
     def __call__(self, batch: Batch, gather: Gather, first: int) -> tuple[Batch, dict[str, float]]:
         """Return this rank's samples with `same`, and statistics; `first` is their position in the whole batch.

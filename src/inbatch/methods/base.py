@@ -153,6 +153,10 @@ class Method(nn.Module):
         """Return whether `survey` needs the rows of the whole data set before this epoch."""
         return False
 
+    def survey_clusterings(self) -> Sequence[tuple[int, int, int]]:
+        """Return the clusters, restarts and iterations of each k-means in `survey`, to estimate its duration."""
+        return ()
+
     def survey(
         self, rows: Rows, label: Tensor, epoch: int, spread: Callable[[Callable[[int], Any], int], list[Any]]
     ) -> dict[str, float]:

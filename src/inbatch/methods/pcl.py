@@ -111,5 +111,9 @@ class PCL(Method):
     def surveys(self, epoch: int) -> bool:
         return epoch >= self.warmup_epochs
 
+    def survey_clusterings(self) -> list[tuple[int, int, int]]:
+        c = self.clusterings
+        return [(count, c.restarts, c.iterations) for count in c.counts]
+
     def survey(self, rows: Rows, label: Tensor, epoch: int, spread: Spread) -> dict[str, float]:
         return self.clusterings.survey(rows["projection"], label, epoch, spread)

@@ -163,7 +163,7 @@ class Keeper:
     def __init__(self, pace: Pace | None, clock: Callable[[], float], every: float = 600.0) -> None:
         self.pace, self.clock, self.every = pace, clock, every
         self.per_step: float | None = None
-        self.evaluation_seconds = 0.0
+        self.evaluation_seconds = self.survey_seconds = 0.0
         self.reported_total = 0  # the final step that was last reported to the user
         self._saved = self._checked = clock()
         self._idle, self._step, self._cost = 0.0, 0, math.nan
@@ -181,14 +181,16 @@ class Keeper:
         return now - self._checked >= self._interval * (0.2 if hurry else 1) or now - self._saved >= self.every
 
     def paused(self, seconds: float) -> None:
-        """Exclude time from the pace that was not training: an online evaluation, a checkpoint."""
+        """Exclude time from the pace that was not training: an online evaluation, a survey, a checkpoint."""
         self._idle += seconds
 
     def saved(self) -> None:
         """Record that a checkpoint has been written."""
         self._saved = self.clock()
 
-    def check(self, step: int, timeline: Timeline, evaluations_left: int, frozen: int = 0) -> tuple[int | None, bool]:
+    def check(
+        self, step: int, timeline: Timeline, evaluations_left: int, frozen: int = 0, surveys_left: int = 0
+    ) -> tuple[int | None, bool]:
         """Return how many steps must remain (None: as planned), and whether to save a checkpoint.
 
         Args:
@@ -196,6 +198,7 @@ class Keeper:
             timeline: Length of the run.
             evaluations_left: Number of evaluations that follow.
             frozen: Number of steps at the start in which the encoder does not learn; they do not predict the others.
+            surveys_left: Number of surveys of the data set that follow.
         """
         now = self.clock()
         cost = self.pace.cost(timeline.progress(step)) if self.pace else 1.0
@@ -209,6 +212,6 @@ class Keeper:
         self._step, self._checked, self._idle = step, now, 0.0
         left = None
         if self.pace is not None and self.per_step is not None:
-            used = now + self.evaluation_seconds * evaluations_left
+            used = now + self.evaluation_seconds * evaluations_left + self.survey_seconds * surveys_left
             left = self.pace.revised(step, timeline, used, self.per_step)
         return left, now - self._saved >= self.every

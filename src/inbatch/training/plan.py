@@ -68,6 +68,7 @@ class Choice:
         """Return the timings as plain values."""
         return {
             "seconds": self.seconds, "chosen": self.chosen.name, "small": self.chosen.small,
+            "plain": self.chosen.plain, "survey": self.chosen.survey,
             "tried": [asdict(one) for one in self.tried], "notes": list(self.notes),
         }  # fmt: skip
 

@@ -39,6 +39,8 @@ def _calibration(x: Any) -> bool:
         return True
     if not isinstance(x, dict) or not isinstance(x.get("tried"), list) or not _seconds(x.get("small")):
         return False
+    if not (_seconds(x.get("plain", 1.0)) and _seconds(x.get("survey", 0.0))):  # absent in earlier checkpoints
+        return False
     tried = x["tried"]
     if not all(isinstance(one, dict) and _seconds(one.get("seconds")) for one in tried):
         return False
