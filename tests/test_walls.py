@@ -38,7 +38,7 @@ MAY: dict[str, set[str]] = {
     "losses": {"distributed", "nn", "methods"},
     "distributed": {"errors", "nn.logsumexp", "runtime.distributed", "runtime.ring"},
     "training.step": {"batch", "context", "errors", "methods", "models", "nn", "rng", "runtime"}
-    | {"training.grad_cache", "training.mixing"},
+    | {"training.grad_cache", "training.mixing", "training.row_order"},
     "training.grad_cache": {"batch", "models"},
     "models": {"batch", "context", "data.pixels", "errors", "models", "nn", "rng", "runtime"},
     "__main__": {"apps.cli"},

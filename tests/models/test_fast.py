@@ -21,8 +21,8 @@ from inbatch.training.build import build
 from inbatch.training.holdout import EvaluationSplit
 from inbatch.training.monitors import online_evaluation
 from inbatch.training.monitors.online_evaluation import fit_readout, make_online_evaluator
-from inbatch.training.plan import resolve_recipe
 from inbatch.training.recipe import make
+from inbatch.training.resolve import resolve_recipe
 from inbatch.training.run_encoder import fit_first_layer, initial_encoder
 from inbatch.training.run_views import image_scale
 

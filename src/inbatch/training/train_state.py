@@ -34,7 +34,7 @@ def _evaluation(x: Any) -> bool:
 
 
 def _calibration(x: Any) -> bool:
-    """Return whether a value is the timings of a budget (`plan.Choice.json`), or None."""
+    """Return whether a value is the timings of a budget (`budget_plan.Choice.json`), or None."""
     if x is None:
         return True
     if not isinstance(x, dict) or not isinstance(x.get("tried"), list) or not _seconds(x.get("small")):
