@@ -128,7 +128,8 @@ def errors(case: Case, device: str = "cpu", symmetric: bool = False) -> dict[str
         "lse": compare(lse, lse_q[start:stop], logits),
         "mean": compare(mean, (by_q @ wide[1])[start:stop], share * (by_q @ wide[1].abs())[start:stop] + 1e-30),
         "queries": back(
-            grad_q[:, None] * by_q, wide[1], triton_logsumexp.backward(q, k, *given, *of_q, None, None, products, weights)
+            grad_q[:, None] * by_q, wide[1],
+            triton_logsumexp.backward(q, k, *given, *of_q, None, None, products, weights)
         ),
         "both": back(
             grad_q[:, None] * by_q + by_k * grad_k, wide[1],
@@ -145,7 +146,7 @@ def logistic_errors(
 ) -> float:
     """Return the largest error of the sums of pairwise sigmoids as a share of their rounding tolerance.
 
-    A logit is wrong by 8 L eps, as in `errors`, and a loss by as much times its slope; a slope by less than its own size
+    A logit is wrong by 8 L eps, as in `errors`, a loss by as much times its slope, and a slope by less than its size
     times as much. Small losses are therefore compared by their relative error.
     """
     q, k, bias = length * rows(n, d, 1, device), rows(m, d, 2, device), 3 * rows(1, n, 3, device)[0] - 2

@@ -161,12 +161,21 @@ def kernel_gradient(a, b, scale, exclude_self, start, stop, lse_a, grad_a, lse_b
     return (scale * w @ b)[start:stop]
 
 
-KERNELS = ["nt_xent", "keys without gradient", "queries without gradient", "two sets", "nt_xent, groups", "supcon, groups"]
+KERNELS = [
+    "nt_xent",
+    "keys without gradient",
+    "queries without gradient",
+    "two sets",
+    "nt_xent, groups",
+    "supcon, groups",
+]
 
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_the_kernels_are_given_both_sides_of_a_block(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(row_blocks, "on_kernels", lambda q, k, weights: weights is None or isinstance(weights, SameGroup))
+    monkeypatch.setattr(
+        row_blocks, "on_kernels", lambda q, k, weights: weights is None or isinstance(weights, SameGroup)
+    )
     monkeypatch.setattr(triton_logsumexp, "forward", kernel_sums)
     monkeypatch.setattr(triton_logsumexp, "backward", kernel_gradient)
     compare(LOSSES[name], rows(2, N, 5), 4, True, "always")

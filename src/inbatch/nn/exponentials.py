@@ -225,9 +225,7 @@ def kernel_gradients(
     """Compute `gradients` with the Triton kernels."""
     its, none, keys, groups = (lse, gradient), (None, None), q if k is None else k, kernel_weights(weights)
 
-    def whole(
-        a: Tensor, b: Tensor, own: tuple[Any, Any], other: tuple[Any, Any], weights: SameGroup | None
-    ) -> Tensor:
+    def whole(a: Tensor, b: Tensor, own: tuple[Any, Any], other: tuple[Any, Any], weights: SameGroup | None) -> Tensor:
         start, stop = share(len(a), plan)
         out = zeros(a)
         out[start:stop] = triton_logsumexp.backward(

@@ -89,7 +89,9 @@ class SameGroup:
     def among(self, rows: slice, keys: Sequence[Tensor]) -> "SameGroup":
         """Return the weights of some queries and of other keys, by their groups and classes."""
         ids, kinds = keys[0], keys[1] if len(keys) > 1 else None
-        return SameGroup(self.q_ids[rows], ids, self.weight, None if self.q_class is None else self.q_class[rows], kinds)
+        return SameGroup(
+            self.q_ids[rows], ids, self.weight, None if self.q_class is None else self.q_class[rows], kinds
+        )
 
     def tile(self, rows: slice, columns: slice) -> Float[Tensor, "rows columns"]:
         """Return the weights of these queries and keys, in float32."""

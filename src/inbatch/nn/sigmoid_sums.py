@@ -122,18 +122,19 @@ def _by_kernels(
                 total[start:stop] = some
         return whole
 
-    rows = share(len(q), plan)
-    how, wants = (positive, diagonal, weights), (True, needs[0], needs[2])
-    losses, dq, db = placed(
-        q, *rows, triton_sigmoid.row_sums(q, k, bias, None, *rows, *how, wants, plan.products)
+    start, stop = share(len(q), plan)
+    sums = triton_sigmoid.row_sums(
+        q, k, bias, None, start, stop, positive, diagonal, weights, (True, needs[0], needs[2]), plan.products
     )
+    losses, dq, db = placed(q, start, stop, sums)
     if not needs[1]:
         return [losses, dq, None, db]
-    rows = share(len(k), plan)
-    how = (positive and positive.flipped, diagonal, weights and weights.flipped)
-    only_rows = (False, True, False)
-    _, dk, _ = placed(k, *rows, triton_sigmoid.row_sums(k, q, None, bias, *rows, *how, only_rows, plan.products))
-    return [losses, dq, dk, db]
+    start, stop = share(len(k), plan)
+    positive, weights = positive and positive.flipped, weights and weights.flipped
+    sums = triton_sigmoid.row_sums(
+        k, q, None, bias, start, stop, positive, diagonal, weights, (False, True, False), plan.products
+    )
+    return [losses, dq, placed(k, start, stop, sums)[1], db]
 
 
 class _LogisticTiles(Tiles):

@@ -53,6 +53,7 @@ def log_sums(
     OTHERS: tl.constexpr, ROUNDED: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
+    """Store log sum_j w_ij exp(S_ij) of a block of rows, and the means of k by its softmax if `mean` is given."""
     here, there, dim = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, WIDTH)
     first = start + tl.program_id(0).to(tl.int64) * BLOCK_M
     row, within = start + tl.program_id(0) * BLOCK_M + here, (dim < d)[None, :]
@@ -117,6 +118,7 @@ def gradients(
     OTHERS: tl.constexpr, ROUNDED: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
+    """Store scale sum_j w_ij (grad_a_i exp(S_ij - lse_a_i) + grad_b_j exp(S_ij - lse_b_j)) b_j of a block of rows."""
     here, there, dim = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, WIDTH)
     first = start + tl.program_id(0).to(tl.int64) * BLOCK_M
     row, within = start + tl.program_id(0) * BLOCK_M + here, (dim < d)[None, :]
@@ -180,6 +182,7 @@ def logistic(
     POSITIVE: tl.constexpr, ROUNDED: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
+    """Store sums over j of the sigmoid losses of pairs, of their slopes times b_j, and of their slopes."""
     here, there, dim = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, WIDTH)
     first = start + tl.program_id(0).to(tl.int64) * BLOCK_M
     row, within = start + tl.program_id(0) * BLOCK_M + here, (dim < d)[None, :]
@@ -225,8 +228,8 @@ def logistic(
             same = group[:, None] == tl.load(b_ids + column, mask=real, other=0)[None, :]
             sign = tl.where(same, -1.0, sign)
         z = sign * s
-        # log(1 + e^z) = max(z, 0) + log1p(e), e = e^-|z|, with log1p(e) = e log(u) / (u - 1), u = 1 + e rounded: a small
-        # loss keeps its relative precision.
+        # log(1 + e^z) = max(z, 0) + log1p(e), e = e^-|z|, with log1p(e) = e log(u) / (u - 1), u = 1 + e rounded:
+        # a small loss keeps its relative precision.
         e = tl.exp2(-tl.abs(z) * 1.4426950408889634)
         u = 1.0 + e
         grown = u - 1.0
