@@ -132,6 +132,7 @@ class Batch:
             attempt=move(self.attempt),
             group=move(self.group),
             same=move(self.same),
+            bank=None if self.bank is None else BankGroups(self.bank.same.to(device), self.bank.tags.to(device)),
         )
 
 

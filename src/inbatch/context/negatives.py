@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -15,7 +15,7 @@ Gather = Callable[[Tensor, int], Tensor]
 """Join every rank's part of a tensor along a dimension."""
 
 
-
+@runtime_checkable
 class Bank(Protocol):
     """Memory bank that keeps tags (`nn.memory_bank.MemoryBank`); only the first `filled` rows have some."""
 

@@ -31,7 +31,7 @@ class MemoryBank(nn.Module):
         self.register_buffer("filled", torch.zeros((), dtype=torch.int64))
 
     def keep_tags(self, width: int | None) -> None:
-        """Keep for every row what finds its near duplicates: a number (None), -1 at first, or features of this width."""
+        """Keep for each row what finds its near duplicates: features of this width; None: a number, -1 at first."""
         tags = torch.full((self.size,), -1) if width is None else torch.zeros(self.size, width)
         self.register_buffer("tags", tags.to(self.rows.device))
 
