@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 
 from inbatch import rng
 from inbatch.data.source import Reading, Source, Subset, unlabelled
@@ -141,8 +142,9 @@ def _find(data: object, reading: Reading) -> dict[str, Callable[[], Source]]:
         raise DataError(f"the path of the data is empty; data can be {'; '.join(OPENERS)}")
     for find in OPENERS.values():
         if (found := find(data, reading)) is not None:
-            if find not in _WITH_COLUMNS:
-                check_no_columns(reading, _name(data))
+            if find not in _WITH_COLUMNS:  # a folder has groups by its paths
+                without = replace(reading, group_column=None) if find is folder.find_folder else reading
+                check_no_columns(without, _name(data))
             return found
     for name, part in _of_packages().items():
         if (found := part.maker(data, reading)) is not None:
