@@ -14,7 +14,7 @@ from inbatch.errors import ConfigError
 from inbatch.training import auto_context, evaluation_plan, memory_bench, timing
 from inbatch.training.build import build
 from inbatch.training.holdout import EvaluationSplit
-from inbatch.training.plan import resolve_recipe
+from inbatch.training.resolve import resolve_recipe
 from inbatch.training.timing import expectation, growth, smaller_choices, step_seconds
 
 IMAGES = torch.randint(0, 256, (64, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))

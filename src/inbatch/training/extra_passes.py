@@ -1,10 +1,11 @@
-"""What a run computes besides plain steps: curated views, and surveys of the data set; for the plan of a time budget."""
+"""What a run computes besides plain steps, for the plan of a time budget: curated views, surveys of the data set."""
 
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from inbatch.data import Subset
 from inbatch.evaluation import embed
@@ -75,7 +76,7 @@ def survey_seconds(built: RunComponents) -> float:
     elif sampler is not None and sampler.neighbours:
         count = min(n, _ROWS)
         began = time.perf_counter()
-        nearest_others(torch.randn(count, rows.shape[1]), min(sampler.neighbours, count - 1))
+        nearest_others(_some_rows(count, rows.shape[1]), min(sampler.neighbours, count - 1))
         seconds += (time.perf_counter() - began) * (n / count) ** 2
     return seconds
 
@@ -84,10 +85,14 @@ def _clustering(n: int, width: int, clusters: int, restarts: int, iterations: in
     """Return the seconds of k-means of n rows, from as many rows per cluster with fewer rows."""
     rows = min(n, _ROWS)
     count = max(2, round(clusters * rows / n))
-    data = torch.randn(rows, width)
+    data = _some_rows(rows, width)
     began = time.perf_counter()
     k_means(data, count, restarts, iterations, 0)
     return (time.perf_counter() - began) * (n / rows) * (clusters / count)
+
+
+def _some_rows(n: int, width: int) -> Tensor:
+    return torch.randn(n, width, generator=torch.Generator().manual_seed(0))
 
 
 def _shared(tasks: int) -> int:

@@ -224,8 +224,11 @@ class Loop:
         built, keeper, step, recipe = self.built, self.keeper, self.progress.step, self.built.recipe
         between = recipe.evaluate_every * built.loader.steps
         evaluations = -(-built.total // between) - step // between
-        epochs = (-(-x // built.loader.steps) for x in (step, built.total))
-        surveys = sum(surveyed(built, epoch) for epoch in range(*epochs)) if keeper.survey_seconds else 0
+
+        def surveys(more: int) -> int:
+            epochs = (-(-x // built.loader.steps) for x in (step, step + more))
+            return sum(surveyed(built, epoch) for epoch in range(*epochs))
+
         events = evaluations, built.step.frozen, surveys
         left, save_now = distributed.broadcast_object(
             keeper.check(step, built.timeline, *events) if distributed.rank() == 0 else None

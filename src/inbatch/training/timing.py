@@ -66,7 +66,7 @@ def _extra_seconds(built: RunComponents, scale: float, samples: int) -> tuple[fl
     if not similar and not curated:
         return 0.0, 0.0
     share, device = built.recipe.batch_size // distributed.world(), built.loader.device
-    images = torch.randn(min(samples, share), built.recipe.channels, side, side, device=device)
+    images = torch.zeros(min(samples, share), built.recipe.channels, side, side, device=device)
 
     def work() -> float:
         began = time.perf_counter()
