@@ -81,8 +81,16 @@ def expected(variant: str, plugs: str, groups: int) -> dict[str, list]:
 
 
 PAIRS = [(variant, name) for variant in MIXABLE for name in MIXERS]
-PAIRS += [("simclr", "imix group"), ("simclr", "mixco similar"), ("moco", "imix hard"), ("moco", "unmix hard"),
-          ("mocov3", "unmix similar"), ("dcl", "cutmix group"), ("hcl", "imix group"), ("supcon", "mixco group")]
+PAIRS += [
+    ("simclr", "imix group"),
+    ("simclr", "mixco similar"),
+    ("moco", "imix hard"),
+    ("moco", "unmix hard"),
+    ("mocov3", "unmix similar"),
+    ("dcl", "cutmix group"),
+    ("hcl", "imix group"),
+    ("supcon", "mixco group"),
+]
 PAIRS += [(variant, f"{name} {more}") for name in MIXERS for more in ("set", "ba2m shuffle curate")
           for variant in ("simclr", "byol", "moco", "supervised")]  # fmt: skip
 
@@ -143,8 +151,9 @@ def test_a_step_mixes_by_its_number_only() -> None:
 
 
 def prepared(method: str, name: str, **fields: object) -> api.RunComponents:
-    small_ones = small.SMALL.get(method, {}) | ({"queue_size": 0} if method == "swav" else {})
-    options = {f"method.{k}": v for k, v in small_ones.items() if k != "num_classes"}
+    options = {f"method.{k}": v for k, v in small.SMALL.get(method, {}).items() if k != "num_classes"}
+    if method == "swav":
+        options |= {"method.queue_size": 0, "views.name": "simclr_cifar"}
     given = {"subset": 40, "batch_size": 8, "context": 4, "epochs": 2, "device": "cpu", "mix": name} | fields
     return api.prepare("digits-canvas", method, settings=options | given.pop("settings", {}), **given)
 

@@ -205,7 +205,8 @@ def of_pcl(m: Method, q: Rows, k: Tensor, p: int, i: int, batch: Batch) -> Tenso
     row, terms = unit(q["projection"][i]), []
     for key, clustering in enumerate(m.clusterings.every):
         columns, density, counts = clustering.columns(batch, m.clusterings.negatives, key)
-        terms.append(cross_entropy([row @ unit(c) / d for c, d, yes in zip(columns, density, counts) if yes], p))
+        each = zip(columns, density, counts, strict=True)
+        terms.append(cross_entropy([row @ unit(c) / d for c, d, yes in each if yes], p))
     return contrast(q["projection"][i], k, p, m.temperature, m.queue.rows) + sum(terms) / len(terms)
 
 

@@ -1,4 +1,4 @@
-"""Every method with every plug-in, and every two of these three: two steps are trained, or one sentence refuses them."""
+"""Every method with every plug-in, and with every two: two steps are trained, or one sentence refuses them."""
 
 import itertools
 import random
@@ -28,17 +28,13 @@ PLUGS: dict[str, list[Any]] = {
     "joint_norm": [True], "variance_weight": [0.5],
 }  # fmt: skip
 """Setting -> values other than the default."""
-ONE_VIEW = {"supervised"}
-"""Methods of one view: curation and the geometry of pairs of crops compare two."""
 
 
 def refused(method: str, kind: str, value: Any) -> bool:
     """Return whether the method does not allow a plug-in, by its equation."""
     if kind == "mix":
         return METHODS[method].mixed_keys is None
-    if kind == "negatives":
-        return value not in METHODS[method].negatives
-    return kind in ("curate", "crops") and method in ONE_VIEW
+    return kind == "negatives" and value not in METHODS[method].negatives
 
 
 def pairwise(method: str) -> list[dict[str, Any]]:
@@ -75,10 +71,11 @@ def sentence(data: dict[str, Path], method: str, plugs: dict[str, Any]) -> str:
     """Train two steps of the second epoch; return why they are refused, or an empty text."""
     options: dict[str, Any] = {f"method.{k}": v for k, v in SMALL.get(method, {}).items() if k != "num_classes"}
     if method == "swav":
-        options["method.queue_size"] = 0
+        options["method.queue_size"] = 0  # with a queue, images cannot be mixed
     if METHODS[method].teacher:
         options["teacher"] = str(data["teacher"])
     options |= {"encoder.name": "tiny", "image_size": 12, "group_column": "video", "context": 8}
+    options |= {"views.name": "simclr_cifar", "views.num_views": 2}  # pairs of crops, and curation, compare two views
     options |= {kind if kind in ("crops", "shuffle_groups", "joint_norm", "variance_weight") else f"{kind}.name": value
                 for kind, value in plugs.items()}  # fmt: skip
     try:

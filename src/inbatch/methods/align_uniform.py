@@ -37,9 +37,9 @@ def mixed_align_uniform(
     q: Float[Tensor, "m d"], k: Float[Tensor, "n d"], mixture: Mixture, t: float = 2.0, weight: float = 1.0,
     alpha: float = 2.0,
 ) -> Float[Tensor, ""]:  # fmt: skip
-    """Compute it for rows of mixed images: aligned with the keys of their two samples, by share; rows normalised inside.
+    """Compute it for rows of mixed images: aligned with the keys of their two samples, by share.
 
-    The uniformity is that of the mixed rows and of the keys.
+    The uniformity is that of the mixed rows and of the keys. Rows are normalised inside.
     """
     rows = normalize(q), normalize(k)
     squares = (rows[0] - rows[1][mixture.positive]).square().sum(-1)

@@ -93,14 +93,23 @@ class PCL(Method):
         q = online["projection"][0]
         how = self.queue.rows, self.temperature, 0.0, 0, self.negatives_of(batch)
         instance = info_nce(q, target["projection"][0], *how)
-        prototypes = self.clusterings.mean(lambda *some: proto_nce(q, *some, same=batch.same), batch)
+        prototypes = self._prototypes(q, batch)
         return {"loss": instance + prototypes, "instance": instance, "prototypes": prototypes}
+
+    def _prototypes(
+        self, q: Tensor, batch: Batch, mixture: Mixture | None = None, samples: int | None = None
+    ) -> Tensor:
+        """Return the mean of the prototype terms of all clusterings."""
+
+        def term(columns: Tensor, density: Tensor, counts: Tensor) -> Tensor:
+            return proto_nce(q, columns, density, counts, mixture, samples, batch.same)
+
+        return self.clusterings.mean(term, batch)
 
     def mixed_loss(self, query: Rows, keys: Rows, mixture: Mixture, batch: Batch) -> Tensor:
         q, (k,), chosen = query["projection"], keys["projection"].detach(), self.negatives_of(batch)
         instance = mixed_contrast(q, k, mixture, self.temperature, self.queue.rows, negatives=chosen)
-        how = mixture, len(batch), batch.same
-        return instance + self.clusterings.mean(lambda *some: proto_nce(q, *some, *how), batch)
+        return instance + self._prototypes(q, batch, mixture, len(batch))
 
     def after_step(self, online: Rows, target: Rows, batch: Batch, progress: float) -> None:
         self.queue.push(normalize(whole(target["projection"][0])), None if batch.bank is None else batch.bank.tags)
