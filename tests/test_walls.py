@@ -38,7 +38,7 @@ MAY: dict[str, set[str]] = {
     "losses": {"distributed", "nn", "methods"},
     "distributed": {"errors", "nn.logsumexp", "runtime.distributed", "runtime.ring"},
     "training.step": {"batch", "context", "errors", "methods", "models", "nn", "rng", "runtime"}
-    | {"training.grad_cache", "training.mixing"},
+    | {"training.grad_cache", "training.mixing", "training.row_order"},
     "training.grad_cache": {"batch", "models"},
     "models": {"batch", "context", "data.pixels", "errors", "models", "nn", "rng", "runtime"},
     "__main__": {"apps.cli"},
@@ -61,7 +61,7 @@ ONLY: dict[str, set[str]] = {
     "huggingface_hub": {"data.sources", "models"},
     "tifffile": {"data.decoding"},
     "fsspec": {"runtime.remote"},
-    "triton": {"nn.triton_logsumexp"},
+    "triton": {"nn.triton_kernels"},
     "faiss": {"evaluation.neighbour_index"},
     "torch.utils.tensorboard": {"training.trackers.tensorboard"},
     "wandb": {"training.trackers.wandb"},
@@ -78,7 +78,7 @@ ONLY: dict[str, set[str]] = {
 
 FEW = {"torch", "jaxtyping"}
 LIBRARIES: dict[str, set[str]] = dict.fromkeys(("nn", "context", "methods", "losses", "distributed"), FEW)
-LIBRARIES |= {"nn.clustering": FEW | {"sklearn", "threadpoolctl"}, "nn.triton_logsumexp": FEW | {"triton"}}
+LIBRARIES |= {"nn.clustering": FEW | {"sklearn", "threadpoolctl"}, "nn.triton_kernels": {"triton"}}
 LIBRARIES |= {"context.mixing": FEW | {"scipy"}}
 LIBRARIES |= {f"training.{name}": FEW for name in ("step", "grad_cache")}
 LIBRARIES |= {f"runtime.{name}": FEW for name in ("distributed", "process_group", "rank_store", "ring")}
@@ -91,7 +91,7 @@ TORCHLESS = {"errors", "runtime.tuning", "apps.cli", "training.trackers"}
 
 LATE = {"matplotlib", "pandas", "scipy", "sklearn", "timm", "torchvision", "triton"}
 """Libraries whose import takes a second in all: only functions import them, so that a run starts without them."""
-EARLY = {"data.views.numba_kernel", "nn.triton_logsumexp", "sklearn"}
+EARLY = {"data.views.numba_kernel", "nn.triton_kernels", "sklearn"}
 """Modules that are themselves imported in functions only, or by the user."""
 
 DEVICES = {f"nn.{name}" for name in ("exponentials", "logsumexp", "tiles", "cpu_matmul", "slicing", "eval_mode")}

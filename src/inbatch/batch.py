@@ -28,6 +28,19 @@ def split_state(losses: Losses) -> tuple[Losses, dict[str, Tensor]]:
 
 
 @dataclass(frozen=True)
+class BankGroups:
+    """Near duplicates of the samples of a batch among the rows of a memory bank; equal on all ranks.
+
+    Attributes:
+        same: (L,) int64; a row of the bank is no negative of the samples whose `Batch.same` is equal to its number.
+        tags: (N,) or (N, F), what the bank keeps of the samples of the whole batch to find theirs in later steps.
+    """
+
+    same: Tensor
+    tags: Tensor
+
+
+@dataclass(frozen=True)
 class Batch:
     """A batch of B samples.
 
@@ -49,6 +62,7 @@ class Batch:
             groups.
         same: (B,) int64; samples with equal numbers are never negatives of each other (the recipe's `negatives`). None:
             every other sample is a negative.
+        bank: near duplicates among the rows of the method's memory bank. None: every row of it is a negative.
         attempt: (B,) int64, number of the draw of each sample's views. None: 0, the first draw, for all samples.
     """
 
@@ -64,6 +78,7 @@ class Batch:
     attempt: Tensor | None = None
     group: Tensor | None = None
     same: Tensor | None = None
+    bank: BankGroups | None = None
 
     def __len__(self) -> int:
         return len(self.index)
@@ -117,6 +132,7 @@ class Batch:
             attempt=move(self.attempt),
             group=move(self.group),
             same=move(self.same),
+            bank=None if self.bank is None else BankGroups(self.bank.same.to(device), self.bank.tags.to(device)),
         )
 
 

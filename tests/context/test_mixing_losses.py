@@ -1,6 +1,8 @@
 """Mixing: the vectors of the authors' code, and every method's loss of mixed rows as loops."""
 
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,9 +13,11 @@ from torch import Tensor
 
 from inbatch.batch import MIXED, Batch, Mixture, Rows
 from inbatch.context.mixing import Draw, IMix, MixCo, Mixer, UnMix
+from inbatch.losses import align_uniform, vicreg
 from inbatch.methods import METHODS
 from inbatch.methods.base import Method
 from inbatch.nn.functional import normalize
+from inbatch.nn.negatives import Negatives
 from inbatch.training.mixing import StepMixing
 
 
@@ -183,6 +187,45 @@ def of_dino(m: Method, q: Rows, k: Tensor, p: int, i: int, batch: Batch) -> Tens
     return -(target * (q["prototypes"][i] / m.temperature).log_softmax(0)).sum()
 
 
+def of_sigmoid(m: Method, q: Rows, k: Tensor, p: int, i: int, batch: Batch) -> Tensor:
+    row, t, b = q["scaled"][i, :-2], q["scaled"][i, -2], q["scaled"][i, -1]
+    logits = torch.stack([t * unit(row) @ unit(key[:-2]) + b for key in k])
+    return torch.nn.functional.softplus(logits).sum() - logits[p]
+
+
+def of_swav(m: Method, q: Rows, k: Tensor, p: int, i: int, batch: Batch) -> Tensor:
+    code = (k / m.epsilon).exp()
+    for _ in range(m.iterations):
+        code = code / code.sum(0)
+        code = code / code.sum(1, keepdim=True)
+    return -(code[p] * (q["prototypes"][i] / m.temperature).log_softmax(0)).sum()
+
+
+def of_pcl(m: Method, q: Rows, k: Tensor, p: int, i: int, batch: Batch) -> Tensor:
+    row, terms = unit(q["projection"][i]), []
+    for key, clustering in enumerate(m.clusterings.every):
+        columns, density, counts = clustering.columns(batch, m.clusterings.negatives, key)
+        each = zip(columns, density, counts, strict=True)
+        terms.append(cross_entropy([row @ unit(c) / d for c, d, yes in each if yes], p))
+    return contrast(q["projection"][i], k, p, m.temperature, m.queue.rows) + sum(terms) / len(terms)
+
+
+def of_negatives(
+    m: Method, q: Rows, k: Tensor, p: int, i: int, batch: Batch, kind: Negatives, queue: Tensor | None = None
+) -> Tensor:
+    """Return log(positive + sum over negatives) - positive; without the positive in the sum for DCL."""
+    row, t = unit(next(iter(q.values()))[i]), m.temperature
+    same = list(range(len(k))) if kind.same is None else kind.same.tolist()
+    keys = [unit(k)[j] for j in range(len(k)) if same[j] != same[p]] + ([] if queue is None else [*queue])
+    positive, e = row @ unit(k)[p], torch.stack([(row @ key / t).exp() for key in keys])
+    total = e.sum()
+    if kind.tau_plus is not None:
+        weight = e**kind.beta
+        total = (e * weight).sum() / weight.mean() - kind.tau_plus * len(e) * (positive / t).exp()
+        total = (total / (1 - kind.tau_plus)).clamp(min=len(e) * math.exp(-1 / t))
+    return (total if m.__class__.__name__ == "DCL" else total + (positive / t).exp()).log() - positive / t
+
+
 def of_relation(m: Method, q: Rows, k: Tensor, p: int, i: int, batch: Batch) -> Tensor:
     rows = [*(unit(k) if m.candidates == "batch" else [unit(k)[p]]), *m.queue.rows]
     target = torch.stack([unit(k)[p] @ row / m.teacher_temperature for row in rows]).softmax(0)
@@ -201,6 +244,10 @@ LITERAL: dict[str, Callable[..., Tensor]] = {
     "dcl": of_dcl,
     "dino": of_dino,
     "supcon": of_supcon,
+    "sigmoid": of_sigmoid,
+    "swav-plain": of_swav,
+    "pcl": of_pcl,
+    "hcl": lambda m, *given: of_negatives(m, *given, Negatives(tau_plus=m.tau_plus, beta=m.beta)),
     "relation": of_relation,
     "relation-own": of_relation,
 }
@@ -212,7 +259,8 @@ def some_rows(method: Method, seed: int = 0) -> tuple[Rows, Rows, Batch]:
     g = torch.Generator().manual_seed(seed)
 
     def draw(n: int, name: str) -> Tensor:
-        width = {"prototypes": 6, "classifier": 3, "features": 12}.get(name, getattr(method, "out_dim", 12))
+        widths = {"prototypes": 6, "classifier": 3, "features": 12, "scaled": 10}
+        width = widths.get(name, getattr(method, "out_dim", 12))
         return torch.randn(n, width, generator=g, dtype=torch.float64)
 
     query = {name: draw(4, name).requires_grad_() for name in method.online}
@@ -235,14 +283,83 @@ def test_the_loss_of_mixed_rows_as_loops(variant: str) -> None:
     mixture = pairs()
     found = method.mixed_loss(query, keys, mixture, batch)
     key = next(reversed(keys.values()))[0]
-    expected = sum(
-        mixture.weight[s, i] * LITERAL[variant](method, query, key, int(mixture.positive[s, i]), i, batch)
-        for i in range(4) for s in range(2)
-    ) / 4  # fmt: skip
+    expected = by_loops(mixture, lambda p, i: LITERAL[variant](method, query, key, p, i, batch))
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
-    head = method.online[0]
+    head = "prototypes" if "prototypes" in method.online else method.online[0]
     slopes = [torch.autograd.grad(loss, query[head])[0] for loss in (found, expected)]
     torch.testing.assert_close(*slopes, rtol=1e-9, atol=1e-12)
+
+
+def by_loops(mixture: Mixture, loss: Callable[[int, int], Tensor]) -> Tensor:
+    """Return the mean over 4 images of share times the loss of each of the two samples."""
+    pairs_of = [(s, i) for i in range(4) for s in range(2)]
+    return sum(mixture.weight[s, i] * loss(int(mixture.positive[s, i]), i) for s, i in pairs_of) / 4
+
+
+KINDS = {
+    "drop": Negatives(torch.tensor([0, 1, 0, 3, 1, 5])),
+    "debias": Negatives(tau_plus=0.1),
+    "hard": Negatives(tau_plus=0.1, beta=1.0),
+    "both": Negatives(torch.tensor([0, 1, 0, 3, 1, 5]), 0.1, 1.0),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("variant", ["simclr", "dcl", "mocov3", "moco", "moco, own key"])
+def test_negatives_of_mixed_rows_as_loops(variant: str, kind: str) -> None:
+    """A near duplicate of one of the two samples is no negative of it, but one of the other sample."""
+    method, own = create(variant.split(",")[0]).double(), variant.endswith("own key")
+    query, keys, batch = some_rows(method)
+    method.weighting = KINDS[kind]
+    batch = replace(batch, same=KINDS[kind].same)
+    mixture = pairs(candidates="own" if own else "batch")
+    found = method.mixed_loss(query, keys, mixture, batch)
+    key, weighting = next(reversed(keys.values()))[0], KINDS[kind]
+    if own:  # only rows of the queue are negatives
+        weighting = replace(weighting, same=torch.zeros(6).long())
+    scale = 4 * method.temperature if variant == "mocov3" else 1
+    queue = method.queue.rows if variant.startswith("moco") and variant != "mocov3" else None
+    given = weighting, queue
+    expected = scale * by_loops(mixture, lambda p, i: of_negatives(method, query, key, p, i, batch, *given))
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+    head = method.online[0]
+    torch.testing.assert_close(*(torch.autograd.grad(x, query[head])[0] for x in (found, expected)))
+
+
+def test_supcon_leaves_out_similar_samples_of_other_classes_than_a_mixed_ones() -> None:
+    method = create("supcon").double()
+    query, keys, batch = some_rows(method)
+    method.weighting = KINDS["drop"]
+    same, label, mixture = KINDS["drop"].same, [0, 1, 10, 11, 2, 12], pairs()
+    keys = {"projection": keys["projection"]}
+    batch = replace(batch, same=same, label=torch.tensor([0, 1, -1, -1, 2, -1]))
+    u, t = unit(keys["projection"][0]), method.temperature
+
+    def loss(p: int, i: int) -> Tensor:
+        row = unit(query["projection"][i])
+        among = [j for j in range(6) if same[j] != same[p] or label[j] == label[p]]
+        positive = torch.stack([row @ u[j] / t for j in range(6) if label[j] == label[p]]).mean()
+        return torch.stack([row @ u[j] / t for j in among]).logsumexp(0) - positive
+
+    torch.testing.assert_close(method.mixed_loss(query, keys, mixture, batch), by_loops(mixture, loss))
+
+
+def test_losses_with_a_statistic_have_that_of_mixed_rows_and_of_keys() -> None:
+    """Only the distance of two views is shared by the two samples."""
+    for alpha in (2.0, 1.0):
+        method = METHODS["align_uniform"](alpha=alpha, out_dim=8)
+        query, keys, batch = some_rows(method)
+        mixture, q, k = pairs(), unit(query["projection"]), unit(keys["projection"][0])
+        uniform = [align_uniform(torch.stack([x, x]))["uniformity"] for x in (q, k)]
+        expected = by_loops(mixture, lambda p, i, q=q, k=k, a=alpha: (q[i] - k[p]).norm() ** a) + sum(uniform) / 2
+        torch.testing.assert_close(method.mixed_loss(query, keys, mixture, batch), expected)
+    method = METHODS["vicreg"](out_dim=8)
+    query, keys, batch = some_rows(method)
+    mixture, q, k = pairs(), query["projection"], keys["projection"][0]
+    parts_of = [vicreg(torch.stack([x, x])) for x in (q, k)]
+    expected = 25 * by_loops(mixture, lambda p, i: (q[i] - k[p]).square().mean())
+    expected = expected + sum(25 * x["variance"] + x["covariance"] for x in parts_of) / 2
+    torch.testing.assert_close(method.mixed_loss(query, keys, mixture, batch), expected)
 
 
 def test_mixed_labels_are_counted_by_their_share() -> None:
@@ -259,7 +376,7 @@ def test_mixed_labels_are_counted_by_their_share() -> None:
 
 
 @pytest.mark.parametrize("variant", ["moco", "moco-symmetric", "mocov3", "byol", "simsiam", "dino", "relation",
-                                     "relation-own", "supervised"])  # fmt: skip
+                                     "relation-own", "supervised", "swav-plain", "vicreg", "pcl"])  # fmt: skip
 def test_a_sample_mixed_with_itself_is_a_plain_one(variant: str) -> None:
     """The scale of the loss is that of plain rows. SimCLR, DCL and SupCon also have negatives of the same view."""
     method, n = create(variant).double(), 6

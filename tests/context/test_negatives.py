@@ -16,6 +16,7 @@ from inbatch.methods import METHODS
 FITS = [(method, "hard" if "hard" in METHODS[method].negatives else "group") for method in METHODS
         if METHODS[method].negatives]  # fmt: skip
 FITS += [("simclr", "similar"), ("simclr", "group"), ("supcon", "group"), ("mocov3", "similar"), ("nnclr-3", "similar")]
+FITS += [("moco", "group"), ("moco", "similar"), ("moco-symmetric", "group"), ("pcl", "similar")]
 
 
 def components(rows: Tensor, threshold: float) -> tuple[list[int], int]:

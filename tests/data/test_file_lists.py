@@ -12,7 +12,7 @@ from PIL import Image
 from inbatch.data import open_data, splits
 from inbatch.errors import DataError
 from inbatch.training.holdout import evaluation_split
-from inbatch.training.plan import resolve_recipe
+from inbatch.training.resolve import resolve_recipe
 
 
 def photos(root, *names):

@@ -1,6 +1,8 @@
 """Known groups of images: read from columns of every kind of data, kept by selections, and part of batches."""
 
 import io
+import json
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +70,52 @@ def test_tables_arrays_and_items(tmp_path: Path) -> None:
             open_data(data, group_column="clip")
     both = open_data([str(tmp_path / "a.parquet"), str(tmp_path / "a.npz")], group_column="video")
     assert both.groups[:6].max() < both.groups[[6, 7, 11]].min() and (both.groups == -1).sum() == 2
+
+
+def write_tar(file: Path, members: dict[str, bytes]) -> Path:
+    with tarfile.open(file, "w") as opened:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            opened.addfile(info, io.BytesIO(data))
+    return file
+
+
+def test_folders_and_tar_shards(tmp_path: Path) -> None:
+    """By the folder, by a pattern of the path, and by the members beside the image."""
+    names = ["a/clip1_0", "a/clip2_0", "a/b/clip1_1", "b/x", "b/clip1_2", "top"]
+    members: dict[str, bytes] = {}
+    for i, (name, video) in enumerate(zip(names, VIDEOS, strict=True)):
+        file = tmp_path / "photos" / f"{name}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(encoded(i))
+        members |= {f"{name}.png": encoded(i), f"{name}.video.txt": video.encode()}
+        members[f"{name}.json"] = json.dumps({"clip": video or None}).encode()
+    shard = write_tar(tmp_path / "s.tar", members)
+    rules = {
+        "folder": {"a/clip1_0": "a", "a/clip2_0": "a", "a/b/clip1_1": "ab", "b/x": "b", "b/clip1_2": "b", "top": ""},
+        r"(clip\d)_": {"a/clip1_0": "1", "a/clip2_0": "2", "a/b/clip1_1": "1", "b/x": "", "b/clip1_2": "1", "top": ""},
+        "video.txt": dict(zip(names, VIDEOS, strict=True)),
+        "clip": dict(zip(names, VIDEOS, strict=True)),
+    }
+    for column, group in rules.items():
+        for data in (tmp_path / "photos", shard):
+            if column in ("video.txt", "clip") and data != shard:
+                with pytest.raises(DataError, match=r"the files of .* have no columns. Use folder"):
+                    open_data(data, group_column=column)
+                continue
+            source = open_data(data, group_column=column)
+            expected = [group[source.identity(i).removeprefix("s.tar:").removesuffix(".png")] for i in range(6)]
+            for i in range(6):
+                same = [j for j in range(6) if source.groups[j] == source.groups[i] != -1]
+                assert same == ([j for j in range(6) if expected[j] == expected[i]] if expected[i] else []), column
+            assert open_data(data).groups is None and open_data(data).signature() != source.signature()
+    for column, message in {
+        "(clip": "is no regular expression", "(c)(l)": "has 2 pairs of capturing brackets", "(?:c)": "has 0 pairs",
+        "(dog)": "it finds no text in its brackets in any path", "slide": r"no member KEY.slide .*group_column",
+    }.items():  # fmt: skip
+        with pytest.raises(DataError, match=message):
+            open_data(shard, group_column=column)
 
 
 def test_data_without_columns_have_no_groups(tmp_path: Path) -> None:

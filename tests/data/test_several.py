@@ -12,7 +12,7 @@ from test_webdataset import pictures, shard
 from inbatch.data import open_data, splits
 from inbatch.errors import ConfigError, DataError
 from inbatch.runtime.path_list import joined_paths
-from inbatch.training.plan import resolve_recipe
+from inbatch.training.resolve import resolve_recipe
 
 
 def identities(source):

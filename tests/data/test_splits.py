@@ -12,7 +12,7 @@ from inbatch.data import open_data, splits
 from inbatch.data.sources.split_names import arranged, distinct, find_split, split_within
 from inbatch.errors import DataError
 from inbatch.training.holdout import evaluation_split
-from inbatch.training.plan import resolve_recipe
+from inbatch.training.resolve import resolve_recipe
 
 
 def classes(*folders: str) -> list[str]:

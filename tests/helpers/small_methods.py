@@ -8,7 +8,7 @@ import torch
 from mixed_batches import MixedBatch, mixer_of
 from torch import Tensor, nn
 
-from inbatch.batch import MIXED, Batch, Rows, split_state
+from inbatch.batch import MIXED, BankGroups, Batch, Rows, split_state
 from inbatch.context.attention import BA2M, BatchFormer
 from inbatch.context.curation import Curator
 from inbatch.context.fusion import FUSIONS, Fusion
@@ -18,6 +18,7 @@ from inbatch.methods.base import Method
 from inbatch.models.network import Network, make_target_network
 from inbatch.models.recompute import blocks
 from inbatch.models.sync_batchnorm import synchronise_norm
+from inbatch.nn.memory_bank import MemoryBank
 from inbatch.nn.negatives import Negatives
 from inbatch.rng import fold, permutation
 from inbatch.runtime import distributed, sharding
@@ -83,6 +84,7 @@ VARIANTS = {name: (name, SMALL.get(name, {})) for name in METHODS} | {
     "dclw": ("dcl", SMALL["dcl"] | {"weighted": True}),
     "dcl-3": ("dcl", SMALL["dcl"] | {"weighted": True, "symmetric": False, "detach": True}),
     "swav-4": ("swav", SMALL["swav"] | {"queue_size": 0}),
+    "swav-plain": ("swav", SMALL["swav"] | {"queue_size": 0}),
     "swav-frozen": ("swav", SMALL["swav"] | {"freeze_prototypes_epochs": 1}),
     "swav-joined": ("swav", SMALL["swav"]),
     "dino-4": ("dino", SMALL["dino"] | {"freeze_prototypes_epochs": 1, "layers": 2, "norm": True}),
@@ -175,6 +177,8 @@ def parts(
     torch.manual_seed(1)
     method = create(variant)
     method.weighting = next((NEGATIVES[name] for name in NEGATIVES if name in plugs), None)
+    if (bank := method.negative_bank()) is not None and {"group", "similar"} & set(plugs):
+        bank.keep_tags(None if "group" in plugs else 12)
     heads = method.heads(12)
     fuse, fused = fusion(variant, plugs, group)
     joined = variant.endswith("-joined")
@@ -228,7 +232,7 @@ def curator(
 
 
 def similar(
-    plugs: Collection[str], network: Network, images: Callable[[Batch], Sequence[Tensor]]
+    plugs: Collection[str], network: Network, images: Callable[[Batch], Sequence[Tensor]], method: Method
 ) -> DropSimilar | None:
     """Return what finds samples that are no negatives, if a plug needs it: by groups of three, or by features."""
     if not {"group", "similar"} & set(plugs):
@@ -239,7 +243,7 @@ def similar(
             return network.features(images(batch)[0])
 
     drop = DropSimilar(threshold=0.5)
-    drop.prepare(embed if "similar" in plugs else None)
+    drop.prepare(embed if "similar" in plugs else None, method.negative_bank())
     return drop
 
 
@@ -290,7 +294,7 @@ def train(
         optimizer=optimizer_of(optimizer, network), schedule=lambda optimizer, step: None,
         groups=groups, progress=lambda step: step / 10, seed=3, synced=synced, shuffle="shuffle" in plugs,
         curator=curator(plugs, network, drawn, views), frozen=frozen, mixer=mixer_of(plugs),
-        similar=similar(plugs, network, drawn),
+        similar=similar(plugs, network, drawn, method),
     )  # fmt: skip
     losses = []
     for s, (batch, images) in enumerate(batches(n, steps, views_of(variant))):
@@ -343,7 +347,8 @@ def literal(
             with torch.no_grad():
                 seen = [images[v] for v in target_views]
                 target_rows = _forward(target, seen, target_views, groups, s, 0, moved)
-        batch = replace(batch, same=_same(plugs, start, batch, images))
+        same, bank = _same(plugs, start, batch, images, method.negative_bank())
+        batch = replace(batch, same=same, bank=bank)
         remembered = copy.deepcopy(method.state_dict())
         inputs = rows, target_rows, batch
         terms, next_state = split_state({"loss": mixed.loss(*inputs)} if mixed else method.loss(*inputs))
@@ -401,24 +406,30 @@ def _curated(plugs: Collection[str], model: Network, batch: Batch, images: Seque
     return tuple(now)
 
 
-def _same(plugs: Collection[str], network: Network, batch: Batch, images: Sequence[Tensor]) -> Tensor | None:
-    """Return numbers that samples share if they are no negatives of each other, pair by pair."""
-    n = len(batch)
+def _same(
+    plugs: Collection[str], network: Network, batch: Batch, images: Sequence[Tensor], bank: MemoryBank | None
+) -> tuple[Tensor | None, BankGroups | None]:
+    """Return numbers that samples, and rows of the bank, share if they are no negatives of each other, pair by pair."""
+    n, held = len(batch), 0 if bank is None else int(bank.filled)
     if "group" in plugs:
-        group = groups_of(batch).tolist()
-        pairs = [(i, j) for i in range(n) for j in range(i) if group[i] == group[j] >= 0]
+        tags = groups_of(batch)
+        if bank is not None:
+            tags = torch.tensor([g if g >= 0 else -2 - i for g, i in zip(tags.tolist(), batch.index, strict=True)])
+        group = [*tags.tolist(), *([] if bank is None else bank.tags[:held].tolist())]
+        pairs = [(i, j) for j in range(n) for i in range(j + 1, n + held) if group[i] == group[j] != -1]
     elif "similar" in plugs:
         with torch.no_grad():
-            z = network.eval().features(images[0])
-        z = z - z.mean(0)
-        pairs = [(i, j) for i in range(n) for j in range(i) if z[i] @ z[j] >= 0.5 * z[i].norm() * z[j].norm()]
+            tags = network.eval().features(images[0])
+        z = torch.cat([tags, *([] if bank is None else [bank.tags[:held]])]) - tags.mean(0)
+        pairs = [(i, j) for j in range(n) for i in range(j + 1, n + held)
+                 if z[i] @ z[j] >= 0.5 * z[i].norm() * z[j].norm()]  # fmt: skip
     else:
-        return None
-    same = list(range(n))
+        return None, None
+    same = list(range(n + (0 if bank is None else bank.size)))
     for i, j in pairs * n:
         same[i] = same[j] = min(same[i], same[j])
-    assert 0 < len(set(same)) < n, "the plug does nothing"
-    return torch.tensor(same)
+    assert 0 < len(set(same[:n])) < n, "the plug does nothing"
+    return torch.tensor(same[:n]), None if bank is None else BankGroups(torch.tensor(same[n:]), tags)
 
 
 def _forward(

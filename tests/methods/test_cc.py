@@ -11,7 +11,7 @@ from torch import Tensor
 from inbatch.losses import cluster_contrast
 from inbatch.methods import METHODS
 from inbatch.methods.cc import CC, contrast
-from inbatch.training.plan import resolve_recipe
+from inbatch.training.resolve import resolve_recipe
 
 
 @DTYPES

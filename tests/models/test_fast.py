@@ -22,8 +22,8 @@ from inbatch.training.first_layer import fit_first_layer
 from inbatch.training.holdout import EvaluationSplit
 from inbatch.training.monitors import online_evaluation
 from inbatch.training.monitors.online_evaluation import fit_readout, make_online_evaluator
-from inbatch.training.plan import resolve_recipe
 from inbatch.training.recipe import make
+from inbatch.training.resolve import resolve_recipe
 from inbatch.training.run_encoder import initial_encoder
 from inbatch.training.run_views import image_scale
 

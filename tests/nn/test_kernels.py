@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from kernels_interpreted import Case, cases, errors
+from kernels_interpreted import Case, cases, errors, sigmoids
 
-from inbatch.nn import triton_logsumexp
+from inbatch.nn import exponentials, triton_logsumexp
+from inbatch.nn.pair_weights import SameGroup
 
 CASES = [case[0] for case in cases()] + [f"symmetric {n} T={t}" for n in (1, 5, 130) for t in (0.07, 0.003)]
 CUDA = pytest.mark.skipif(
@@ -59,7 +60,25 @@ def test_every_case_is_looked_at(told: dict[str, Any]) -> None:
 
 @pytest.mark.slow
 def test_losses_go_through_them_whole_and_in_shares(told: dict[str, Any]) -> None:
-    assert len(told["tiled"]) == 10 and all(error < 2e-5 for error in told["tiled"].values()), told["tiled"]
+    assert len(told["tiled"]) == 20 and all(error < 2e-5 for error in told["tiled"].values()), told["tiled"]
+
+
+@pytest.mark.slow
+def test_sums_of_sigmoids(told: dict[str, Any]) -> None:
+    assert len(told["sigmoids"]) == 12 and all(error <= 1 for error in told["sigmoids"].values()), told["sigmoids"]
+
+
+def test_other_weights_than_groups_are_left_to_the_products_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel cannot call a function in Python; the choice is made in one place, for all sums."""
+
+    class Own:
+        def tile(self, rows: slice, columns: slice) -> torch.Tensor:
+            return torch.ones(rows.stop - rows.start, columns.stop - columns.start)
+
+    monkeypatch.setattr(triton_logsumexp, "usable", lambda *tensors: True)
+    x, ids = torch.ones(2, 3), torch.arange(2)
+    chosen = [exponentials.on_kernels(x, x, w) for w in (None, SameGroup(ids, ids), SameGroup(ids, ids, 0.5, ids, ids))]
+    assert chosen == [True, True, True] and not exponentials.on_kernels(x, x, Own())
 
 
 @pytest.mark.slow
@@ -89,8 +108,8 @@ def test_no_columns_are_lost_in_the_dealing() -> None:
     widths, rows_of = (3, 64, 128, 256), (1, 100, 4096, 100_000)
     sizes = product(("float32", "tf32x3", "bf16"), widths, rows_of, (0, 1, 511, 4096, 100_003))
     for products, width, rows, columns in sizes:
-        tile = triton_logsumexp._tile(products, width)
-        parts, span = triton_logsumexp._deal(rows, columns, tile)
+        tile = triton_logsumexp.tile_of(products, width)
+        parts, span = triton_logsumexp.deal(rows, columns, tile)
         assert span % tile["BLOCK_N"] == 0
         assert (parts - 1) * span < max(columns, 1) <= parts * span  # no empty program, no missing column
         blocks = -(-rows // tile["BLOCK_M"])
@@ -103,6 +122,12 @@ def test_no_columns_are_lost_in_the_dealing() -> None:
 def test_on_a_card(case: Case) -> None:
     assert triton_logsumexp.usable(torch.ones(1, 1, device="cuda"))
     found = errors(case, "cuda")
+    assert all(error <= 1 for error in found.values()), found
+
+
+@CUDA
+def test_sums_of_sigmoids_on_a_card() -> None:
+    found = sigmoids("cuda")
     assert all(error <= 1 for error in found.values()), found
 
 

@@ -16,6 +16,7 @@ from inbatch.methods import METHODS
 from inbatch.methods.simclr import SimCLR
 from inbatch.nn import exponentials, logsumexp, passing, row_blocks, tiles, triton_logsumexp
 from inbatch.nn.batch_sums import positions
+from inbatch.nn.pair_weights import SameGroup
 
 N = 24
 
@@ -148,23 +149,35 @@ def test_a_rank_may_have_no_samples(name: str) -> None:
     compare(WITHOUT_SAMPLES[name], rows(2, N, 5), 3, False, "never")
 
 
-def kernel_sums(q, k, scale, exclude_self, start, stop, mean=False, products="float32"):  # type: ignore[no-untyped-def]
+def kernel_sums(q, k, scale, exclude_self, start, stop, mean, products, weights):  # type: ignore[no-untyped-def]
     """Compute `triton_logsumexp.forward` literally."""
-    s = exponentials.logits(q, k, scale, exclude_self, None)[start:stop]
+    s = exponentials.logits(q, k, scale, exclude_self, weights)[start:stop]
     return s.logsumexp(1), s.softmax(1) @ k if mean else None
 
 
-def kernel_gradient(a, b, scale, exclude_self, start, stop, lse_a, grad_a, lse_b, grad_b, products="float32"):  # type: ignore[no-untyped-def]
+def kernel_gradient(a, b, scale, exclude_self, start, stop, lse_a, grad_a, lse_b, grad_b, products, weights):  # type: ignore[no-untyped-def]
     """Compute `triton_logsumexp.backward` literally."""
-    s, w = exponentials.logits(a, b, scale, exclude_self, None), torch.zeros(len(a), len(b)).to(a)
+    s, w = exponentials.logits(a, b, scale, exclude_self, weights), torch.zeros(len(a), len(b)).to(a)
     w += 0 if lse_a is None else grad_a[:, None] * (s - lse_a[:, None]).exp()
     w += 0 if lse_b is None else grad_b * (s - lse_b).exp()
     return (scale * w @ b)[start:stop]
 
 
-@pytest.mark.parametrize("name", ["nt_xent", "keys without gradient", "queries without gradient", "two sets"])
+KERNELS = [
+    "nt_xent",
+    "keys without gradient",
+    "queries without gradient",
+    "two sets",
+    "nt_xent, groups",
+    "supcon, groups",
+]
+
+
+@pytest.mark.parametrize("name", KERNELS)
 def test_the_kernels_are_given_both_sides_of_a_block(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(row_blocks, "on_kernels", lambda q, k, weights: weights is None)
+    monkeypatch.setattr(
+        row_blocks, "on_kernels", lambda q, k, weights: weights is None or isinstance(weights, SameGroup)
+    )
     monkeypatch.setattr(triton_logsumexp, "forward", kernel_sums)
     monkeypatch.setattr(triton_logsumexp, "backward", kernel_gradient)
     compare(LOSSES[name], rows(2, N, 5), 4, True, "always")

@@ -22,8 +22,8 @@ from inbatch.training import auto_context, memory_bench
 from inbatch.training.auto_context import candidates
 from inbatch.training.build import build
 from inbatch.training.memory_bench import MemoryProbe, predict
-from inbatch.training.plan import resolve_recipe
 from inbatch.training.recipe import Recipe, make
+from inbatch.training.resolve import resolve_recipe
 
 CPU, MB = torch.device("cpu"), 1_000_000
 SMALL = {"subset": 200, "batch_size": 128, "context": "auto"}

@@ -5,6 +5,7 @@ import math
 import time
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,10 +16,14 @@ from typer.testing import CliRunner
 import inbatch
 from inbatch.apps.cli import app
 from inbatch.errors import ConfigError, Preempted
-from inbatch.training import budget, calibration, evaluation_plan, plan, requested_settings
+from inbatch.training import budget, calibration, evaluation_plan, requested_settings
 from inbatch.training.budget import Keeper, Pace, Timeline, duration, parse_budget
+from inbatch.training.budget_plan import Choice, plan_budget
+from inbatch.training.build import build
+from inbatch.training.extra_passes import ExtraPasses, combined, fitting_steps, run_seconds, survey_seconds
 from inbatch.training.monitors.online_evaluation import limited
 from inbatch.training.recipe import make
+from inbatch.training.resolve import resolve_recipe
 
 
 def test_parse_budget_reads_minutes_hours_and_days() -> None:
@@ -107,6 +112,71 @@ def test_keeper_ends_a_run_in_time_whatever_steps_take() -> None:
         assert timeline.progress(step) == 1
 
 
+def test_surveys_and_curated_steps_are_counted_in_the_plan() -> None:
+    """The longest run whose steps and surveys fit; curation begins in the second of 10 epochs here."""
+
+    class Curated:
+        def first_epoch(self, epochs: int) -> int:
+            return max(1, math.ceil(0.1 * epochs))
+
+    def run(curator: Any, surveys: range) -> Any:
+        method, sampler = SimpleNamespace(surveys=lambda epoch: epoch in surveys), None
+        loader = SimpleNamespace(steps=10, sampler=sampler)
+        return SimpleNamespace(loader=loader, method=method, step=SimpleNamespace(curator=curator))
+
+    nothing, surveyed = run(None, range(0)), run(None, range(2, 10**6))
+    assert fitting_steps(nothing, 100.5, 1.0, ExtraPasses()) == 100
+    assert run_seconds(surveyed, 100, 1.0, ExtraPasses(survey=5.0)) == 100 + 8 * 5
+    assert fitting_steps(surveyed, 140.0, 1.0, ExtraPasses(survey=5.0)) == 100
+    assert fitting_steps(surveyed, 139.9, 1.0, ExtraPasses(survey=5.0)) == 99
+    assert fitting_steps(surveyed, 20.0, 1.0, ExtraPasses(survey=5.0)) == 20, "too short for a survey"
+    curated = run(Curated(), range(0))
+    assert run_seconds(curated, 100, 1.0, ExtraPasses(plain=0.5)) == 95
+    steps = fitting_steps(curated, 95.0, 1.0, ExtraPasses(plain=0.5))  # from 101 steps on, two epochs are not curated
+    assert steps >= 100 and run_seconds(curated, steps, 1.0, ExtraPasses(plain=0.5)) <= 95
+    assert combined([(0.5, 0.4)], [(0.1, 0.5)]) == [(0.1, 0.2), (0.5, 0.4)] and combined([], []) == []
+
+
+@pytest.mark.parametrize("known", [0.0, 8.0])
+def test_keeper_leaves_time_for_surveys(known: float) -> None:
+    """Before each epoch of 10 steps, from the fourth on; if the calibration knows their duration, the plan holds."""
+    now, timeline, step = 0.0, Timeline(100), 0
+    keeper = Keeper(Pace(163.0), lambda: now)
+    keeper.survey_seconds = known
+    keeper.start(0, 100)
+
+    def surveys(more: int) -> int:
+        return len([epoch for epoch in range(-(-step // 10), -(-(step + more) // 10)) if epoch >= 3])
+
+    while step < timeline.total:
+        if step % 10 == 0 and step >= 30:
+            now += 8.0
+            keeper.paused(8.0)
+            keeper.survey_seconds = 8.0
+        now, step = now + 1.0, step + 1
+        if keeper.due():
+            left, _ = keeper.check(step, timeline, 0, 0, surveys)
+            if left is not None:
+                timeline.change(step, left)
+    assert 163 * 0.9 <= now <= 163 and (timeline.total == 100 or not known)
+
+
+@pytest.mark.parametrize(("method", "more"), [
+    ("simclr", {"sampler.name": "neighbours"}), ("pcl", {"method.num_clusters": (4, 8), "method.queue_size": 32}),
+    ("simclr", {"curate.name": "redraw"})])  # fmt: skip
+def test_extra_passes_are_measured(method: str, more: dict[str, Any]) -> None:
+    """Surveys on small problems, curation by steps that curate, although the first epoch does not."""
+    settings = {"method.name": method, "encoder.name": "tiny", "batch_size": 16, "steps": 100, "epochs": 25} | more
+    built = build(*resolve_recipe(IMAGES, settings), device=torch.device("cpu"))
+    assert (survey_seconds(built) > 0) == ("curate.name" not in more)
+    if "curate.name" in more:
+        seen = []
+        embed = built.step.curator._embed
+        built.step.curator._embed = lambda model, batch: seen.append(batch.epoch) or embed(model, batch)
+        plain = calibration._costs(built, 0.01)[2]
+        assert set(seen) == {built.step.curator.starts} and 0 < plain <= 1
+
+
 IMAGES = torch.randint(0, 256, (64, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
@@ -164,7 +234,7 @@ def test_a_budget_is_planned_kept_and_repeated_without_calibrating(
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("calibrated again")
 
-    monkeypatch.setattr(calibration, "_both", refuse)
+    monkeypatch.setattr(calibration, "_costs", refuse)
     leave_out_judgement(monkeypatch)
     inbatch.pretrain(
         IMAGES, config=tmp_path / "run/recipe.json", out=tmp_path / "again", quiet=True, settings={"budget": None}
@@ -177,10 +247,10 @@ def test_a_budget_is_planned_kept_and_repeated_without_calibrating(
     assert (tmp_path / "run/result.json").read_bytes() == before
 
 
-def _plan(**given: Any) -> plan.Choice:
+def _plan(**given: Any) -> Choice:
     given = {key.replace("__", "."): value for key, value in given.items()} | {"batch_size": 16}
     options: dict[str, Any] = {"device": torch.device("cpu"), "workers": None, "download": False}
-    return plan.plan_budget(IMAGES, given, time.perf_counter(), **options)[0]
+    return plan_budget(IMAGES, given, time.perf_counter(), **options)[0]
 
 
 def test_what_the_user_gives_stays_and_a_context_is_looked_for_before_a_step(

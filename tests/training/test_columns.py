@@ -15,7 +15,8 @@ from inbatch.errors import ConfigError, DataError
 from inbatch.evaluation.embeddings import matched_labels
 from inbatch.training.build import build
 from inbatch.training.holdout import evaluation_split
-from inbatch.training.plan import plan_without_budget, resolve_recipe
+from inbatch.training.plan import plan_without_budget
+from inbatch.training.resolve import resolve_recipe
 
 SMALL: dict[str, Any] = {"encoder": "tiny", "epochs": 1, "batch_size": 10, "image_size": 16, "quiet": True}
 COLUMNS = {"image_column": "photo", "label_column": "species"}

@@ -21,7 +21,7 @@ from inbatch.errors import ConfigError, DataError, Preempted, TrainingError
 from inbatch.methods import METHODS
 from inbatch.training import checkpoint
 from inbatch.training.holdout import evaluation_split
-from inbatch.training.plan import resolve_recipe
+from inbatch.training.resolve import resolve_recipe
 from inbatch.training.survey import survey
 
 

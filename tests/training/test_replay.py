@@ -51,8 +51,11 @@ def kept(out: Path, built: RunComponents, step: int = 0) -> Any:
     if built.step.curator is not None:
         batch, told = built.step.curator(batch)
         assert told["curate_redrawn"] > 0, "nothing was redrawn: the test has lost its point"
+    if built.step.similar is not None:
+        batch, told = built.step.similar(batch, lambda x, dim: x, 0)
+        assert told["dropped_pairs"] > 0, "nothing was left out"
     capture(out, built, NonFiniteError(step, batch, {"loss": torch.tensor(0.0)}, torch.tensor(0.0)))
-    built.step.curator = None
+    built.step.curator = built.step.similar = None
     return batch
 
 
@@ -96,6 +99,18 @@ def test_the_step_is_the_same_bit_for_bit(tmp_path: Path, method: str, resident:
     (tmp_path / "images").rename(tmp_path / "away")  # the capture needs no data
     found = replay_run(tmp_path)
     assert not found["reproduced"] and found["places"] == []
+    assert (found["loss"], found["grad_norm"]) == (float(losses["loss"]), float(losses["grad_norm"]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["simclr", "moco"])
+def test_near_duplicates_are_part_of_the_capture(tmp_path: Path, method: str) -> None:
+    """Also those among the rows of a memory bank, and what it keeps of the samples."""
+    here = built("digits-canvas", method, settings={"negatives.name": "drop-similar", "negatives.threshold": 0.5})
+    here.step(next(iter(here.loader.epoch(0))), 0)
+    made = kept(tmp_path, here, 1)
+    assert (made.bank is not None) == (method == "moco")
+    losses, found = here.step(made, 1), replay_run(tmp_path)
     assert (found["loss"], found["grad_norm"]) == (float(losses["loss"]), float(losses["grad_norm"]))
 
 

@@ -11,10 +11,10 @@ import inbatch
 from inbatch.api import dry_run
 from inbatch.data import open_data
 from inbatch.errors import ConfigError
-from inbatch.training import auto_context, evaluation_plan, memory_bench
+from inbatch.training import auto_context, evaluation_plan, memory_bench, timing
 from inbatch.training.build import build
 from inbatch.training.holdout import EvaluationSplit
-from inbatch.training.plan import resolve_recipe
+from inbatch.training.resolve import resolve_recipe
 from inbatch.training.timing import expectation, growth, smaller_choices, step_seconds
 
 IMAGES = torch.randint(0, 256, (64, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -22,7 +22,8 @@ CPU = torch.device("cpu")
 
 
 def test_timing_a_step_changes_nothing_of_the_run() -> None:
-    for method, more in (("simclr", {}), ("byol", {}), ("simclr", {"context": 8, "fuse.name": "conv"})):
+    for method, more in (("simclr", {}), ("byol", {}), ("simclr", {"context": 8, "fuse.name": "conv"}),
+                         ("simclr", {"negatives.name": "drop-similar", "curate.name": "redraw"})):  # fmt: skip
         recipe, source = resolve_recipe(
             IMAGES, {"method.name": method, "encoder.name": "tiny", "batch_size": 32, "epochs": 2} | more
         )
@@ -36,6 +37,19 @@ def test_timing_a_step_changes_nothing_of_the_run() -> None:
             assert state.keys() == then.keys()
             assert all(torch.equal(x, then[key]) for key, x in state.items() if isinstance(x, torch.Tensor))
         assert all(p.grad is None for p in built.network.parameters())
+
+
+def test_passes_besides_the_step_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Near duplicates take one view of each sample more, curation all views, and as many as it redraws."""
+    monkeypatch.setattr("time.perf_counter", iter(range(10**6)).__next__)  # every measured pass takes one second
+    seconds = {}
+    for name, more in {"plain": {}, "similar": {"negatives.name": "drop-similar"},
+                       "curated": {"curate.name": "redraw", "curate.budget": 0.5}}.items():  # fmt: skip
+        recipe, source = resolve_recipe(IMAGES, {"encoder.name": "tiny", "batch_size": 32, "epochs": 2} | more)
+        built = build(recipe, source, device=CPU)
+        seconds[name] = step_seconds(built)
+        assert timing.plain_share(built) == pytest.approx(seconds["plain"] / seconds[name] if name == "curated" else 1)
+    assert seconds == {"plain": 2.0, "similar": 4.0, "curated": 2.0 + 2 * 2 * 1.5}  # 16 of 32 samples are timed
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from inbatch.training.advice import Finding
 from inbatch.training.budget import duration
 from inbatch.training.build import build
 from inbatch.training.calibration import TRAINED, time_steps
-from inbatch.training.plan import resolve_recipe
+from inbatch.training.resolve import resolve_recipe
 
 REST = 23.0
 """Seconds of `inbatch quickstart` without its steps: startup, evaluation and plots, measured on two AVX2 cores."""

@@ -105,8 +105,16 @@ class Curator(nn.Module):
     def prepare(self, live: nn.Module, embed: Embed, epochs: int) -> None:
         """Set the online network, the function that embeds views, and the number of epochs; called once."""
         self._live, self._embed = [live], embed  # in a list, so that the live model is not saved with this module
-        self.starts = max(1, math.ceil(self.warmup * epochs))
+        self.starts = self.first_epoch(epochs)
         self.snapshot = copy.deepcopy(live).requires_grad_(False) if self.uses == "snapshot" else None
+
+    def first_epoch(self, epochs: int) -> int:
+        """Return the first curated epoch of a run of so many epochs."""
+        return max(1, math.ceil(self.warmup * epochs))
+
+    def redraws(self) -> float:
+        """Return the most redraws per sample of a batch."""
+        return min(self.budget, self.rounds)
 
     @torch.no_grad()
     def forward(

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 
 from inbatch import rng
 from inbatch.data.source import Reading, Source, Subset, unlabelled
@@ -119,7 +120,8 @@ def open_data(
     if group_column is not None and source.groups is None:
         raise DataError(
             f"group_column = {group_column!r}: groups cannot be read from {source.name}; they are columns of lists, "
-            "Parquet files and Hugging Face data, arrays of .npz files, or keys of items"
+            "Parquet files and Hugging Face data, arrays of .npz files, keys of items, members of tar files, or parts "
+            "of the paths of files"
         )
     if label_column == NO_LABELS:
         source.labels, source.classes, source.ids = unlabelled(len(source)), (), None
@@ -140,8 +142,9 @@ def _find(data: object, reading: Reading) -> dict[str, Callable[[], Source]]:
         raise DataError(f"the path of the data is empty; data can be {'; '.join(OPENERS)}")
     for find in OPENERS.values():
         if (found := find(data, reading)) is not None:
-            if find not in _WITH_COLUMNS:
-                check_no_columns(reading, _name(data))
+            if find not in _WITH_COLUMNS:  # a folder has groups by its paths
+                without = replace(reading, group_column=None) if find is folder.find_folder else reading
+                check_no_columns(without, _name(data))
             return found
     for name, part in _of_packages().items():
         if (found := part.maker(data, reading)) is not None:

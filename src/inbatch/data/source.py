@@ -35,7 +35,8 @@ class Reading:
         download: Download a named data set that is not on the disk.
         image_column: Column with the images, or their paths, in data with columns; None for the usual names.
         label_column: Column with the labels; None for the usual names, "none" for images without labels.
-        group_column: Column with known groups of images, such as the video of a frame; None for no groups.
+        group_column: Column with known groups of images, such as the video of a frame; None for no groups. Of files
+            and tar shards: "folder", or a regular expression for paths with one pair of brackets.
     """
 
     channels: int | None = None

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from inbatch.batch import Batch, Losses, Rows
+from inbatch.batch import Batch, Losses, Mixture, Rows
 from inbatch.methods.base import Method
 from inbatch.nn.batch_sums import batch_count, batch_logsumexp, batch_mean
 from inbatch.nn.functional import logsumexp_excluding_self, normalize
@@ -31,6 +31,23 @@ def align_uniform(z: Float[Tensor, "2 n d"], t: float = 2.0, weight: float = 1.0
     squares = (u[0] - u[1]).square().sum(-1)
     alignment = batch_mean(squares if alpha == 2 else torch.linalg.vector_norm(u[0] - u[1], dim=-1) ** alpha)
     return {"loss": alignment + weight * uniformity, "alignment": alignment, "uniformity": uniformity}
+
+
+def mixed_align_uniform(
+    q: Float[Tensor, "m d"], k: Float[Tensor, "n d"], mixture: Mixture, t: float = 2.0, weight: float = 1.0,
+    alpha: float = 2.0,
+) -> Float[Tensor, ""]:  # fmt: skip
+    """Compute it for rows of mixed images: aligned with the keys of their two samples, by share.
+
+    The uniformity is that of the mixed rows and of the keys. Rows are normalised inside.
+    """
+    rows = normalize(q), normalize(k)
+    squares = (rows[0] - rows[1][mixture.positive]).square().sum(-1)
+    alignment = batch_mean(mixture.shared(squares if alpha == 2 else squares ** (alpha / 2)))
+    counts = [batch_count(len(x), x) for x in rows]
+    sums = [batch_logsumexp(logsumexp_excluding_self(x, 1 / (2 * t))) for x in rows]
+    uniformity = [x - math.log(n * (n - 1)) - 2 * t for x, n in zip(sums, counts, strict=True)]
+    return alignment + weight * torch.stack(uniformity).mean()
 
 
 def check_power(alpha: float) -> None:
@@ -61,7 +78,7 @@ class AlignUniform(Method):
         },
         "digits": {"source": "inbatch, embedded data"},
     }  # fmt: skip
-    own_rows = True
+    own_rows, mixed_keys = True, "other"
 
     def __init__(self, t: float = 2.0, weight: float = 1.0, alpha: float = 2.0, hidden_dim: int | None = None,
                  out_dim: int = 128, layers: int = 2) -> None:  # fmt: skip
@@ -76,3 +93,7 @@ class AlignUniform(Method):
 
     def loss(self, online: Rows, target: Rows, batch: Batch) -> Losses:
         return align_uniform(online["projection"], self.t, self.weight, self.alpha)
+
+    def mixed_loss(self, query: Rows, keys: Rows, mixture: Mixture, batch: Batch) -> Tensor:
+        q, how = query["projection"], (self.t, self.weight, self.alpha)
+        return torch.stack([mixed_align_uniform(q, k, mixture, *how) for k in keys["projection"]]).mean()

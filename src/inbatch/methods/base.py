@@ -81,7 +81,12 @@ class Method(nn.Module):
 
     def negatives_of(self, batch: Batch) -> Negatives | None:
         """Return which samples of a batch are negatives, and how they count; None: all other samples alike."""
-        return None if self.weighting is None else replace(self.weighting, same=batch.same)
+        bank = None if batch.bank is None else batch.bank.same
+        return None if self.weighting is None else replace(self.weighting, same=batch.same, bank=bank)
+
+    def negative_bank(self) -> MemoryBank | None:
+        """Return the memory bank of which all rows are negatives, if any: `negatives` may leave out some of them."""
+        return None
 
     def notes(self, images: int) -> list[str]:
         """Return sentences for the user about settings that do not suit this number of images."""
@@ -147,6 +152,10 @@ class Method(nn.Module):
     def surveys(self, epoch: int) -> bool:
         """Return whether `survey` needs the rows of the whole data set before this epoch."""
         return False
+
+    def survey_clusterings(self) -> Sequence[tuple[int, int, int]]:
+        """Return the clusters, restarts and iterations of each k-means in `survey`, to estimate its duration."""
+        return ()
 
     def survey(
         self, rows: Rows, label: Tensor, epoch: int, spread: Callable[[Callable[[int], Any], int], list[Any]]

@@ -84,4 +84,5 @@ class DCL(Method):
 
     def mixed_loss(self, query: Rows, keys: Rows, mixture: Mixture, batch: Batch) -> Tensor:
         q, how = query["projection"], (mixture.temperature or self.temperature, self.sigma, self.detach)
-        return torch.stack([mixed_dcl(q, k, mixture, *how) for k in keys["projection"]]).mean()
+        chosen = self.negatives_of(batch)
+        return torch.stack([mixed_dcl(q, k, mixture, *how, chosen) for k in keys["projection"]]).mean()

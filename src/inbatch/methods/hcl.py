@@ -2,15 +2,17 @@
 
 from dataclasses import replace
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from inbatch.batch import Batch, Losses, Rows
+from inbatch.batch import Batch, Losses, Mixture, Rows
 from inbatch.methods.base import Method
 from inbatch.nn.batch_sums import batch_count, batch_mean
 from inbatch.nn.functional import normalize
 from inbatch.nn.heads import Head, hidden_widths, mlp
 from inbatch.nn.logsumexp import check_temperature
+from inbatch.nn.mixed_contrast import mixed_contrast
 from inbatch.nn.negatives import Negatives, log_in_batch, other_views
 
 
@@ -41,7 +43,7 @@ class HCL(Method):
     hidden_dim, out_dim: widths of the projection's hidden layer (None: that of the features) and of the projection.
     """
 
-    views, negatives = (2, None), ("drop-similar",)
+    views, negatives, mixed_keys = (2, None), ("drop-similar",), "other"
     _imagenet = {
         "source": "SimCLR's for a batch of 256; T, tau_plus and beta of the authors on smaller images",
         "views.name": "simclr", "optimizer.name": "lars", "optimizer.lr": 0.3, "optimizer.weight_decay": 1e-4,
@@ -70,3 +72,8 @@ class HCL(Method):
     def loss(self, online: Rows, target: Rows, batch: Batch) -> Losses:
         options = self.temperature, self.tau_plus, self.beta
         return {"loss": hcl(online["projection"], *options, self.negatives_of(batch))}
+
+    def mixed_loss(self, query: Rows, keys: Rows, mixture: Mixture, batch: Batch) -> Tensor:
+        chosen = replace(self.negatives_of(batch) or Negatives(), tau_plus=self.tau_plus, beta=self.beta)
+        q, every = query["projection"], keys["projection"]
+        return torch.stack([mixed_contrast(q, k, mixture, self.temperature, negatives=chosen) for k in every]).mean()

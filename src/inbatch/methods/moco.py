@@ -25,7 +25,7 @@ class MoCo(Method):
     smooth, neighbours: share of the target given to a query's nearest keys of the queue, and their number (Light-MoCo).
     """
 
-    target, negatives, mixed_keys = ("projection",), ("debias", "hard"), "other"
+    target, negatives, mixed_keys = ("projection",), ("drop-similar", "debias", "hard"), "other"
     _v1 = {
         "source": "moco, main_moco.py: lr 0.03 for 256 images, steps at 120 and 160 of 200 epochs",
         "views.name": "mocov1", "optimizer.name": "sgd", "optimizer.lr": 0.03, "optimizer.weight_decay": 1e-4,
@@ -76,9 +76,15 @@ class MoCo(Method):
         return {"loss": torch.stack([info_nce(q, k, *how) for q, k in pairs]).sum()}
 
     def mixed_loss(self, query: Rows, keys: Rows, mixture: Mixture, batch: Batch) -> Tensor:
-        q, every, how = query["projection"], keys["projection"].detach(), (self.smooth, self.neighbours)
-        losses = [mixed_contrast(q, k, mixture, self.temperature, self.queue.rows, *how) for k in every]
+        q, every = query["projection"], keys["projection"].detach()
+        how = self.temperature, self.queue.rows, self.smooth, self.neighbours, self.negatives_of(batch)
+        losses = [mixed_contrast(q, k, mixture, *how) for k in every]
         return torch.stack(losses).mean() * (2 if self.symmetric else 1)
 
     def after_step(self, online: Rows, target: Rows, batch: Batch, progress: float) -> None:
-        self.queue.push(normalize(whole(target["projection"], 1).flatten(0, 1)))
+        keys = target["projection"]
+        tags = None if batch.bank is None else torch.cat([batch.bank.tags] * len(keys))
+        self.queue.push(normalize(whole(keys, 1).flatten(0, 1)), tags)
+
+    def negative_bank(self) -> MemoryBank:
+        return self.queue

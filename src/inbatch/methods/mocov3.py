@@ -86,7 +86,8 @@ class MoCoV3(Method):
 
     def mixed_loss(self, query: Rows, keys: Rows, mixture: Mixture, batch: Batch) -> Tensor:
         q, every, t = query["prediction"], keys["projection"].detach(), mixture.temperature or self.temperature
-        return 4 * t * torch.stack([mixed_contrast(q, k, mixture, t) for k in every]).mean()
+        chosen = self.negatives_of(batch)
+        return 4 * t * torch.stack([mixed_contrast(q, k, mixture, t, negatives=chosen) for k in every]).mean()
 
     def target_momentum(self, progress: float) -> float:
         return cosine(progress, self.momentum, 1.0)

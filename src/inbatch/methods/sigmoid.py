@@ -6,9 +6,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from inbatch.batch import Batch, Losses, Rows
+from inbatch.batch import Batch, Losses, Mixture, Rows
 from inbatch.methods.base import Method
-from inbatch.nn.batch_sums import batch_count, batch_mean
+from inbatch.nn.batch_sums import batch_count, batch_mean, batch_sum
 from inbatch.nn.functional import normalize
 from inbatch.nn.heads import Head, hidden_widths, mlp
 from inbatch.nn.pair_weights import SameGroup
@@ -34,6 +34,20 @@ def pairwise_sigmoid(
     return torch.stack(sums).mean() / batch_count(u.shape[1], u)
 
 
+def mixed_sigmoid(
+    q: Float[Tensor, "m d"], k: Float[Tensor, "n d"], mixture: Mixture, scale: Float[Tensor, "m"],
+    bias: Float[Tensor, "m"],
+) -> Float[Tensor, ""]:  # fmt: skip
+    """Compute it for rows of mixed images, whose share in a sample is the label of their pair; rows normalised inside.
+
+    The cross-entropy of a logit x and a label w is log(1 + exp(x)) - w x.
+    """
+    q, k = normalize(q) * scale[:, None], normalize(k)
+    none = SameGroup(torch.zeros_like(mixture.positive[0]), torch.ones(len(k), dtype=torch.long, device=k.device))
+    labelled = batch_sum((q * mixture.blend(k)).sum() + bias.sum())
+    return (sigmoid_sum(q, k, bias, none) - labelled) / batch_count(len(q), q)
+
+
 class ScaledRows(nn.Module):
     """Rows followed by their scale exp(t') and bias b: (N, D) -> (N, D + 2)."""
 
@@ -53,7 +67,7 @@ class Sigmoid(Method):
     """
 
     online = ("scaled",)
-    views = (2, None)
+    views, mixed_keys = (2, None), "other"
     _coco = {"source": "google-research/big_vision, COCO: rate, decay, batch", "batch_size": 512, "optimizer.lr": 1e-3,
         "optimizer.name": "adamw", "optimizer.weight_decay": 0.01, "schedule.scaling": "none"}  # fmt: skip
     presets = {
@@ -79,3 +93,8 @@ class Sigmoid(Method):
         z, t, b = online["scaled"].tensor_split((-2, -1), -1)
         loss = pairwise_sigmoid(z, t[..., 0], b[..., 0])
         return {"loss": loss, "scale": batch_mean(t.detach()), "bias": batch_mean(b.detach())}
+
+    def mixed_loss(self, query: Rows, keys: Rows, mixture: Mixture, batch: Batch) -> Tensor:
+        z, t, b = query["scaled"].tensor_split((-2, -1), -1)
+        every = keys["scaled"][..., :-2]
+        return torch.stack([mixed_sigmoid(z, k, mixture, t[:, 0], b[:, 0]) for k in every]).mean()

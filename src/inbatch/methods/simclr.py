@@ -79,5 +79,6 @@ class SimCLR(Method):
 
     def mixed_loss(self, query: Rows, keys: Rows, mixture: Mixture, batch: Batch) -> Tensor:
         q, every = query["projection"], keys["projection"]
-        losses = torch.stack([mixed_contrast(q, k, mixture, self.temperature) for k in every])
+        chosen = self.negatives_of(batch)
+        losses = torch.stack([mixed_contrast(q, k, mixture, self.temperature, negatives=chosen) for k in every])
         return losses.mean() * (2 if self.scale == "sum" else 1)

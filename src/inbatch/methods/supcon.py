@@ -13,7 +13,8 @@ from inbatch.nn.functional import normalize, product, scale_by_temperature, sum_
 from inbatch.nn.heads import Head, hidden_widths, mlp
 from inbatch.nn.logsumexp import check_temperature, logsumexp
 from inbatch.nn.mixed_contrast import mixed_supcon
-from inbatch.nn.negatives import Negatives, SimilarOfOtherClass
+from inbatch.nn.negatives import Negatives
+from inbatch.nn.pair_weights import SameGroup
 
 
 def supcon(
@@ -42,8 +43,8 @@ def supcon(
         itself, members = u.new_ones(n), v * members
         if negatives is not None and negatives.same is not None:
             anchors = v if contrast_mode == "all" else 1
-            pairs = [x.repeat(times) for times in (anchors, v) for x in (negatives.same, ids)]
-            weights = SimilarOfOtherClass(*pairs)
+            same, kinds = ([x.repeat(times) for times in (anchors, v)] for x in (negatives.same, ids))
+            weights = SameGroup(same[0], same[1], 0.0, kinds[0], kinds[1])
     else:
         if own_rows():
             raise ValueError("a mask holds the pairs of the whole batch: pass gathered rows, or labels in its place")
@@ -95,5 +96,5 @@ class SupCon(Method):
         return {"loss": supcon(online["projection"], batch.label, *options, None, self.negatives_of(batch))}
 
     def mixed_loss(self, query: Rows, keys: Rows, mixture: Mixture, batch: Batch) -> Tensor:
-        how = mixture, mixture.temperature or self.temperature, self.base_temperature
+        how = mixture, mixture.temperature or self.temperature, self.base_temperature, self.negatives_of(batch)
         return mixed_supcon(query["projection"], keys["projection"], batch.label, *how)

@@ -4,9 +4,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from inbatch.batch import Batch, Losses, Rows
-from inbatch.methods.base import Method
-from inbatch.nn.batch_sums import own_share, whole
+from inbatch.batch import Batch, Losses, Mixture, Rows
+from inbatch.methods.base import Method, MixedKeys
+from inbatch.nn.batch_sums import batch_mean, own_share, whole
 from inbatch.nn.functional import cross_prediction, normalize, product, scale_by_temperature, sinkhorn
 from inbatch.nn.heads import Head, Prototypes, mlp
 from inbatch.nn.logsumexp import check_temperature
@@ -33,6 +33,7 @@ class SwAV(Method):
     """
 
     online, views = ("projection", "prototypes"), (2, None)
+    mixed_keys: MixedKeys | None = "other"
     vectors: Tensor
     _imagenet = {"source": "swav, scripts/swav_800ep_pretrain.sh: lr 4.8 for 4096 images", "views.name": "swav",
         "optimizer.name": "lars", "optimizer.lr": 0.3, "optimizer.weight_decay": 1e-6, "batch_size": 4096,
@@ -59,6 +60,12 @@ class SwAV(Method):
         self.register_buffer("vectors", torch.zeros(num_prototypes, out_dim))
         self.queue = MemoryBank(queue_size, 2 * out_dim) if queue_size else None  # one row holds both views of a sample
 
+    def prepare(self, *, views: int, **sizes: int) -> None:
+        if (
+            self.queue is not None or views > 2
+        ):  # the queue holds plain rows of both views, and small crops have no codes
+            self.mixed_keys = None
+
     def heads(self, width: int) -> dict[str, Head]:
         count, out = self.vectors.shape
         made = nn.ModuleDict({"projection": mlp(width, self.hidden_dim, out), "prototypes": Prototypes(out, count)})
@@ -73,6 +80,11 @@ class SwAV(Method):
             after = sinkhorn(torch.cat([past, scores[:2]], 1), self.epsilon, self.iterations)[:, past.shape[1] :]
             codes = torch.where(self.queue.filled == self.queue.size, after, codes)
         return {"loss": swapped_prediction(scores, codes, self.temperature)}
+
+    def mixed_loss(self, query: Rows, keys: Rows, mixture: Mixture, batch: Batch) -> Tensor:
+        codes = sinkhorn(keys["prototypes"], self.epsilon, self.iterations).mean(0)
+        log = scale_by_temperature(query["prototypes"], mixture.temperature or self.temperature).log_softmax(-1)
+        return -batch_mean((mixture.blend(codes) * log).sum(-1))
 
     def on_gradients(self, heads: nn.ModuleDict, batch: Batch, progress: float) -> None:
         if batch.epoch < self.freeze_prototypes_epochs:

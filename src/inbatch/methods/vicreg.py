@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from inbatch.batch import Batch, Losses, Rows
+from inbatch.batch import Batch, Losses, Mixture, Rows
 from inbatch.methods.base import Method
 from inbatch.nn.batch_sums import batch_count, loss_mean
 from inbatch.nn.functional import covariance, variance_hinge, wide
@@ -36,6 +36,21 @@ def vicreg(
     return {"loss": loss, "invariance": away, "variance": narrow, "covariance": shared}
 
 
+def mixed_vicreg(
+    q: Float[Tensor, "m d"], k: Float[Tensor, "n d"], mixture: Mixture, sim_coeff: float = 25.0,
+    std_coeff: float = 25.0, cov_coeff: float = 1.0, variance: Literal["mean", "sum"] = "mean", eps: float = 1e-4,
+) -> Float[Tensor, ""]:  # fmt: skip
+    """Return the loss of rows of mixed images: the invariance is that with the keys of their two samples, by share.
+
+    Variance and covariance are those of the mixed rows and of the keys.
+    """
+    rows = wide(q), wide(k)
+    away = batch_mean(mixture.shared((rows[0] - rows[1][mixture.positive]).square().mean(-1)))
+    narrow = torch.stack([variance_hinge(x[None], eps) for x in rows]).mean() * (1 if variance == "mean" else 2)
+    shared = torch.stack([covariance(x).square().fill_diagonal_(0).sum() for x in rows]).sum() / q.shape[1]
+    return sim_coeff * away + std_coeff * narrow + cov_coeff * shared
+
+
 class VICReg(Method):
     """Variance-Invariance-Covariance Regularization, arXiv 2105.04906.
 
@@ -46,7 +61,7 @@ class VICReg(Method):
     hidden_dim, out_dim, layers: widths and number of linear layers of the expander; the last has no bias.
     """
 
-    views = (2, None)
+    views, mixed_keys = (2, None), "other"
     presets = {
         "imagenet": {
             "source": "vicreg, main_vicreg.py and README, 1000 epochs: base lr 0.2 (100 epochs: 0.3, 512 images)",
@@ -78,3 +93,8 @@ class VICReg(Method):
 
     def loss(self, online: Rows, target: Rows, batch: Batch) -> Losses:
         return vicreg(online["projection"], self.sim_coeff, self.std_coeff, self.cov_coeff, self.variance, self.eps)
+
+    def mixed_loss(self, query: Rows, keys: Rows, mixture: Mixture, batch: Batch) -> Tensor:
+        how = self.sim_coeff, self.std_coeff, self.cov_coeff, self.variance, self.eps
+        q, every = query["projection"], keys["projection"]
+        return torch.stack([mixed_vicreg(q, k, mixture, *how) for k in every]).mean()

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from inbatch.nn import triton_logsumexp
-from inbatch.nn.pair_weights import PairWeights, multiplier
+from inbatch.nn.pair_weights import PairWeights, SameGroup, multiplier
 from inbatch.nn.tiles import LogSumExpConfig, Tiles, add_product, diagonal, rounded, share, zeros
 
 KEPT = 2**24
@@ -20,8 +20,17 @@ Found = tuple[Tensor, Tensor | None]
 
 
 def on_kernels(q: Tensor, k: Tensor, weights: PairWeights | None) -> bool:
-    """Return whether the Triton kernels compute this log-sum-exp; they know no weights."""
-    return weights is None and triton_logsumexp.usable(q, k)
+    """Return whether the Triton kernels compute these sums: with the weights of `SameGroup` or without weights.
+
+    Other weights are functions in Python, which no kernel can call: torch's products compute those sums in tiles.
+    """
+    return (weights is None or isinstance(weights, SameGroup)) and triton_logsumexp.usable(q, k)
+
+
+def kernel_weights(weights: PairWeights | None) -> SameGroup | None:
+    """Return weights that the kernels compute."""
+    assert weights is None or isinstance(weights, SameGroup)
+    return weights
 
 
 def reach(q: Tensor, k: Tensor) -> float:
@@ -194,13 +203,14 @@ def gradients(
 
 
 def kernel_sums(
-    q: Tensor, k: Tensor | None, scale: float, exclude_self: bool, weighs: bool, plan: LogSumExpConfig
-) -> Found:
+    q: Tensor, k: Tensor | None, scale: float, exclude_self: bool, weights: PairWeights | None, weighs: bool,
+    plan: LogSumExpConfig,
+) -> Found:  # fmt: skip
     """Compute `sums` with the Triton kernels; each rank computes its share of the rows."""
     start, stop = share(len(q), plan)
     lse, mean = q.new_zeros(len(q)), zeros(q) if weighs else None
-    keys = q if k is None else k
-    lse[start:stop], some = triton_logsumexp.forward(q, keys, scale, exclude_self, start, stop, weighs, plan.products)
+    keys, how = q if k is None else k, (weighs, plan.products, kernel_weights(weights))
+    lse[start:stop], some = triton_logsumexp.forward(q, keys, scale, exclude_self, start, stop, *how)
     plan.add(lse)
     if mean is not None and some is not None:
         mean[start:stop] = some
@@ -210,19 +220,21 @@ def kernel_sums(
 
 def kernel_gradients(
     q: Tensor, k: Tensor | None, lse: Tensor, gradient: Tensor, scale: float, exclude_self: bool,
-    needs: tuple[bool, bool], plan: LogSumExpConfig,
+    weights: PairWeights | None, needs: tuple[bool, bool], plan: LogSumExpConfig,
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
     """Compute `gradients` with the Triton kernels."""
-    its, none, keys = (lse, gradient), (None, None), q if k is None else k
+    its, none, keys, groups = (lse, gradient), (None, None), q if k is None else k, kernel_weights(weights)
 
-    def whole(a: Tensor, b: Tensor, own: tuple[Any, Any], other: tuple[Any, Any]) -> Tensor:
+    def whole(a: Tensor, b: Tensor, own: tuple[Any, Any], other: tuple[Any, Any], weights: SameGroup | None) -> Tensor:
         start, stop = share(len(a), plan)
         out = zeros(a)
         out[start:stop] = triton_logsumexp.backward(
-            a, b, scale, exclude_self, start, stop, *own, *other, products=plan.products
+            a, b, scale, exclude_self, start, stop, *own, *other, plan.products, weights
         )
         plan.add(out)
         return out
 
-    dq = whole(q, keys, its, its if k is None else none) if needs[0] else None
-    return dq, whole(keys, q, none, its) if k is not None and needs[1] else None
+    dq = whole(q, keys, its, its if k is None else none, groups) if needs[0] else None
+    if k is None or not needs[1]:
+        return dq, None
+    return dq, whole(keys, q, none, its, None if groups is None else groups.flipped)

@@ -202,7 +202,7 @@ def info_nce(
         smooth: share of the target that is moved from the own key, in equal parts, to the nearest `neighbours` of the
             query in the queue (Lin et al. 2023, arXiv 2212.07158).
         neighbours: number of nearest rows of the queue.
-        negatives: the correction of the sum over the queue, of which every row is a negative; None: no correction.
+        negatives: which rows of the queue are negatives, and how they count; None: all alike.
     """
     if q.shape != k.shape or not batch_count(len(q), q):
         raise ValueError(f"InfoNCE needs a key for every query, got {tuple(q.shape)} and {tuple(k.shape)}")

@@ -130,7 +130,7 @@ class _Tiled(torch.autograd.Function):
         ctx.kernels = on_kernels(q, q if k is None else k, weights)
         with torch.autocast(q.device.type, enabled=False):
             if ctx.kernels:
-                lse, mean = kernel_sums(q, k, scale, exclude_self, weighs, plan)
+                lse, mean = kernel_sums(q, k, scale, exclude_self, weights, weighs, plan)
             else:
                 tiles = Exponentials(q, k, scale, exclude_self, weights, plan)
                 tiles.keeps = exponentials.KEPT if any(ctx.needs_input_grad[:2]) and not weighs else 0
@@ -149,7 +149,8 @@ class _Tiled(torch.autograd.Function):
         needs = ctx.needs_input_grad[:2]
         with torch.autocast(q.device.type, enabled=False):
             if ctx.kernels:
-                both = kernel_gradients(q, k, lse, gradient, ctx.scale, ctx.exclude_self, needs, ctx.plan)
+                pairs = ctx.scale, ctx.exclude_self, ctx.weights
+                both = kernel_gradients(q, k, lse, gradient, *pairs, needs, ctx.plan)
             else:
                 tiles = Exponentials(q, k, ctx.scale, ctx.exclude_self, ctx.weights, ctx.plan)
                 tiles.kept = ctx.kept

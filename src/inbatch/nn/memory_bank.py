@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from inbatch.nn.functional import normalize
@@ -17,6 +17,7 @@ class MemoryBank(nn.Module):
     """
 
     rows: Tensor
+    tags: Tensor
     pointer: Tensor
     filled: Tensor
 
@@ -29,6 +30,11 @@ class MemoryBank(nn.Module):
         self.register_buffer("pointer", torch.zeros((), dtype=torch.int64))
         self.register_buffer("filled", torch.zeros((), dtype=torch.int64))
 
+    def keep_tags(self, width: int | None) -> None:
+        """Keep for each row what finds its near duplicates: features of this width; None: a number, -1 at first."""
+        tags = torch.full((self.size,), -1) if width is None else torch.zeros(self.size, width)
+        self.register_buffer("tags", tags.to(self.rows.device))
+
     def _load_from_state_dict(self, state: dict[str, Tensor], prefix: str, *rest: Any) -> None:
         errors = rest[-1]
         pointer, filled = (int(state.get(f"{prefix}{name}", torch.tensor(0))) for name in ("pointer", "filled"))
@@ -37,10 +43,12 @@ class MemoryBank(nn.Module):
         super()._load_from_state_dict(state, prefix, *rest)
 
     @torch.no_grad()
-    def push(self, rows: Float[Tensor, "n d"]) -> None:
-        """Store the rows in place of the oldest. Only called after the optimiser step."""
+    def push(self, rows: Float[Tensor, "n d"], tags: Shaped[Tensor, "n ..."] | None = None) -> None:
+        """Store the rows, and their tags if these are kept, in place of the oldest. Only after the optimiser step."""
         n = len(rows)
         place = (self.pointer + torch.arange(max(0, n - self.size), n, device=rows.device)) % self.size
         self.rows[place] = rows[-self.size :].to(self.rows.dtype)
+        if tags is not None:
+            self.tags[place] = tags[-self.size :].to(self.tags.dtype)
         self.pointer.copy_((self.pointer + n) % self.size)
         self.filled.copy_((self.filled + n).clamp(max=self.size))

@@ -15,11 +15,15 @@ from inbatch.nn.functional import (
     scale_by_temperature,
     sum_by_class,
 )
+from inbatch.nn.logsumexp import logsumexp
+from inbatch.nn.negatives import Negatives
+from inbatch.nn.pair_weights import SameGroup
 
 
 def mixed_contrast(
     q: Float[Tensor, "m d"], k: Float[Tensor, "n d"], mixture: Mixture, temperature: float,
     queue: Float[Tensor, "l d"] | None = None, smooth: float = 0.0, neighbours: int = 10,
+    negatives: Negatives | None = None,
 ) -> Float[Tensor, ""]:  # fmt: skip
     """Compute InfoNCE of mixed rows: the sum over their two samples p, by share w_p, of the loss with positive k_p.
 
@@ -35,11 +39,18 @@ def mixed_contrast(
         queue: unit rows, more negatives.
         smooth: share of the target given to the nearest rows of the queue, as in `info_nce`.
         neighbours: number of nearest rows.
+        negatives: which samples are negatives of each of the two, and how they count: l_i is then the sum over p of
+            w_ip (log( exp(q_i . k_p / T) + Ng_ip ) - q_i . k_p / T). None: all other samples alike.
     """
     q, k, t = normalize(q), normalize(k), mixture.temperature or temperature
     queue = None if queue is None else queue.to(q.dtype)
     positive = (q * mixture.blend(k)).sum(-1) / t
-    if queue is not None and mixture.candidates == "own":
+    own = queue is not None and mixture.candidates == "own"
+    if negatives is not None:
+        each = (q * k[mixture.positive]).sum(-1)
+        logs = [negatives.log_mixed(q, k, *one, t, queue, own) for one in zip(mixture.positive, each, strict=True)]
+        loss = batch_mean(mixture.shared(torch.logaddexp(each / t, torch.stack(logs)) - each / t))
+    elif own:
         each = (q * k[mixture.positive]).sum(-1) / t
         loss = batch_mean(mixture.shared(torch.logaddexp(each, logsumexp_rows(q, None, t, queue)) - each))
     else:
@@ -52,7 +63,7 @@ def mixed_contrast(
 
 def mixed_dcl(
     q: Float[Tensor, "m d"], k: Float[Tensor, "n d"], mixture: Mixture, temperature: float = 0.1,
-    sigma: float | None = None, detach: bool = False,
+    sigma: float | None = None, detach: bool = False, negatives: Negatives | None = None,
 ) -> Float[Tensor, ""]:  # fmt: skip
     """Compute DCL of mixed rows: the sum over their two samples p, by share, of the loss with positive k_p.
 
@@ -65,6 +76,7 @@ def mixed_dcl(
         temperature: T.
         sigma: None is DCL, w = 1; else DCLW, w_ip = 2 - M softmax_i(q_i . k_p / sigma).
         detach: no gradient through w.
+        negatives: which samples count in the sum, and how; without any, the sum's logarithm is left out.
     """
     q, k = normalize(q), normalize(k)
     rank, losses = torch.arange(len(k), device=k.device), []
@@ -75,14 +87,18 @@ def mixed_dcl(
         weight = (
             one if sigma is None else 2 - batch_count(len(q), q) * batch_softmax(scale_by_temperature(positive, sigma))
         )
-        negative = logsumexp_excluding_self(q, temperature, keys)
+        if negatives is None:
+            negative = logsumexp_excluding_self(q, temperature, keys)
+        else:
+            negative = negatives.log_mixed(q, k, places, positive, temperature)
+            negative = negative.masked_fill(negative == -torch.inf, 0)
         losses.append(negative - (weight.detach() if detach else weight) * positive / temperature)
     return batch_mean(mixture.shared(torch.stack(losses)))
 
 
 def mixed_supcon(
     q: Float[Tensor, "m d"], keys: Float[Tensor, "v n d"], label: Int[Tensor, "n"], mixture: Mixture,
-    temperature: float = 0.07, base_temperature: float = 0.07,
+    temperature: float = 0.07, base_temperature: float = 0.07, negatives: Negatives | None = None,
 ) -> Float[Tensor, ""]:  # fmt: skip
     """Compute SupCon of mixed rows: the sum over their two samples, by share, of the loss with its class positive.
 
@@ -95,9 +111,17 @@ def mixed_supcon(
         mixture: the samples and shares of the queries.
         temperature: T.
         base_temperature: the loss is multiplied by T / T_base.
+        negatives: rows of one group with a sample are in its denominator only if they are of its class.
     """
     q, u = normalize(q), normalize(keys)
-    total, members = sum_by_class(u.mean(0), label.where(label >= 0, -1 - positions(len(label), label.device)))
-    mean = total / members[:, None]
-    loss = logsumexp_rows(q, u.flatten(0, 1), temperature) - (q * mixture.blend(mean)).sum(-1) / temperature
+    ids = label.where(label >= 0, -1 - positions(len(label), label.device))
+    total, members = sum_by_class(u.mean(0), ids)
+    mean, every = total / members[:, None], u.flatten(0, 1)
+    if negatives is None or negatives.same is None:
+        candidates = logsumexp_rows(q, every, temperature)
+    else:
+        same, kinds = (x.repeat(len(u)) for x in (negatives.same, ids))
+        weights = [SameGroup(negatives.same[p], same, 0.0, ids[p], kinds) for p in mixture.positive]
+        candidates = mixture.shared(torch.stack([logsumexp(q, every, temperature, weights=w) for w in weights]))
+    loss = candidates - (q * mixture.blend(mean)).sum(-1) / temperature
     return scale_by_temperature(batch_mean(loss), base_temperature / temperature)

@@ -1,9 +1,8 @@
 """Denominators of contrast within a batch: which samples are negatives of a query, and how they count."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -20,6 +19,8 @@ class Negatives:
     Attributes:
         same: (N,) integers; samples with equal integers are never negatives of each other. None: every other sample is
             a negative.
+        bank: (L,) integers; a row of the memory bank is no negative of the samples with an equal integer in `same`.
+            None: every row of it is a negative.
         tau_plus: probability that a negative is of the query's class, for the correction; None: no correction.
         beta: weight of hard negatives in the correction; 0: all count alike.
     """
@@ -27,6 +28,7 @@ class Negatives:
     same: Int[Tensor, "n"] | None = None
     tau_plus: float | None = None
     beta: float = 0.0
+    bank: Int[Tensor, "l"] | None = None
 
     def __post_init__(self) -> None:
         """Raise ValueError for a probability or a weight outside of its range."""
@@ -55,29 +57,76 @@ class Negatives:
         queries, ids = q.flatten(0, 1), same.repeat(len(q))
         keys, key_ids = (queries, ids) if k is q else (k.flatten(0, 1), same.repeat(len(k)))
         weights = SameGroup(ids, key_ids)
-        values, sizes = whole(same).unique(return_counts=True)
-        others = batch_count(n, q) - sizes[torch.searchsorted(values, same)]
+        others = batch_count(n, q) - _sizes(same, whole(same))
         count = (len(k) * others).to(q.dtype).log().repeat(len(q))
-        return self._corrected(queries, keys, weights, count, positive.flatten(1), temperature).view(len(q), n)
+
+        def sums(t: float) -> Tensor:
+            return logsumexp(queries, keys, t, weights=weights)
+
+        return self._corrected(sums, count, positive.flatten(1), temperature).view(len(q), n)
 
     def log_keys(
         self, q: Float[Tensor, "n d"], keys: Float[Tensor, "m d"], positive: Float[Tensor, "n"], temperature: float
     ) -> Float[Tensor, "n"]:
-        """Return log Ng_i for keys that are all negatives of every query: a memory bank."""
+        """Return log Ng_i for the keys of a memory bank, which are negatives of every query but those of its group."""
         count = q.new_full((len(q),), math.log(len(keys)))
-        return self._corrected(q, keys, None, count, positive[None], temperature)
+        if self.bank is not None:
+            count = self._in_bank(q, keys, self.same).log()
+        return self._corrected(lambda t: self._of_bank(q, keys, self.same, t), count, positive[None], temperature)
+
+    def _of_bank(self, q: Tensor, keys: Tensor, ids: Tensor | None, temperature: float) -> Tensor:
+        """Return the log-sum-exps of queries of these groups over the keys of a memory bank."""
+        weights = None if self.bank is None or ids is None else SameGroup(ids, self.bank)
+        return logsumexp(q, keys, temperature, weights=weights, shared=True)
+
+    def _in_bank(self, q: Tensor, keys: Tensor, ids: Tensor | None) -> Tensor:
+        """Return the number of negatives among the keys of a memory bank."""
+        every = q.new_full((len(q),), len(keys))
+        return every if self.bank is None or ids is None else every - _sizes(ids, self.bank)
+
+    def log_mixed(
+        self, q: Float[Tensor, "m d"], k: Float[Tensor, "n d"], places: Int[Tensor, "m"], positive: Float[Tensor, "m"],
+        temperature: float, queue: Float[Tensor, "l d"] | None = None, own: bool = False,
+    ) -> Float[Tensor, "m"]:  # fmt: skip
+        """Return log Ng_i of rows of mixed images, for one of the two samples of each as its positive.
+
+        Negatives are the keys of the batch, except those of that sample and of its near duplicates, and of the queue.
+
+        Args:
+            q: queries, rows of mixed images.
+            k: keys of the batch, one view.
+            places: positions in the batch of the positives.
+            positive: products of the queries with them.
+            temperature: T.
+            queue: rows of a memory bank.
+            own: leave out the keys of the batch, so that only those of the queue are negatives.
+        """
+        same = positions(len(k), k.device) if self.same is None else self.same
+        ids, count = same[places], q.new_zeros(len(q))
+        if not own:
+            count += batch_count(len(k), k) - _sizes(ids, whole(same))
+        if queue is not None:
+            count += self._in_bank(q, queue, ids)
+
+        def sums(t: float) -> Tensor:
+            of_queue = None if queue is None else self._of_bank(q, queue, ids, t)
+            if own and of_queue is not None:
+                return of_queue
+            of_batch = logsumexp(q, k, t, weights=SameGroup(ids, same))
+            return of_batch if of_queue is None else log_add(of_batch, of_queue)
+
+        return self._corrected(sums, count.log(), positive[None], temperature)
 
     def _corrected(
-        self, q: Tensor, k: Tensor, weights: SameGroup | None, count: Tensor, positive: Tensor, temperature: float
+        self, sums: Callable[[float], Tensor], count: Tensor, positive: Tensor, temperature: float
     ) -> Tensor:
-        """Return log Ng_i of rows; count: log M_i, positive: (P, n)."""
+        """Return log Ng_i of rows; sums: T -> log-sum-exps of negatives, count: log M_i, positive: (P, n)."""
         check_temperature(temperature)
-        how: Any = {"weights": weights, "shared": weights is None}  # keys without weights are a memory bank
-        total = logsumexp(q, k, temperature / (1 + (self.beta if self.tau_plus is not None else 0)), **how)
+        total = sums(temperature / (1 + (self.beta if self.tau_plus is not None else 0)))
         if self.tau_plus is None:
             return total
         if self.beta:
-            total = count + total - logsumexp(q, k, temperature / self.beta, **how)
+            total = count + total - sums(temperature / self.beta)
         total, least = total.masked_fill(count == -torch.inf, -torch.inf), count - 1 / temperature
         if not self.tau_plus:
             return total.where(total >= least, least)
@@ -86,35 +135,17 @@ class Negatives:
         return corrected.where((share < 0) & (corrected >= least), least)
 
 
-@dataclass(frozen=True)
-class SimilarOfOtherClass:
-    """Weights of a log-sum-exp: 0 for pairs of similar samples of different classes, 1 for others.
+def _sizes(ids: Int[Tensor, "m"], every: Int[Tensor, "n"]) -> Int[Tensor, "m"]:
+    """Return for each number how many of all numbers are equal to it."""
+    values, sizes = every.unique(return_counts=True)
+    place = torch.searchsorted(values, ids).clamp(max=len(values) - 1)
+    return sizes[place].where(values[place] == ids, 0)
 
-    Attributes:
-        q_same: similar samples have equal numbers.
-        q_label: class of every query.
-        k_same: numbers of the keys.
-        k_label: class of every key.
-    """
 
-    q_same: Int[Tensor, "n"]
-    q_label: Int[Tensor, "n"]
-    k_same: Int[Tensor, "m"]
-    k_label: Int[Tensor, "m"]
-
-    @property
-    def keys(self) -> tuple[Tensor, ...]:
-        """Return the numbers and classes of the keys."""
-        return self.k_same, self.k_label
-
-    def among(self, rows: slice, keys: Sequence[Tensor]) -> "SimilarOfOtherClass":
-        """Return the weights of some queries and of other keys, by their numbers and classes."""
-        return SimilarOfOtherClass(self.q_same[rows], self.q_label[rows], *keys)
-
-    def tile(self, rows: slice, columns: slice) -> Float[Tensor, "rows columns"]:
-        """Return the weights of these queries and keys."""
-        differ = self.q_label[rows, None] != self.k_label[columns]
-        return (differ & (self.q_same[rows, None] == self.k_same[columns])).logical_not().float()
+def log_add(a: Float[Tensor, "n"], b: Float[Tensor, "n"]) -> Float[Tensor, "n"]:
+    """Return log(e^a + e^b); where both are -inf, with a gradient of 0 instead of nan."""
+    empty = (a == -torch.inf) & (b == -torch.inf)
+    return torch.logaddexp(a.masked_fill(empty, 0), b).masked_fill(empty, -torch.inf)
 
 
 def other_views(u: Float[Tensor, "v n d"]) -> Float[Tensor, "p v n"]:

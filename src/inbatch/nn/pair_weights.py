@@ -38,45 +38,66 @@ class PassingWeights(PairWeights, Protocol):
 class SameGroup:
     """Weights of `weight` for pairs of the same group (frames of one video, crops of one slide) and of 1 for others.
 
+    They are the weights that the Triton kernels compute.
+
     Attributes:
         q_ids: group of every query.
         k_ids: group of every key; the object `q_ids` itself if the keys are the queries, which halves the work.
         weight: of pairs in one group; 0 leaves them out.
+        q_class: class of every query: a pair of one group and one class has weight 1, too. None: without classes.
+        k_class: class of every key.
     """
 
     q_ids: Int[Tensor, "n"]
     k_ids: Int[Tensor, "m"]
     weight: float = 0.0
+    q_class: Int[Tensor, "n"] | None = None
+    k_class: Int[Tensor, "m"] | None = None
 
     def __post_init__(self) -> None:
         """Raise ValueError for a weight below 0 or ids that are not integers."""
         if not 0 <= self.weight < float("inf"):
             raise ValueError(f"a weight of {self.weight:g} has no logarithm: it must be finite and at least 0")
-        if any(x.is_floating_point() or x.is_complex() or x.ndim != 1 for x in (self.q_ids, self.k_ids)):
+        if (self.q_class is None) != (self.k_class is None):
+            raise ValueError("classes are those of queries and keys, or of neither")
+        every = [x for x in (self.q_ids, self.k_ids, self.q_class, self.k_class) if x is not None]
+        if any(x.is_floating_point() or x.is_complex() or x.ndim != 1 for x in every):
             raise ValueError("the ids of groups must be one integer per row")
 
     def check_rows(self, n: int, m: int) -> None:
         """Raise ValueError unless there is an id for each of n queries and m keys."""
         if (len(self.q_ids), len(self.k_ids)) != (n, m):
             raise ValueError(f"{n} queries and {m} keys need as many ids, got {len(self.q_ids)} and {len(self.k_ids)}")
+        if self.q_class is not None and self.k_class is not None and (len(self.q_class), len(self.k_class)) != (n, m):
+            raise ValueError(f"{n} queries and {m} keys need as many classes")
 
     @property
     def symmetric(self) -> bool:
         """Return whether w_ij = w_ji by construction."""
-        return self.k_ids is self.q_ids
+        return self.k_ids is self.q_ids and self.k_class is self.q_class
+
+    @property
+    def flipped(self) -> "SameGroup":
+        """Return the weights w_ji: of the keys with the queries."""
+        return SameGroup(self.k_ids, self.q_ids, self.weight, self.k_class, self.q_class)
 
     @property
     def keys(self) -> tuple[Tensor, ...]:
-        """Return the groups of the keys."""
-        return (self.k_ids,)
+        """Return the groups of the keys, and their classes, if any."""
+        return (self.k_ids,) if self.k_class is None else (self.k_ids, self.k_class)
 
     def among(self, rows: slice, keys: Sequence[Tensor]) -> "SameGroup":
-        """Return the weights of some queries and of other keys, by their groups."""
-        return SameGroup(self.q_ids[rows], keys[0], self.weight)
+        """Return the weights of some queries and of other keys, by their groups and classes."""
+        ids, kinds = keys[0], keys[1] if len(keys) > 1 else None
+        return SameGroup(
+            self.q_ids[rows], ids, self.weight, None if self.q_class is None else self.q_class[rows], kinds
+        )
 
     def tile(self, rows: slice, columns: slice) -> Float[Tensor, "rows columns"]:
         """Return the weights of these queries and keys, in float32."""
         same = self.q_ids[rows, None] == self.k_ids[columns]
+        if self.q_class is not None and self.k_class is not None:
+            same &= self.q_class[rows, None] != self.k_class[columns]
         return same.float().mul_(self.weight - 1).add_(1)
 
 
@@ -95,9 +116,12 @@ def group_multiplier(
     n = len(groups.q_ids)
     numbers = torch.cat([groups.q_ids, groups.k_ids]).unique(return_inverse=True)[1].to(dtype)
     mine, theirs = numbers[:n], numbers[n:]
+    own, other = groups.q_class, groups.k_class
 
     def multiply(e: Tensor, rows: slice, columns: slice, spare: Tensor) -> Tensor:
         torch.ne(mine[rows, None], theirs[columns], out=spare)
+        if own is not None and other is not None:
+            spare.masked_fill_(own[rows, None] == other[columns], 1)
         if factor:
             spare.mul_(1 - factor).add_(factor)
         return e.mul_(spare)

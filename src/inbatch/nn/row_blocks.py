@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from inbatch.nn import exponentials, triton_logsumexp
-from inbatch.nn.exponentials import REACH, Exponentials, logits, on_kernels, reach
-from inbatch.nn.pair_weights import PairWeights
+from inbatch.nn.exponentials import REACH, Exponentials, kernel_weights, logits, on_kernels, reach
+from inbatch.nn.pair_weights import PairWeights, SameGroup
 from inbatch.nn.tiles import LogSumExpConfig, zeros
 
 LEAST = 2**17
@@ -43,9 +43,8 @@ class Block:
         """
         q, k = self.q, self.keys
         if self.kernels:
-            scale, exclude, products = *self.pairs[:2], self.plan.products
-            lse, mean = triton_logsumexp.forward(q, k, scale, exclude, 0, len(q), weighs, products)
-            other = triton_logsumexp.forward(k, q, scale, exclude, 0, len(k), False, products)[0] if columns else None
+            lse, mean = self._sums_by_kernels(q, k, weighs, self._groups())
+            other = self._sums_by_kernels(k, q, False, self._groups(flipped=True))[0] if columns else None
             return lse, other, mean
         if self.tiled:
             tiles = Exponentials(q, self.k, *self.pairs, self.plan)
@@ -72,8 +71,8 @@ class Block:
         q, k, scale = self.q, self.keys, self.pairs[0]
         if self.kernels:
             return (
-                self._by_kernels(q, k, own, other) if needs[0] else None,
-                self._by_kernels(k, q, other, own) if needs[1] else None,
+                self._by_kernels(q, k, own, other, self._groups()) if needs[0] else None,
+                self._by_kernels(k, q, other, own, self._groups(flipped=True)) if needs[1] else None,
             )
         if self.tiled:
             tiles = Exponentials(q, self.k, *self.pairs, self.plan)
@@ -94,12 +93,24 @@ class Block:
                 dk.addmm_(w.T, q[rows], alpha=scale)
         return dq, dk
 
-    def _by_kernels(self, a: Tensor, b: Tensor, own: Side, other: Side) -> Tensor:
+    def _groups(self, flipped: bool = False) -> SameGroup | None:
+        """Return the weights that the kernels compute; flipped: of the keys with the queries."""
+        weights = kernel_weights(self.pairs[2])
+        return weights.flipped if weights is not None and flipped else weights
+
+    def _sums_by_kernels(
+        self, a: Tensor, b: Tensor, weighs: bool, weights: SameGroup | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return log-sum-exps of rows a, and means of b, by the Triton kernels."""
+        scale, exclude, _ = self.pairs
+        return triton_logsumexp.forward(a, b, scale, exclude, 0, len(a), weighs, self.plan.products, weights)
+
+    def _by_kernels(self, a: Tensor, b: Tensor, own: Side, other: Side, weights: SameGroup | None) -> Tensor:
         """Return the gradient of rows a by the Triton kernels."""
         (lse_a, grad_a), (lse_b, grad_b) = ((None, None) if side is None else side for side in (own, other))
         scale, exclude, _ = self.pairs
         sides = lse_a, grad_a, lse_b, grad_b
-        return triton_logsumexp.backward(a, b, scale, exclude, 0, len(a), *sides, products=self.plan.products)
+        return triton_logsumexp.backward(a, b, scale, exclude, 0, len(a), *sides, self.plan.products, weights)
 
     def _chunks(self) -> Iterator[tuple[int, Tensor]]:
         """Yield the first row and the logits of some rows at a time."""

@@ -1,7 +1,7 @@
 """Sum of pairwise sigmoid losses over all pairs of rows, and its gradients, without the matrix of pairs ("tiled").
 
 Each tile of logits is computed once, for the sum and for both gradients, because the gradient of a pair does not depend
-on other pairs. Tiles, ranks, weights and modes are those of the log-sum-exp (`logsumexp`).
+on other pairs. Tiles, kernels, ranks, weights and modes are those of the log-sum-exp (`logsumexp`).
 """
 
 import math
@@ -14,12 +14,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import logsigmoid
 
+from inbatch.nn import triton_sigmoid
 from inbatch.nn.batch_sums import batch_sum
-from inbatch.nn.exponentials import reach
+from inbatch.nn.exponentials import kernel_weights, on_kernels, reach
 from inbatch.nn.logsumexp import LEAST
 from inbatch.nn.pair_weights import PairWeights, PassingWeights, SameGroup, group_multiplier, multiplier
 from inbatch.nn.passing import travel
-from inbatch.nn.tiles import PLAN, LogSumExpConfig, Tiles, add_product, diagonal, rounded, zeros
+from inbatch.nn.tiles import PLAN, LogSumExpConfig, Tiles, add_product, diagonal, rounded, share, zeros
 
 CAP = {torch.float32: 80.0, torch.float64: 600.0}
 """Largest logit of which the exponential is computed; the loss of a larger one is the logit, its slope 1."""
@@ -76,7 +77,7 @@ class _Tiled(torch.autograd.Function):
         needs = ctx.needs_input_grad[:3]
         with torch.autocast(q.device.type, enabled=False):
             if plan.peers is None:
-                sums = _LogisticTiles(q, k, bias, positive, weights, plan).sums(needs)
+                sums = _sums(q, k, bias, positive, weights, plan, needs)
             else:
                 sums = _passing(q, k, bias, positive, weights, plan, needs)
         for x in sums:
@@ -90,6 +91,50 @@ class _Tiled(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         return *(None if x is None else gradient * x for x in ctx.saved_tensors), None, None, None
+
+
+def _sums(
+    q: Tensor, k: Tensor, bias: Tensor, positive: SameGroup | None, weights: PairWeights | None, plan: LogSumExpConfig,
+    needs: Sequence[bool], diagonal: bool = True,
+) -> list[Tensor | None]:  # fmt: skip
+    """Return the losses (n), summed over keys, and the gradients of queries, keys and biases that are needed.
+
+    diagonal: without groups of positives, the pairs i = j are the positives; else none is.
+    """
+    if on_kernels(q, k, weights):
+        return _by_kernels(q, k, bias, positive, kernel_weights(weights), plan, needs, diagonal)
+    tiles = _LogisticTiles(q, k, bias, positive, weights, plan)
+    if positive is None and not diagonal:
+        tiles.flip = _flip_none
+    return tiles.sums(tuple(needs))
+
+
+def _by_kernels(
+    q: Tensor, k: Tensor, bias: Tensor, positive: SameGroup | None, weights: SameGroup | None, plan: LogSumExpConfig,
+    needs: Sequence[bool], diagonal: bool,
+) -> list[Tensor | None]:  # fmt: skip
+    """Compute `_sums` with the Triton kernel; each rank computes its share of the rows, of queries and of keys."""
+
+    def placed(x: Tensor, start: int, stop: int, sums: list[Tensor | None]) -> list[Tensor | None]:
+        whole = [None if some is None else some.new_zeros(len(x), *some.shape[1:]) for some in sums]
+        for total, some in zip(whole, sums, strict=True):
+            if total is not None and some is not None:
+                total[start:stop] = some
+        return whole
+
+    start, stop = share(len(q), plan)
+    sums = triton_sigmoid.row_sums(
+        q, k, bias, None, start, stop, positive, diagonal, weights, (True, needs[0], needs[2]), plan.products
+    )
+    losses, dq, db = placed(q, start, stop, sums)
+    if not needs[1]:
+        return [losses, dq, None, db]
+    start, stop = share(len(k), plan)
+    positive, weights = positive and positive.flipped, weights and weights.flipped
+    sums = triton_sigmoid.row_sums(
+        k, q, None, bias, start, stop, positive, diagonal, weights, (False, True, False), plan.products
+    )
+    return [losses, dq, placed(k, start, stop, sums)[1], db]
 
 
 class _LogisticTiles(Tiles):
@@ -160,16 +205,13 @@ def _passing(
     entries = () if weights is None else weights.keys
 
     def first() -> None:
-        totals.extend(_LogisticTiles(q, k, bias, positive, weights, plan).sums(tuple(needs)))
+        totals.extend(_sums(q, k, bias, positive, weights, plan, needs))
 
     def visit(block: Sequence[Tensor], origin: int, collected: list[Tensor] | None) -> list[Tensor]:
         keys, rest = block[0], block[1 + len(groups) :]
         same = None if positive is None else positive.among(slice(None), block[1:2])
         among = None if weights is None else weights.among(slice(None), rest)
-        pairs = _LogisticTiles(q, keys, bias, same, among, plan)
-        if same is None:
-            pairs.flip = _flip_none
-        found = pairs.sums(tuple(needs))
+        found = _sums(q, keys, bias, same, among, plan, needs, diagonal=False)
         for i in (0, 1, 3):
             total, x = totals[i], found[i]
             if total is not None and x is not None:

@@ -125,10 +125,22 @@ class Pace:
         left = self.seconds * (1 - self._slack) - self.reserve - used
         return max(0, int(left / (per_step * self._mean_cost(progress) / self.cost(progress))))
 
-    def revised(self, step: int, timeline: Timeline, used: float, per_step: float) -> int | None:
-        """Return the number of steps that must remain for the run to end in time; None if the plan holds."""
+    def revised(
+        self, step: int, timeline: Timeline, used: float, per_step: float, surveys: Callable[[int], float] | None = None
+    ) -> int | None:
+        """Return the number of steps that must remain for the run to end in time; None if the plan holds.
+
+        surveys: Seconds of the surveys of the data set before so many more steps; None for 0.
+        """
         progress, planned = timeline.progress(step), timeline.total - step
         fits = self.fitting(used, per_step, progress)
+        least = 0
+        while surveys is not None and least < fits:  # the more steps, the more surveys
+            middle = -(-(least + fits) // 2)
+            if middle <= self.fitting(used + surveys(middle), per_step, progress):
+                least = middle
+            else:
+                fits = middle - 1
         if fits < planned * (1 - _TOLERATED) or (fits < planned and planned <= _FEW):
             return fits
         # Time becomes available if other processes stop; near the end it does not justify another schedule.
@@ -163,7 +175,7 @@ class Keeper:
     def __init__(self, pace: Pace | None, clock: Callable[[], float], every: float = 600.0) -> None:
         self.pace, self.clock, self.every = pace, clock, every
         self.per_step: float | None = None
-        self.evaluation_seconds = 0.0
+        self.evaluation_seconds = self.survey_seconds = 0.0
         self.reported_total = 0  # the final step that was last reported to the user
         self._saved = self._checked = clock()
         self._idle, self._step, self._cost = 0.0, 0, math.nan
@@ -181,14 +193,17 @@ class Keeper:
         return now - self._checked >= self._interval * (0.2 if hurry else 1) or now - self._saved >= self.every
 
     def paused(self, seconds: float) -> None:
-        """Exclude time from the pace that was not training: an online evaluation, a checkpoint."""
+        """Exclude time from the pace that was not training: an online evaluation, a survey, a checkpoint."""
         self._idle += seconds
 
     def saved(self) -> None:
         """Record that a checkpoint has been written."""
         self._saved = self.clock()
 
-    def check(self, step: int, timeline: Timeline, evaluations_left: int, frozen: int = 0) -> tuple[int | None, bool]:
+    def check(
+        self, step: int, timeline: Timeline, evaluations_left: int, frozen: int = 0,
+        surveys_left: Callable[[int], int] = lambda steps: 0,
+    ) -> tuple[int | None, bool]:  # fmt: skip
         """Return how many steps must remain (None: as planned), and whether to save a checkpoint.
 
         Args:
@@ -196,6 +211,7 @@ class Keeper:
             timeline: Length of the run.
             evaluations_left: Number of evaluations that follow.
             frozen: Number of steps at the start in which the encoder does not learn; they do not predict the others.
+            surveys_left: Return the number of surveys of the data set before so many more steps.
         """
         now = self.clock()
         cost = self.pace.cost(timeline.progress(step)) if self.pace else 1.0
@@ -209,6 +225,7 @@ class Keeper:
         self._step, self._checked, self._idle = step, now, 0.0
         left = None
         if self.pace is not None and self.per_step is not None:
-            used = now + self.evaluation_seconds * evaluations_left
-            left = self.pace.revised(step, timeline, used, self.per_step)
+            used, each = now + self.evaluation_seconds * evaluations_left, self.survey_seconds
+            surveys = (lambda steps: each * surveys_left(steps)) if each else None
+            left = self.pace.revised(step, timeline, used, self.per_step, surveys)
         return left, now - self._saved >= self.every

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,39 +9,33 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from inbatch.context.fusion import Fusion
-from inbatch.context.mixing import Mixer
 from inbatch.data import Loader, Source
 from inbatch.data.samplers import SAMPLERS
 from inbatch.data.streams import Sequential
 from inbatch.data.views import AnyViews, TransformedViews
-from inbatch.errors import ConfigError, reason
+from inbatch.errors import ConfigError
 from inbatch.methods.base import Method
-from inbatch.models import Encoder, check_side
+from inbatch.models import Encoder
 from inbatch.models.cpu_convolution import by_product
-from inbatch.models.lora import add_lora
 from inbatch.models.network import Network, make_target_network
 from inbatch.models.recompute import blocks, recompute_activations
 from inbatch.models.sync_batchnorm import synchronise_norm
-from inbatch.nn.heads import Head
 from inbatch.runtime import distributed
 from inbatch.runtime.device import precision_for, slow_weight_gradients
 from inbatch.runtime.sharding import shard
 from inbatch.training import build_checks
 from inbatch.training.budget import Timeline
-from inbatch.training.build_checks import check_momentum, check_recipe, check_views, context_and_groups
+from inbatch.training.build_checks import check_recipe, context_and_groups
 from inbatch.training.checkpoint_recipe import run_facts
-from inbatch.training.first_layer import fit_first_layer
+from inbatch.training.drawn_parts import DrawnParts, draw_weights, settings_of
 from inbatch.training.negatives import embeds, plug_in_negatives
 from inbatch.training.optim import build_optimizer, layer_scales, parameter_groups, scaled_lr
-from inbatch.training.plug_ins import curator_of, fusion, mixer_of, without_effect
-from inbatch.training.presets import method_named
+from inbatch.training.plug_ins import curator_of, without_effect
 from inbatch.training.rates import frozen_steps, set_rates
 from inbatch.training.recipe import Recipe
-from inbatch.training.run_encoder import make_encoder, seeded, starting_weights, view_sides
-from inbatch.training.run_views import drawn, image_scale, views_of
+from inbatch.training.run_views import drawn, image_scale
 from inbatch.training.step import Step
-from inbatch.training.teacher import load_teacher, teacher_network
+from inbatch.training.teacher import teacher_network
 from inbatch.training.whole_encoder import WholeEncoder
 
 
@@ -109,7 +102,7 @@ def build(
     """
     context, groups = context_and_groups(recipe, distributed.world())
     check_recipe(recipe, source, device, context)
-    parts = _draw_weights(recipe, source, device, context, (init, teacher))
+    parts = draw_weights(recipe, source, device, context, (init, teacher))
     loader = loader or _make_loader(recipe, source, parts.views, device, workers)
     # Chosen by the free memory if the recipe leaves it open; it decides pixels, so a resumed run must not choose again.
     recipe = replace(recipe, cache_on_device=loader.held is not None)
@@ -145,68 +138,6 @@ def build(
     )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class _Parts:
-    """What draws random weights, in the order in which it draws them, and the views.
-
-    fused: numbers of the views that `fuse` fuses. mixer: mixing of images, if any.
-    notes: sentences for the user. teacher: frozen encoder, if any.
-    """
-
-    method: Method
-    encoder: Encoder
-    views: AnyViews
-    heads: dict[str, Head]
-    fuse: Fusion | None
-    fused: Sequence[int]
-    mixer: Mixer | None
-    notes: list[str]
-    teacher: Encoder | None
-
-
-def _draw_weights(
-    recipe: Recipe, source: Source, device: torch.device, context: int, kept: tuple[Path | None, Path | None]
-) -> _Parts:
-    """Create method, encoder, heads and fusion with weights from the recipe's seed, or from the copies in a run."""
-    notes: list[str] = []
-    start, teacher = kept[0] or starting_weights(recipe, notes), load_teacher(recipe, kept[1], notes)
-    with seeded(recipe, device):
-        with _settings_of("method", recipe.method.name):
-            method = method_named(recipe.method.name)(**recipe.method.options)
-        encoder = make_encoder(recipe, start)
-        notes += encoder.init_notes
-        for side, setting in view_sides(recipe).items():
-            check_side(encoder, side, setting)
-        if start is None:
-            fit_first_layer(encoder, source)
-        views = views_of(recipe, encoder.mean, encoder.std)
-        check_views(recipe, method, len(views))
-        with _settings_of("method", recipe.method.name):
-            method.teacher_width = teacher.feature_width if teacher else 0
-            classes = int(source.labels.max()) + 1
-            method.prepare(images=len(source), classes=classes, batch=recipe.batch_size, views=len(views))
-            heads = method.heads(encoder.width)
-            check_momentum(method)
-        if recipe.lora:
-            notes.append(_adapted(recipe, encoder))
-        notes += method.notes(len(source))
-        mixer = mixer_of(recipe, method, len(views), context)
-        fuse, fused = fusion(recipe, method, views, encoder, context)
-        if mixer is not None and mixer.replaces:  # the mixed images of a view are fused as its plain ones would be
-            fused = [*fused, *(~v for v in fused)]
-        return _Parts(method, encoder, views, heads, fuse, fused, mixer, notes, teacher)
-
-
-def _adapted(recipe: Recipe, encoder: Encoder) -> str:
-    """Let only matrices of low rank learn in the encoder; return a sentence about them."""
-    if recipe.encoder.options.get("init") is None and "encoder" not in recipe.own:
-        raise ConfigError(
-            "encoder.lora freezes the weights of the encoder, and these are random: name weights to start from "
-            "(--init), or leave out encoder.lora"
-        )
-    return add_lora(encoder, recipe.lora or 0)
-
-
 def _make_loader(recipe: Recipe, source: Source, views: AnyViews, device: torch.device, workers: int | None) -> Loader:
     """Return the loader of this rank's part of every batch."""
     own = views if isinstance(views, TransformedViews) else None
@@ -223,7 +154,7 @@ def _make_loader(recipe: Recipe, source: Source, views: AnyViews, device: torch.
 
 
 def _make_networks(
-    recipe: Recipe, parts: _Parts, device: torch.device, sharded: bool
+    recipe: Recipe, parts: DrawnParts, device: torch.device, sharded: bool
 ) -> tuple[Network, Network | None]:
     """Return the online and the target network on the device, in its precision and layout."""
     network = Network(
@@ -283,7 +214,7 @@ def _compile(views: AnyViews, *networks: Network | None) -> None:
         network.compile()
 
 
-def _make_optimizer(recipe: Recipe, parts: _Parts, network: Network) -> tuple[Optimizer, float]:
+def _make_optimizer(recipe: Recipe, parts: DrawnParts, network: Network) -> tuple[Optimizer, float]:
     """Return the optimiser of the online network, and its learning rate for the recipe's batch."""
     options, name = dict(recipe.optimizer.options), recipe.optimizer.name
     has_rate = "lr" in options
@@ -296,15 +227,6 @@ def _make_optimizer(recipe: Recipe, parts: _Parts, network: Network) -> tuple[Op
         own={name: {"constant": True} for name in parts.method.constant_lr()},
         scales=layer_scales(parts.encoder.backbone, decay) if decay < 1 else None,
     )  # fmt: skip
-    with _settings_of("optimizer", name):
+    with settings_of("optimizer", name):
         optimizer = build_optimizer(name, groups, **options)
     return optimizer, lr if has_rate else optimizer.param_groups[0]["lr"]
-
-
-@contextlib.contextmanager
-def _settings_of(part: str, name: str) -> Iterator[None]:
-    """Turn errors of a constructor (a negative width, a rate below 0) into a ConfigError that names the setting."""
-    try:
-        yield
-    except (ValueError, TypeError, RuntimeError, ArithmeticError, LookupError, AssertionError) as e:
-        raise ConfigError(f"{part} {name} cannot be made with these settings: {str(e) or reason(e)}") from e

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from statistics import median
 
@@ -18,8 +18,9 @@ from inbatch.runtime.threads import beside_others
 from inbatch.training.auto_context import resolve, within_memory
 from inbatch.training.budget import duration
 from inbatch.training.build import RunComponents, build
+from inbatch.training.extra_passes import ExtraPasses, fitting_steps, run_seconds, survey_seconds
 from inbatch.training.recipe import Recipe, Settings, make
-from inbatch.training.timing import growth, step_seconds
+from inbatch.training.timing import growth, plain_share, step_seconds
 
 SHARE, MOST = 0.05, 60.0
 """Calibration takes at most this share of the budget, and at most this many seconds."""
@@ -51,6 +52,8 @@ class Candidate:
         steps: Number of steps that fit into the budget.
         views: Number of views in these steps.
         small: Cost of a step at the reduced image size, relative to one at full size.
+        plain: Cost of a step without curation, relative to one with it.
+        survey: Seconds of a survey of the data set (PCL's clusters, a sampler's neighbours); 0 without one.
     """
 
     name: str
@@ -58,6 +61,8 @@ class Candidate:
     steps: int
     views: int
     small: float = 1.0
+    plain: float = 1.0
+    survey: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -136,9 +141,10 @@ def calibrate(
         built = build(recipe, source, device=device, workers=workers, loader=loader)
         loader = built.loader
         with beside_others(device):
-            seconds, small = distributed.broadcast_object(_both(built, limit))
+            seconds, small, plain = distributed.broadcast_object(_costs(built, limit))
+            extra = distributed.broadcast_object(ExtraPasses(plain, survey_seconds(built)))
         left = distributed.broadcast_object(budget - (time.perf_counter() - began))
-        steps = int(TRAINED * left / seconds)
+        steps = fitting_steps(built, TRAINED * left, seconds, extra)
         if steps < FEWEST and not trials:
             raise ConfigError(
                 f"budget = {duration(budget)} is too short for {built.encoder.name}, "
@@ -149,7 +155,8 @@ def calibrate(
         steps = max(1, steps)
         views = steps * built.recipe.batch_size * len(built.views)
         name = f"{built.encoder.name} {options['encoder.width']}" if options else built.encoder.name
-        trials.append(Trial(Candidate(name, seconds, steps, views, small), own, context_note))
+        mean = run_seconds(built, steps, seconds, extra) / steps
+        trials.append(Trial(Candidate(name, mean, steps, views, small, plain, extra.survey), own, context_note))
     assert loader is not None
     return Calibration(tuple(trials), loader, time.perf_counter() - start, note)
 
@@ -170,27 +177,32 @@ def time_steps(built: RunComponents, limit: float) -> float:
         limit: Seconds to spend on steps of one size; at least four are made.
     """
     with beside_others(built.loader.device):
-        seconds, _ = _both(built, limit)
-        return seconds
+        return _costs(built, limit)[0]
 
 
-def _both(built: RunComponents, limit: float) -> tuple[float, float]:
-    """Return the mean seconds of a step, and the cost of a step on small images relative to one at full size."""
+def _costs(built: RunComponents, limit: float) -> tuple[float, float, float]:
+    """Return the mean seconds of a step, and two relative costs of a step: on small images, and without curation."""
     until, budget = built.recipe.grow_until, built.recipe.budget or math.inf
     if budget < math.inf:
         rough = distributed.broadcast_object(step_seconds(built, _SLICE))
         if rough * (_WARM + 2) * 2 > ROUGH * budget:  # whole steps would take too much of the budget
-            return rough, growth(built, _SLICE)[0][1] if until else 1.0
+            return rough, growth(built, _SLICE)[0][1] if until else 1.0, plain_share(built, _SLICE)
     full = _timed(built, built.total - 1, limit)
     small = min(full, _timed(built, built.step.frozen, limit)) if until else full
-    return full * (1 - until) + small * until, small / full
+    plain = 1.0 if built.step.curator is None else min(1.0, _timed(built, built.total - 1, limit, False) / full)
+    return full * (1 - until) + small * until, small / full, plain
 
 
-def _timed(built: RunComponents, step: int, seconds: float) -> float:
-    """Return the median seconds of a step at a position of the run, timed for this many seconds after the warm-up."""
+def _timed(built: RunComponents, step: int, seconds: float, curated: bool = True) -> float:
+    """Return the median seconds of a step at a position of the run, timed for this many seconds after the warm-up.
+
+    curated: With the curation of a run that has it, which begins in a later epoch than the first.
+    """
     times: list[float] = []
     began = time.perf_counter()
     for batch in _batches(built):
+        if curated and built.step.curator is not None:
+            batch = replace(batch, epoch=built.step.curator.starts)
         start = time.perf_counter()
         float(built.step(batch, step)["loss"])  # reading the value synchronises with the device
         times.append(time.perf_counter() - start)

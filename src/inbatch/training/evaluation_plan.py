@@ -8,6 +8,7 @@ from inbatch.evaluation import evaluate
 from inbatch.runtime import distributed, shared_work
 from inbatch.training.budget import Keeper, Pace
 from inbatch.training.build import RunComponents
+from inbatch.training.extra_passes import combined
 from inbatch.training.holdout import EvaluationSplit
 from inbatch.training.monitors.online_evaluation import (
     affordable,
@@ -17,7 +18,7 @@ from inbatch.training.monitors.online_evaluation import (
     make_online_evaluator,
 )
 from inbatch.training.run_evaluation import IMAGES, images_within
-from inbatch.training.timing import growth
+from inbatch.training.timing import growth, plain_share
 from inbatch.training.train_state import EvaluationSizes, TrainState
 
 JUDGED = 0.03
@@ -46,7 +47,9 @@ class RunEvaluations:
 
     def keeper(self, progress: TrainState) -> Keeper:
         """Return the monitor of the run's clock."""
-        return Keeper(self.pace, lambda: progress.wall, SAVE_EVERY if self.pace is None else self.pace.seconds / 20)
+        keeper = Keeper(self.pace, lambda: progress.wall, SAVE_EVERY if self.pace is None else self.pace.seconds / 20)
+        keeper.survey_seconds = (progress.calibration or {}).get("survey", 0.0)
+        return keeper
 
 
 def plan_evaluations(built: RunComponents, split: EvaluationSplit | None, progress: TrainState) -> RunEvaluations:
@@ -83,6 +86,9 @@ def _within_budget(built: RunComponents, split: EvaluationSplit | None, progress
     progress.sizes = EvaluationSizes(len(split.bank) if split else 0, len(split.queries) if split else 0, images)
     until = built.recipe.grow_until
     costs = [(until, calibration["small"])] if calibration and until else growth(built)
+    if built.step.curator is not None:
+        plain = (calibration or {}).get("plain") or plain_share(built)
+        costs = combined(costs, [(min(1.0, built.step.curator.starts * built.loader.steps / built.total), plain)])
     return RunEvaluations(split, split, images, Pace(budget, 3.0 * seconds + comparison + 0.01 * left + 2.0, costs))
 
 

@@ -35,7 +35,7 @@ from inbatch.training.slow_ranks import SlowRanks
 from inbatch.training.status import report_unreadable
 from inbatch.training.step import NonFiniteError
 from inbatch.training.stopping import Stopping
-from inbatch.training.survey import survey
+from inbatch.training.survey import survey, surveyed
 from inbatch.training.trackers.followers import Followers
 from inbatch.training.train_state import TrainState
 
@@ -115,8 +115,11 @@ class Loop:
         epoch, first = divmod(progress.step, steps)
         began, used = time.perf_counter(), time.process_time()  # waiting for data counts, evaluation and saving do not
         distributed.first_exchange()  # forget that of the evaluation
-        if first == 0 and (values := survey(built, epoch)):
-            self.log.evaluation(progress.step, values)
+        if first == 0 and surveyed(built, epoch):
+            if values := survey(built, epoch):
+                self.log.evaluation(progress.step, values)
+            self.keeper.survey_seconds = time.perf_counter() - began
+            self.keeper.paused(self.keeper.survey_seconds)
         for batch in built.loader.epoch(epoch, start=first, stop=min(steps, built.total - epoch * steps)):
             self.stopping.begin()
             losses = self.train_step(batch)
@@ -221,8 +224,14 @@ class Loop:
         built, keeper, step, recipe = self.built, self.keeper, self.progress.step, self.built.recipe
         between = recipe.evaluate_every * built.loader.steps
         evaluations = -(-built.total // between) - step // between
+
+        def surveys(more: int) -> int:
+            epochs = (-(-x // built.loader.steps) for x in (step, step + more))
+            return sum(surveyed(built, epoch) for epoch in range(*epochs))
+
+        events = evaluations, built.step.frozen, surveys
         left, save_now = distributed.broadcast_object(
-            keeper.check(step, built.timeline, evaluations, built.step.frozen) if distributed.rank() == 0 else None
+            keeper.check(step, built.timeline, *events) if distributed.rank() == 0 else None
         )
         if left is not None:
             self._set_length(step, left)

@@ -81,5 +81,8 @@ def plug_in_negatives(
         with network.evaluating():
             return torch.cat([network.features(clean(part.to(device)).images[0]) for part in batch.split(piece)])
 
-    chosen.prepare(embed if embeds(recipe, source) else None)
+    by_features, bank = embeds(recipe, source), method.negative_bank()
+    if bank is not None:
+        bank.keep_tags(encoder.width if by_features else None)
+    chosen.prepare(embed if by_features else None, bank)
     return chosen

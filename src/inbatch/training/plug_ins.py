@@ -104,11 +104,6 @@ def mixer_of(recipe: Recipe, method: Method, views: int, context: int) -> Mixer 
         fitting = ", ".join(key for key, made in METHODS.items() if made.mixed_keys)
         whose = " with these options" if type(method).mixed_keys else ""
         raise ConfigError(f"{flag}: {name}{whose} has no soft targets; images can be mixed with {fitting}")
-    if recipe.negatives is not None:
-        raise ConfigError(
-            f"{flag} and negatives {recipe.negatives.name} exclude each other: all other samples are negatives of a "
-            "mixed one; leave one of the two out"
-        )
     if mixer.temperature is not None and not hasattr(method, "temperature"):
         raise ConfigError(f"mix.temperature = {mixer.temperature:g}: {name} has no temperature; leave it out")
     if method.mixed_keys != "none" and not all(compared_views(mixer, method, views).values()):

@@ -93,7 +93,8 @@ class Recipe:
         channels, classes, levels: How the images are read (`data.open_data`).
         image_column: Column of the images, in tar files their extension; None for the usual names.
         label_column: Column of the labels; None for the usual names, "none" for no labels.
-        group_column: Column of known groups of the images, such as the video of a frame; None for no groups.
+        group_column: Column of known groups of the images, such as the video of a frame; of files "folder", or a
+            regular expression with brackets for their paths; None for no groups.
         image_size: Side in pixels of the encoder's input images.
         batch_size: Global batch: samples per step over all ranks.
         context: Samples per context group, which interact before the loss (batch norm, plug-ins). None is the local

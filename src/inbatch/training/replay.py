@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from inbatch.batch import Batch
+from inbatch.batch import BankGroups, Batch
 from inbatch.data import Source
 from inbatch.data.sources.arrays import Pixels
 from inbatch.errors import ConfigError, DataError
@@ -50,6 +50,8 @@ def capture(out: Path, built: RunComponents, failed: NonFiniteError) -> Path:
     if (images := batch.pictures()) is not None:
         share["images"] = images
     share |= {f"crops.{v}": crop for v, crop in enumerate(batch.crops or ())}
+    if batch.bank is not None:  # equal on all ranks
+        share |= {"bank.same": batch.bank.same, "bank.tags": batch.bank.tags}
     with replacing(folder / f"share-{distributed.rank()}.safetensors") as file:
         file.write(safetensors.torch.save({name: x.cpu().contiguous() for name, x in share.items()}))
     source = built.loader.source
@@ -203,6 +205,7 @@ def _batch(folder: Path, record: dict[str, Any]) -> Batch:
         attempt=joined("attempt"),
         group=joined("group"),
         same=joined("same"),
+        bank=BankGroups(shares[0]["bank.same"], shares[0]["bank.tags"]) if "bank.same" in shares[0] else None,
     )
 
 

@@ -2,14 +2,14 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from inbatch.batch import MIXED, Batch, Rows, split_state
+from inbatch.batch import Batch, Rows, split_state
 from inbatch.context.curation import Curator
 from inbatch.context.mixing import Mixer
 from inbatch.context.negatives import DropSimilar
@@ -23,9 +23,14 @@ from inbatch.runtime import distributed, ring
 from inbatch.runtime.sharding import is_shard, is_sharded, total_norm
 from inbatch.training import grad_cache
 from inbatch.training.mixing import MIXING, StepMixing, mixed_views
-
-Orders = Sequence[Tensor | None]
-"""For each view, the permutation of the batch while its groups run; None is the batch's own order."""
+from inbatch.training.row_order import (
+    Orders,
+    compared_rows,
+    orders_of,
+    returned_gradient,
+    samples_of_all_ranks,
+    without_pixels,
+)
 
 
 class NonFiniteError(TrainingError):
@@ -113,12 +118,12 @@ class Step:
         target_views = list(self.method.target_views(self.count))
         held = self.views(batch) if self.groups == 1 else None  # with several, one group's views are held
         online, orders = self._forward(self.network, call, batch, held, self.online_views(), step, mixing)
-        rows = {name: x.requires_grad_() for name, x in _compared(online, orders, own).items()}
+        rows = {name: x.requires_grad_() for name, x in compared_rows(online, orders, own).items()}
         target_rows: Rows = {}
         if self.target is not None:
             forward = self._forward(self.target, call, batch, held, target_views, step, grad=False)
-            target_rows = _compared(*forward, own)
-        samples = _without_pixels(batch, own)
+            target_rows = compared_rows(*forward, own)
+        samples = without_pixels(batch, own)
 
         peers = ring.OwnRows(equal=True) if own else None
         shares: dict[str, Any] = {"rank": distributed.rank(), "world": distributed.world(), "add": distributed.add_}
@@ -131,7 +136,7 @@ class Step:
             losses["loss"].backward()
 
         self.optimizer.zero_grad(set_to_none=True)
-        back = {name: _returned(_gradient(x), _orders_of(name, orders), own) for name, x in rows.items()}
+        back = {name: returned_gradient(_gradient(x), orders_of(name, orders), own) for name, x in rows.items()}
         grad_cache.backward_groups(online, self.network, call, back)
         if step < self.frozen or is_sharded(self.network):  # shards are averaged in the backward pass
             distributed.average_([g for g in _gradients(self.network) if not is_shard(g)])
@@ -204,7 +209,7 @@ class Step:
     ) -> list[grad_cache.Group]:
         """Return a function for each group that returns its images."""
         moved = any(order is not None for order in orders)
-        everyone = _everyone(batch) if moved else None
+        everyone = samples_of_all_ranks(batch) if moved else None
         if moved and everyone is None:
             # Streamed samples of a group are on other ranks: the rank with a sample draws its views, and every rank
             # holds all.
@@ -231,69 +236,9 @@ class Step:
         return [functools.partial(draw, slice(g * size, (g + 1) * size)) for g in range(self.groups)]
 
 
-def _everyone(batch: Batch) -> Batch | None:
-    """Return the samples of all ranks if this rank has all their pixels (resident images, or one rank), else None."""
-    if distributed.world() == 1:
-        return batch
-    if batch.crops is not None or (batch.images is not None and batch.at is None):
-        return None
-
-    whole = _without_pixels(batch)
-    return replace(whole, images=batch.images, at=_every(batch.at), size=_every(batch.size),
-                   attempt=_every(batch.attempt))  # fmt: skip
-
-
-def _every(x: Tensor | None) -> Tensor | None:
-    return None if x is None else distributed.gather(x)
-
-
-def _without_pixels(batch: Batch, own: bool = False) -> Batch:
-    """Return the samples of all ranks, or own ones, without their images."""
-    if own:
-        return Batch(batch.index, batch.label, batch.seed, batch.epoch, group=batch.group, same=batch.same)
-    index, label = distributed.gather(batch.index), distributed.gather(batch.label)
-    return Batch(index, label, batch.seed, batch.epoch, group=_every(batch.group), same=_every(batch.same))
-
-
-def _compared(forward: grad_cache.GroupForward, orders: Orders, own: bool) -> Rows:
-    """Return the rows that the loss reads, in the order of the batch: of all samples, or of own ones."""
-    back = [None if order is None else order.argsort() for order in orders]
-    return {name: _moved(x, _orders_of(name, back), own) for name, x in forward.rows.items()}
-
-
-def _moved(x: Tensor, orders: Orders, own: bool) -> Tensor:
-    """Return own rows (V, B, D), or their gradients, permuted among all ranks; those of all ranks unless `own`."""
-    if own and all(order is None for order in orders):
-        return x
-    whole = _rearranged(distributed.gather(x, dim=1), orders)
-    return distributed.local_shard(whole, 1) if own else whole
-
-
-def _returned(gradient: Tensor, orders: Orders, own: bool) -> Tensor:
-    """Return the gradient of own rows in the order of their groups, times the number of ranks, for the wrapper's mean.
-
-    The gradient of a loss of own rows has this factor already (`nn.batch_sums`).
-    """
-    if own:
-        return _moved(gradient, orders, own)
-    return distributed.local_shard(_rearranged(gradient, orders), 1) * distributed.world()
-
-
 def _of(number: int) -> int:
     """Return the view of a number: ~v is the mixture of view v."""
     return number if number >= 0 else ~number
-
-
-def _orders_of(name: str, orders: Orders) -> Orders:
-    """Return the permutations of the views of these rows; the rows of mixed images have none."""
-    return [] if name.startswith(MIXED) else orders
-
-
-def _rearranged(x: Tensor, orders: Orders) -> Tensor:
-    """Reorder (V, N, D): apply to each view its permutation of the samples."""
-    if all(order is None for order in orders):
-        return x
-    return torch.stack([view if order is None else view[order] for view, order in zip(x, orders, strict=True)])
 
 
 def _gradients(network: nn.Module) -> list[Tensor]:

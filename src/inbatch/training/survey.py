@@ -14,8 +14,14 @@ from inbatch.runtime import distributed
 from inbatch.training.build import RunComponents
 from inbatch.training.head_evaluation import HeadRows
 
-_ITERATIONS = 20
+ITERATIONS = 20
 """Iterations of k-means for the clusters of a sampler."""
+
+
+def surveyed(built: RunComponents, epoch: int) -> bool:
+    """Return whether the method or the sampler needs the rows of all images before this epoch."""
+    sampler = built.loader.sampler
+    return built.method.surveys(epoch) or (sampler is not None and sampler.observes(epoch))
 
 
 def survey(built: RunComponents, epoch: int) -> dict[str, float]:
@@ -35,7 +41,7 @@ def survey(built: RunComponents, epoch: int) -> dict[str, float]:
             features, numbers = _rows_of_all(built, built.encoder), None
         if distributed.rank() == 0:
             if sampler.clusters:
-                numbers = k_means(features, sampler.clusters, 1, _ITERATIONS, fold(built.recipe.seed, epoch))[1]
+                numbers = k_means(features, sampler.clusters, 1, ITERATIONS, fold(built.recipe.seed, epoch))[1]
             else:
                 numbers = nearest_others(features, sampler.neighbours)[1]
         sampler.observe(distributed.broadcast_object(numbers))

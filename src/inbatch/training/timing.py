@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from inbatch.errors import many
-from inbatch.models.network import Network, frozen_statistics
+from inbatch.models.network import NEVER_FUSED, Network, frozen_statistics
 from inbatch.runtime import distributed
 from inbatch.runtime.threads import beside_others
 from inbatch.training.budget import duration
@@ -28,7 +28,8 @@ def step_seconds(built: RunComponents, samples: int = _SAMPLES) -> float:
     """Return the approximate seconds of a training step, averaged over the run, from a small slice of a batch.
 
     The run is not changed. The slice runs forward and backward through the network, and forward through a target
-    network. Its second pass is timed and scaled to the batch; views, loss and optimiser are small compared with it.
+    network. Its second pass is timed and scaled to the batch; views, loss and optimiser are small compared with it. The
+    passes in which near duplicates are found and views are curated are added.
 
     Args:
         built: The run.
@@ -49,8 +50,44 @@ def growth(built: RunComponents, samples: int = _SAMPLES) -> list[tuple[float, f
     return [(until, min(1.0, small / full))]
 
 
+def plain_share(built: RunComponents, samples: int = _SAMPLES) -> float:
+    """Return the cost of a step without curation, relative to one with it."""
+    if built.step.curator is None:
+        return 1.0
+    return 1 - _extra_seconds(built, 1.0, samples)[1] / _step_seconds(built, 1.0, samples)
+
+
+def _extra_seconds(built: RunComponents, scale: float, samples: int) -> tuple[float, float]:
+    """Return the seconds of a step in which near duplicates are found, and in which views are curated."""
+    step, side, curator = built.step, built.recipe.image_size, built.step.curator
+    similar = float(step.similar is not None and step.similar.embeds())
+    every = sum((view.size / side) ** 2 for view in built.views.views)
+    curated = 0.0 if curator is None else every * (1 + curator.redraws())
+    if not similar and not curated:
+        return 0.0, 0.0
+    share, device = built.recipe.batch_size // distributed.world(), built.loader.device
+    images = torch.zeros(min(samples, share), built.recipe.channels, side, side, device=device)
+
+    def work() -> float:
+        began = time.perf_counter()
+        built.network.forward([images], [NEVER_FUSED])
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - began
+
+    with (
+        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+        frozen_statistics(built.network),
+        scaled(built.network, scale),
+        torch.no_grad(),
+    ):
+        work()
+        each = work() * share / len(images)
+    return each * similar, each * curated
+
+
 def _step_seconds(built: RunComponents, scale: float, samples: int = _SAMPLES) -> float:
-    """Return the seconds of a training step at one scale of the images."""
+    """Return the seconds of a training step at one scale of the images, with curation, if any."""
     share = built.recipe.batch_size // distributed.world()
     count = min(samples, share)
     sizes = [view.size for view in built.views.views]
@@ -79,7 +116,7 @@ def _step_seconds(built: RunComponents, scale: float, samples: int = _SAMPLES) -
         work()
         seconds = work()
     again = 4 / 3 if built.step.groups > 1 else 1.0  # one additional forward pass
-    return seconds * share / count * again
+    return seconds * share / count * again + sum(_extra_seconds(built, scale, samples))
 
 
 @contextmanager

@@ -34,10 +34,12 @@ def _evaluation(x: Any) -> bool:
 
 
 def _calibration(x: Any) -> bool:
-    """Return whether a value is the timings of a budget (`plan.Choice.json`), or None."""
+    """Return whether a value is the timings of a budget (`budget_plan.Choice.json`), or None."""
     if x is None:
         return True
     if not isinstance(x, dict) or not isinstance(x.get("tried"), list) or not _seconds(x.get("small")):
+        return False
+    if not (_seconds(x.get("plain", 1.0)) and _seconds(x.get("survey", 0.0))):  # absent in earlier checkpoints
         return False
     tried = x["tried"]
     if not all(isinstance(one, dict) and _seconds(one.get("seconds")) for one in tried):

@@ -9,9 +9,9 @@ from typing import Any
 from inbatch.apps.comparisons.variants import Variant, named
 from inbatch.errors import ConfigError
 from inbatch.runtime.remote import is_url
-from inbatch.training.plan import resolve_recipe
 from inbatch.training.recipe import Recipe, Settings
 from inbatch.training.requested_settings import check_one_length, with_default_budget
+from inbatch.training.resolve import resolve_recipe
 from inbatch.training.run_encoder import with_encoder_of_init
 
 KEPT = 0.1

@@ -14,8 +14,8 @@ from inbatch.apps.papers.spec import Cell
 from inbatch.errors import ConfigError, many
 from inbatch.runtime.files import to_json
 from inbatch.training.budget import LEAST, duration
+from inbatch.training.budget_plan import planned_length
 from inbatch.training.calibration import FEWEST
-from inbatch.training.plan import planned_length
 from inbatch.training.recipe import Recipe, Settings, make
 from inbatch.training.settings_file import read_settings
 

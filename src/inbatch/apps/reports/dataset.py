@@ -24,8 +24,8 @@ from inbatch.runtime.memory import free_bytes
 from inbatch.runtime.paths import path_of
 from inbatch.runtime.terminal import counted
 from inbatch.runtime.text import one_line, printable
-from inbatch.training.plan import resolve_recipe
 from inbatch.training.recipe import Recipe
+from inbatch.training.resolve import resolve_recipe
 
 _FEW = 3  # number of duplicate groups that are listed, and of members of each
 _ROWS, _COLUMNS = 8, 8  # size of the image grid

@@ -21,9 +21,9 @@ from inbatch.runtime.path_list import joined_paths, listed_paths
 from inbatch.runtime.paths import path_of
 from inbatch.runtime.picture_mark import png_mark
 from inbatch.training.own_requests import with_own_parts
-from inbatch.training.plan import resolve_recipe
 from inbatch.training.recipe import Part
 from inbatch.training.requested_settings import merged_settings, requested_data
+from inbatch.training.resolve import resolve_recipe
 from inbatch.training.run_views import views_of
 
 _CELL = 96

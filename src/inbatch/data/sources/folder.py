@@ -19,6 +19,7 @@ from inbatch.data.pixels import Levels
 from inbatch.data.source import Reading, Source, path_text, stat_fingerprint, unlabelled
 from inbatch.data.sources.folder_scan import EXTENSIONS, PICTURES, RUNS, scan
 from inbatch.data.sources.folder_splits import Layout, check_inner_splits, find_layout
+from inbatch.data.sources.groups import groups_of_paths, is_path_rule
 from inbatch.data.sources.packed_names import Names
 from inbatch.data.sources.split_names import naming
 from inbatch.errors import DataError, listed, many
@@ -36,14 +37,16 @@ class FolderSource(Source):
         classes: Fixed numbering of the classes, so that a test split uses that of its train split.
         levels: See `Reading`.
         note: Sentence part for the report.
+        group_column: "folder" or a regular expression, see `groups_of_paths`; None for no groups.
 
     Raises:
         DataError: If there is no image, if a class is not in `classes`, or if sub-folders are divided into splits.
     """
 
     def __init__(
-        self, root: Path, channels: int = 3, classes: tuple[str, ...] = (), levels: Levels | None = None, note: str = ""
-    ):
+        self, root: Path, channels: int = 3, classes: tuple[str, ...] = (), levels: Levels | None = None,
+        note: str = "", group_column: str | None = None,
+    ):  # fmt: skip
         self.root, self.scan, self.levels, self.note = root, scan(root), levels, note
         paths = self.scan.paths
         if not len(paths):
@@ -54,6 +57,13 @@ class FolderSource(Source):
         if unknown := sorted(set(names) - set(classes or names)):
             raise DataError(f"{str(root)!r} holds classes that the train split lacks: {listed(unknown)}")
         super().__init__(str(root), channels, labels, (classes or names) if names else ())
+        if group_column is not None:
+            if not is_path_rule(group_column):
+                raise DataError(
+                    f"group_column = {group_column!r}: the files of {str(root)!r} have no columns. Use folder (the "
+                    r"folder of each file), or a regular expression with brackets, such as (video\d+), for their paths"
+                )
+            self.groups = groups_of_paths(map(path_text, paths), group_column, str(root))
 
     def open(self, i: int) -> ImageFile:
         return ImageFile(self._path(i), lambda: os.path.join(self.name, self.identity(i)), self.channels, self.levels)
@@ -103,12 +113,13 @@ def find_folder(data: object, reading: Reading) -> dict[str, Callable[[], Source
         return None
     channels, levels, layout = file_channels(reading.channels), reading.levels, find_layout(root)
     note = "; ".join([*([naming(layout.names)] if layout.names else []), *layout.notes])
+    how = levels, note, reading.group_column
     if not layout.names:
-        return {"train": lambda: FolderSource(root, channels, levels=levels, note=note)}
+        return {"train": lambda: FolderSource(root, channels, (), *how)}
 
     def opened(split: str) -> Source:
         classes = () if split == "train" else _training_classes(layout, channels)
-        return FolderSource(layout.root / layout.names[split], channels, classes, levels, note)
+        return FolderSource(layout.root / layout.names[split], channels, classes, *how)
 
     return {split: partial(opened, split) for split in layout.names}
 

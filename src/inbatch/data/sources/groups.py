@@ -1,6 +1,7 @@
 """Known groups of images, such as the frames of one video or the crops of one slide, as numbers."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -49,6 +50,53 @@ def groups_of_array(values: Any, n: int, what: str) -> Int[Tensor, "n"]:
     if array.shape != (n,):
         raise DataError(f"{what} have shape {array.shape}, but there are {n:,} images: one group each")
     return group_numbers(*distinct(array), what)
+
+
+FOLDER = "folder"
+"""Value of `group_column` for which the images of one folder are a group, in data without columns."""
+
+
+def is_path_rule(column: str) -> bool:
+    """Return whether `group_column` is a rule on the paths of files: the folder, or a pattern with a group."""
+    return column == FOLDER or "(" in column
+
+
+def groups_of_paths(paths: Iterable[str], column: str, name: str) -> Int[Tensor, "n"]:
+    """Return the groups of images by their relative paths, numbered in the order in which they occur; -1 for none.
+
+    Args:
+        paths: Paths with "/".
+        column: "folder": images of one folder are a group, those outside of folders have none. Else a regular
+            expression: images for which it finds the same text in its brackets are a group, others have none.
+        name: Name of the data, for messages.
+
+    Raises:
+        DataError: If the expression is not valid, has not one pair of capturing brackets, or finds nothing.
+    """
+    pattern = re.compile(r"(.*)/" if column == FOLDER else _checked(column), re.DOTALL)
+    numbers: dict[str, int] = {}
+    groups, last = [], ""
+    for last in paths:
+        match = pattern.match(last) if column == FOLDER else pattern.search(last)
+        text = match[1] if match else None
+        groups.append(numbers.setdefault(text, len(numbers)) if text else -1)
+    if not numbers:
+        what = "no image is in a folder" if column == FOLDER else "it finds no text in its brackets in any path"
+        raise DataError(f"group_column = {column!r}: {what} of {name!r}, such as {last!r}")
+    return torch.tensor(groups, dtype=torch.int64)
+
+
+def _checked(column: str) -> str:
+    try:
+        count = re.compile(column).groups
+    except re.error as error:
+        raise DataError(f"group_column = {column!r} is no regular expression: {error}") from None
+    if count != 1:
+        raise DataError(
+            f"group_column = {column!r} has {count} pairs of capturing brackets: put one around the part of the path "
+            r"that names the group, such as (video\d+), and write others as (?:...)"
+        )
+    return column
 
 
 def check_group_column(columns: Sequence[str], requested: str | None, name: str) -> None:

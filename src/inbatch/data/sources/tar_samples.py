@@ -131,8 +131,13 @@ def _check_clear(
             )
 
 
-def read_members(shards: Iterable[str | os.PathLike], name: str, reading: Reading) -> Members:
-    """Return the images of the shards with their labels; raise DataError with the name of a shard on any problem."""
+def read_members(
+    shards: Iterable[str | os.PathLike], name: str, reading: Reading, setting: str = "label_column"
+) -> Members:
+    """Return the images of the shards with their labels; raise DataError with the name of a shard on any problem.
+
+    setting: Name of the setting that `reading.label_column` is the value of, for messages.
+    """
     members, places = Members(), [*map(place_of, shards)]
     for key, entries in map_shards(partial(read_contents, column=reading.label_column), places):
         members.keys_of_shards.append(key)
@@ -140,7 +145,7 @@ def read_members(shards: Iterable[str | os.PathLike], name: str, reading: Readin
     _check_one_split(members.folders, name)
     column = reading.label_column
     if column not in (None, NO_LABELS) and not members.distinct.values:
-        raise DataError(f"{name!r} has no member KEY.{column} and no {column!r} in a KEY.json (label_column)")
+        raise DataError(f"{name!r} has no member KEY.{column} and no {column!r} in a KEY.json ({setting})")
     return members
 
 

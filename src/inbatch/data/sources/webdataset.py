@@ -7,15 +7,18 @@ import hashlib
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from inbatch.data.decoding.image_file import ImageFile, file_channels
 from inbatch.data.source import Reading, Source
+from inbatch.data.sources.groups import group_numbers, groups_of_paths, is_path_rule
 from inbatch.data.sources.labels import number
 from inbatch.data.sources.packed_names import Names
 from inbatch.data.sources.shard_files import place_of, read_part, shard_state, unchanged
@@ -62,6 +65,16 @@ class TarSource(Source):
         labels = number(codes, every.distinct.values, f"The labels of {name!r}", like=like)
         super().__init__(name, file_channels(reading.channels), labels.numbers, labels.classes)
         self.ids, self.label_note = labels.ids, labels.note
+        if reading.group_column is not None:
+            self.groups = self._groups(reading, reading.group_column, chosen.places)
+
+    def _groups(self, reading: Reading, column: str, places: np.ndarray) -> Tensor:
+        """Return the groups of the images: by the names of their members, or by KEY.txt or KEY.json as labels are."""
+        if is_path_rule(column):
+            return groups_of_paths((self._member(i) for i in range(len(self))), column, self.name)
+        named = read_members(self.shards, self.name, replace(reading, label_column=column), "group_column")
+        what = f"The groups {column!r} of {self.name!r}"
+        return group_numbers(np.array(named.labels)[places], named.distinct.values, what)
 
     def open(self, i: int) -> ImageFile:
         return self.unpack(i, read_part(self._shard(i), int(self._starts[i]), int(self._sizes[i])))
