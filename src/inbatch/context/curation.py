@@ -114,7 +114,7 @@ class Curator(nn.Module):
 
     def redraws(self) -> float:
         """Return the most redraws per sample of a batch."""
-        return min(self.budget, self.rounds)
+        return float(min(self.budget, self.rounds))
 
     @torch.no_grad()
     def forward(

@@ -45,7 +45,7 @@ def mixed_vicreg(
     Variance and covariance are those of the mixed rows and of the keys.
     """
     rows = wide(q), wide(k)
-    away = batch_mean(mixture.shared((rows[0] - rows[1][mixture.positive]).square().mean(-1)))
+    away = loss_mean(mixture.shared((rows[0] - rows[1][mixture.positive]).square().mean(-1)))
     narrow = torch.stack([variance_hinge(x[None], eps) for x in rows]).mean() * (1 if variance == "mean" else 2)
     shared = torch.stack([covariance(x).square().fill_diagonal_(0).sum() for x in rows]).sum() / q.shape[1]
     return sim_coeff * away + std_coeff * narrow + cov_coeff * shared
