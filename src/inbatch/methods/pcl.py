@@ -1,7 +1,6 @@
 """PCL v1 and v2: MoCo, and each view also identifies its sample's prototypes at several granularities."""
 
-import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from inbatch.batch import Batch, Losses, Mixture, Rows
@@ -10,41 +9,26 @@ from inbatch.nn.batch_sums import batch_count, batch_mean, whole
 from inbatch.nn.clustering import Clusterings, Spread
 from inbatch.nn.functional import info_nce, logsumexp_rows, normalize, wide
 from inbatch.nn.heads import Head, hidden_widths, mlp
-from inbatch.nn.logsumexp import logsumexp
 from inbatch.nn.memory_bank import MemoryBank
 from inbatch.nn.mixed_contrast import mixed_contrast
-from inbatch.nn.negatives import log_add
-from inbatch.nn.pair_weights import SameGroup
+from inbatch.nn.prototype_contrast import prototype_loss
 
 
 def proto_nce(q: Float[Tensor, "n d"], columns: Float[Tensor, "c d"], density: Float[Tensor, "c"],
-              counts: Bool[Tensor, "c"] | None = None, mixture: Mixture | None = None, samples: int | None = None,
-              same: Int[Tensor, "n"] | None = None) -> Float[Tensor, ""]:  # fmt: skip
+              counts: Bool[Tensor, "c"] | None = None) -> Float[Tensor, ""]:  # fmt: skip
     """Compute the prototype term of ProtoNCE for one clustering (Li et al. 2021, Eq. 11), all rows normalised inside.
 
     -log( exp(q_n . c_n / phi_n) / sum_j exp(q_n . c_j / phi_j) ), averaged; c_n is sample n's prototype, every other
     column a negative, also if equal. counts: False leaves a column out.
-    mixture: q are rows of mixed images of `samples` samples, the first columns; the target is shared by two of these.
-    same: prototypes of samples with equal numbers are no negatives of each other; None: all are.
     """
-    n = len(q) if samples is None else samples
-    if not batch_count(len(q), q) or n > len(columns):
-        raise ValueError(f"ProtoNCE needs a prototype for every query, got {len(columns)} for {n}")
+    if not batch_count(len(q), q) or len(q) > len(columns):
+        raise ValueError(f"ProtoNCE needs a prototype for every query, got {len(columns)} for {len(q)}")
     q, keys = normalize(q), normalize(columns).to(wide(q)) / density.to(wide(q))[:, None]
-    own, others = keys.tensor_split([n])
+    own, others = keys.tensor_split([len(q)])
     if counts is not None:
-        own, others = own[counts[:n]], others[counts[n:]]
-    if same is None:
-        negative = logsumexp_rows(q, own, 1.0, others)
-        return batch_mean(negative - (q * (keys[:n] if mixture is None else mixture.blend(keys[:n]))).sum(-1))
-    places = torch.arange(n, device=q.device)[None] if mixture is None else mixture.positive
-    among, rest = same if counts is None else same[counts[:n]], logsumexp(q, others, 1.0, shared=True)
-    losses = []
-    for place in places:
-        positive = (q * keys[place]).sum(-1)
-        negative = log_add(logsumexp(q, own, 1.0, weights=SameGroup(same[place], among)), rest)
-        losses.append(torch.logaddexp(positive, negative) - positive)
-    return batch_mean(losses[0] if mixture is None else mixture.shared(torch.stack(losses)))
+        own, others = own[counts[: len(q)]], others[counts[len(q) :]]
+    negative = logsumexp_rows(q, own, 1.0, others)
+    return batch_mean(negative - (q * keys[: len(q)]).sum(-1))
 
 
 class PCL(Method):
@@ -55,7 +39,7 @@ class PCL(Method):
     alpha: of phi (Eq 12). restarts, iterations: of k-means. layers: of the projection, 2 in v2. out_dim: width of rows.
     """
 
-    target, negatives, mixed_keys = ("projection",), ("drop-similar",), "other"
+    target, negatives, mixed_keys, own_rows = ("projection",), ("drop-similar",), "other", True
     _v1 = {"source": "PCL, main_pcl.py", "views.name": "mocov1", "schedule.name": "step", "schedule.warmup_epochs": 0,
         "epochs": 200, "optimizer.name": "sgd", "optimizer.lr": 0.03, "optimizer.weight_decay": 1e-4}  # fmt: skip
     _v2 = _v1 | {"source": "PCL, main_pcl.py --mlp --aug-plus --cos", "views.name": "mocov2", "method.layers": 2,
@@ -65,7 +49,6 @@ class PCL(Method):
     presets = {"imagenet": _v2, "v1": _v1, "v2": _v2, "cifar": _cifar, "digits": {"source": "inbatch, embedded data",
         "method.momentum": 0.99, "method.queue_size": 1024, "method.warmup_epochs": 5,
         "method.num_clusters": (25, 50, 100)}}  # fmt: skip
-    own_rows = True
 
     def __init__(self, temperature: float = 0.2, queue_size: int = 16384, momentum: float = 0.999,
                  warmup_epochs: int = 20, num_clusters: tuple[int, ...] = (25000, 50000, 100000),
@@ -90,26 +73,15 @@ class PCL(Method):
         return (1,)
 
     def loss(self, online: Rows, target: Rows, batch: Batch) -> Losses:
-        q = online["projection"][0]
-        how = self.queue.rows, self.temperature, 0.0, 0, self.negatives_of(batch)
-        instance = info_nce(q, target["projection"][0], *how)
-        prototypes = self._prototypes(q, batch)
+        q, chosen = online["projection"][0], self.negatives_of(batch)
+        instance = info_nce(q, target["projection"][0], self.queue.rows, self.temperature, negatives=chosen)
+        prototypes = prototype_loss(self.clusterings, proto_nce, q, batch)
         return {"loss": instance + prototypes, "instance": instance, "prototypes": prototypes}
-
-    def _prototypes(
-        self, q: Tensor, batch: Batch, mixture: Mixture | None = None, samples: int | None = None
-    ) -> Tensor:
-        """Return the mean of the prototype terms of all clusterings."""
-
-        def term(columns: Tensor, density: Tensor, counts: Tensor) -> Tensor:
-            return proto_nce(q, columns, density, counts, mixture, samples, batch.same)
-
-        return self.clusterings.mean(term, batch)
 
     def mixed_loss(self, query: Rows, keys: Rows, mixture: Mixture, batch: Batch) -> Tensor:
         q, (k,), chosen = query["projection"], keys["projection"].detach(), self.negatives_of(batch)
         instance = mixed_contrast(q, k, mixture, self.temperature, self.queue.rows, negatives=chosen)
-        return instance + self._prototypes(q, batch, mixture, len(batch))
+        return instance + prototype_loss(self.clusterings, proto_nce, q, batch, mixture)
 
     def after_step(self, online: Rows, target: Rows, batch: Batch, progress: float) -> None:
         self.queue.push(normalize(whole(target["projection"][0])), None if batch.bank is None else batch.bank.tags)
@@ -121,8 +93,7 @@ class PCL(Method):
         return epoch >= self.warmup_epochs
 
     def survey_clusterings(self) -> list[tuple[int, int, int]]:
-        c = self.clusterings
-        return [(count, c.restarts, c.iterations) for count in c.counts]
+        return self.clusterings.work
 
     def survey(self, rows: Rows, label: Tensor, epoch: int, spread: Spread) -> dict[str, float]:
         return self.clusterings.survey(rows["projection"], label, epoch, spread)

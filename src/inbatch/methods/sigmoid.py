@@ -95,6 +95,5 @@ class Sigmoid(Method):
         return {"loss": loss, "scale": batch_mean(t.detach()), "bias": batch_mean(b.detach())}
 
     def mixed_loss(self, query: Rows, keys: Rows, mixture: Mixture, batch: Batch) -> Tensor:
-        z, t, b = query["scaled"].tensor_split((-2, -1), -1)
-        every = keys["scaled"][..., :-2]
+        (z, t, b), every = query["scaled"].tensor_split((-2, -1), -1), keys["scaled"][..., :-2]
         return torch.stack([mixed_sigmoid(z, k, mixture, t[:, 0], b[:, 0]) for k in every]).mean()

@@ -42,9 +42,9 @@ def supcon(
         total, members = sum_by_class(u.sum(0), ids)
         itself, members = u.new_ones(n), v * members
         if negatives is not None and negatives.same is not None:
-            anchors = v if contrast_mode == "all" else 1
-            same, kinds = ([x.repeat(times) for times in (anchors, v)] for x in (negatives.same, ids))
-            weights = SameGroup(same[0], same[1], 0.0, kinds[0], kinds[1])
+            repeats = (v if contrast_mode == "all" else 1, v)
+            same, kinds = ([x.repeat(times) for times in repeats] for x in (negatives.same, ids))
+            weights = SameGroup(*same, 0.0, *kinds)
     else:
         if own_rows():
             raise ValueError("a mask holds the pairs of the whole batch: pass gathered rows, or labels in its place")
@@ -66,7 +66,7 @@ class SupCon(Method):
     hidden_dim, out_dim: widths of the projection's hidden layer (None: that of the features) and of the projection.
     """
 
-    views, labels, negatives = (1, None), True, ("drop-similar",)
+    views, labels, negatives, own_rows = (1, None), True, ("drop-similar",), True
     mixed_keys: MixedKeys | None = "other"
     presets = {
         "imagenet": {
@@ -78,7 +78,6 @@ class SupCon(Method):
             "views.name": "supcon", "optimizer.name": "sgd", "optimizer.lr": 0.125, "optimizer.weight_decay": 1e-4,
             "batch_size": 1024, "epochs": 1000, "schedule.warmup_epochs": 10, "method.temperature": 0.1},
         "digits": {"source": "inbatch, embedded data", "method.temperature": 0.1}}  # fmt: skip
-    own_rows = True
 
     def __init__(self, temperature: float = 0.07, base_temperature: float = 0.07, hidden_dim: int | None = None,
                  out_dim: int = 128, contrast_mode: Literal["all", "one"] = "all") -> None:  # fmt: skip

@@ -61,9 +61,7 @@ class SwAV(Method):
         self.queue = MemoryBank(queue_size, 2 * out_dim) if queue_size else None  # one row holds both views of a sample
 
     def prepare(self, *, views: int, **sizes: int) -> None:
-        if (
-            self.queue is not None or views > 2
-        ):  # the queue holds plain rows of both views, and small crops have no codes
+        if self.queue is not None or views > 2:  # plain rows of both views, or small crops without codes
             self.mixed_keys = None
 
     def heads(self, width: int) -> dict[str, Head]:

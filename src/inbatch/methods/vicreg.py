@@ -95,6 +95,5 @@ class VICReg(Method):
         return vicreg(online["projection"], self.sim_coeff, self.std_coeff, self.cov_coeff, self.variance, self.eps)
 
     def mixed_loss(self, query: Rows, keys: Rows, mixture: Mixture, batch: Batch) -> Tensor:
-        how = self.sim_coeff, self.std_coeff, self.cov_coeff, self.variance, self.eps
-        q, every = query["projection"], keys["projection"]
-        return torch.stack([mixed_vicreg(q, k, mixture, *how) for k in every]).mean()
+        q, how = query["projection"], (self.sim_coeff, self.std_coeff, self.cov_coeff, self.variance, self.eps)
+        return torch.stack([mixed_vicreg(q, k, mixture, *how) for k in keys["projection"]]).mean()

@@ -204,6 +204,11 @@ class Clusterings(nn.Module):
         """Allocate the clusterings for this number of images; ValueError if there are fewer images than clusters."""
         self.every = nn.ModuleList(Clustering(count, self.dim, images) for count in self.counts)
 
+    @property
+    def work(self) -> list[tuple[int, int, int]]:
+        """Clusters, restarts and iterations of each k-means."""
+        return [(count, self.restarts, self.iterations) for count in self.counts]
+
     def mean(self, loss: Callable[..., Tensor], batch: Batch) -> Float[Tensor, ""]:
         """Return loss(prototypes, densities, mask) averaged over the clusterings; 0 before there are clusters."""
         terms = [c.made * loss(*c.columns(batch, self.negatives, key)) for key, c in enumerate(self.every)]
