@@ -44,7 +44,7 @@ def supcon(
         if negatives is not None and negatives.same is not None:
             repeats = (v if contrast_mode == "all" else 1, v)
             same, kinds = ([x.repeat(times) for times in repeats] for x in (negatives.same, ids))
-            weights = SameGroup(*same, 0.0, *kinds)
+            weights = SameGroup(same[0], same[1], 0.0, kinds[0], kinds[1])
     else:
         if own_rows():
             raise ValueError("a mask holds the pairs of the whole batch: pass gathered rows, or labels in its place")
