@@ -4,6 +4,7 @@ from pathlib import Path
 
 from inbatch.apps.papers import TABLES
 from inbatch.apps.papers.curve_plot import curves
+from inbatch.apps.papers.effects import effects
 from inbatch.apps.papers.filled_table import FilledTable, fill
 from inbatch.apps.papers.render import hours, markdown
 from inbatch.apps.papers.results import Records, read_records, wall_seconds
@@ -30,7 +31,7 @@ inbatch table ba-ssl-3 --scale cpu --from runs/table/results -o table.html   # o
 | --- | --- |
 | `smoke` | 192 digits, one epoch: a functional check |
 | `cpu` | embedded digits in colour (30 epochs) and a fifth of CIFAR-10 (4 epochs), a small encoder; about two minutes a run, one run on each core |
-| `laptop` | all of CIFAR-10 and of 100 classes of Tiny ImageNet at 32 pixels, the preset [fast](../fast.md), 4 epochs: features are learned (k-NN of SimCLR above 65 %). About ten minutes a run on one core; the expected time is printed first. The pages state intervals, the seeds that a difference needs, and its cost |
+| `laptop` | all of CIFAR-10 and of 100 classes of Tiny ImageNet at 32 pixels, the preset [fast](../fast.md), 4 epochs: features are learned (k-NN of SimCLR above 65 %). Ten minutes of training a run on one core, and as long again for its evaluations on all images; the expected time is printed first. The pages state intervals, the seeds that a difference needs, and its cost |
 | `gpu` | CIFAR-10 and 100 classes of Tiny ImageNet, ResNet-18, 200 epochs, one GPU |
 | `paper` | as published; prints a `torchrun` command for every run, to be launched on a cluster (`inbatch slurm` writes a batch script). The same command then collects the results of finished runs in `--work-dir` |
 
@@ -52,9 +53,21 @@ def stem(sheet: FilledTable) -> str:
 
 
 def sheets(records: Records) -> list[FilledTable]:
-    """Return every table at every scale that has a run."""
+    """Return every table at every scale at which its runs answer something."""
     every = [fill(table, scale, records) for table in TABLES.values() for scale in SCALES]
-    return [sheet for sheet in every if sheet.records and (sheet.scale == "cpu" or _learned(sheet))]
+    return [
+        sheet for sheet in every if sheet.records and (sheet.scale == "cpu" or (_learned(sheet) and _compared(sheet)))
+    ]
+
+
+def _compared(sheet: FilledTable) -> bool:
+    """Return whether two rows can be compared: tables share runs, so that one row alone may have some."""
+    compares = any(line.row.against for line in sheet.lines)
+    return (
+        any(effect.time for effect in effects(sheet))
+        if compares
+        else sum(bool(line.records) for line in sheet.lines) > 1
+    )
 
 
 def _learned(sheet: FilledTable) -> bool:

@@ -120,7 +120,7 @@ def laptop(
     figures: Sequence[str] = ("linear", "k-NN"), *, views: str | None = None, differs: Sequence[str] = (),
     protocols: tuple[str, ...] = (), seeds: tuple[int, ...] = (0, 1, 2),
 ) -> Scale:  # fmt: skip
-    """Return the scale at which features are learned in about ten minutes of one core; arguments as for `usual`."""
+    """Return the scale at which features are learned, in ten minutes of training on one core; arguments of `usual`."""
     drawn = {} if views is None else {"views.name": views}
     return Scale(
         columns({"cifar10": "CIFAR-10", "tiny": "tiny-imagenet-100"}, figures),
