@@ -120,10 +120,10 @@ def print_plugins(every: Sequence[Mapping[str, Any]]) -> None:
     print_table(("flag", "what it is", "options"), rows)
     say(
         "",
-        "All can be combined, except --mix with --negatives, and fit every method; --mix needs one with soft targets,",
-        "--negatives one that contrasts with the other samples of the batch. See also --shuffle-groups and",
+        "All can be combined, and fit every method; --mix needs one with soft targets, --negatives one that contrasts",
+        "with the other samples of the batch. See also --shuffle-groups and --crops (inbatch crops --crops all).",
     )
-    say("--crops (inbatch crops --crops all). One plug-in in detail: inbatch plugins NAME")
+    say("One plug-in in detail: inbatch plugins NAME")
 
 
 def print_plugin(p: Mapping[str, Any]) -> None:
