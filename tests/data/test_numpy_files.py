@@ -208,3 +208,12 @@ class TestHostile:
             with pytest.raises(DataError, match=r"cannot be read|x.npz': "):
                 open_data(file)
         assert not sentinel.exists()
+
+
+@pytest.mark.parametrize("name", ["one.npy", "one.npz"])
+def test_numpy_file_of_one_image_is_refused_as_an_array_is(tmp_path, name):
+    """Of its first row alone, (H, W, C) looks like grey images of 3 columns."""
+    file, image = str(tmp_path / name), np.zeros((12, 10, 3), np.uint8)
+    np.save(file, image) if name.endswith("npy") else np.savez(file, images=image)
+    with pytest.raises(DataError, match=r"\(12, 10, 3\) is that of one image"):
+        open_data(file)
