@@ -152,6 +152,8 @@ def _stored(file: str, name: str) -> StoredArray | None:
     """Return the images of an archive after a check of their checksum; None if they must be loaded as a whole."""
     try:
         with open_regular(file) as opened, zipfile.ZipFile(opened) as archive:
+            if f"{name}.npy" not in archive.namelist():  # NumPy also reads members without the ending
+                return None
             array = stored_member(file, opened, archive, name)
             if array is None or not array.shape or not array.shape[0]:
                 return None
