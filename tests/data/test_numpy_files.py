@@ -208,3 +208,19 @@ class TestHostile:
             with pytest.raises(DataError, match=r"cannot be read|x.npz': "):
                 open_data(file)
         assert not sentinel.exists()
+
+
+@pytest.mark.parametrize("name", ["one.npy", "one.npz"])
+def test_numpy_file_of_one_image_is_refused_as_an_array_is(tmp_path, name):
+    """Of its first row alone, (H, W, C) looks like grey images of 3 columns."""
+    file, image = str(tmp_path / name), np.zeros((12, 10, 3), np.uint8)
+    np.save(file, image) if name.endswith("npy") else np.savez(file, images=image)
+    with pytest.raises(DataError, match=r"\(12, 10, 3\) is that of one image"):
+        open_data(file)
+
+
+def test_npz_members_without_the_ending_are_read(tmp_path):
+    file, images = str(tmp_path / "plain.npz"), np.arange(288, dtype=np.int64).reshape(4, 6, 4, 3).astype(np.uint8)
+    with zipfile.ZipFile(file, "w") as archive, archive.open("images", "w") as member:
+        np.lib.format.write_array(member, images)
+    assert torch.equal(open_data(file).image(3), torch.from_numpy(images[3]).permute(2, 0, 1))

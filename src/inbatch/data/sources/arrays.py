@@ -157,17 +157,22 @@ def _bytes(images: Any, levels: Levels | None) -> UInt8[Tensor, "..."]:
 
 def channels_first(images: Tensor) -> UInt8[Tensor, "n c h w"]:
     """Convert (N,C,H,W), (N,H,W,C) or (N,H,W) to (N,C,H,W); the smaller of the two candidate sides is the channels."""
-    if images.ndim == 3:
-        if images.shape[2] in (3, 4) and min(images.shape[:2]) > 4:
-            raise DataError(
-                f"The array's shape {tuple(images.shape)} is that of one image (H, W, C), not of images (N, H, W): "
-                "pass array[None] for one image"
-            )
-        return images[:, None].cpu()
     shape = tuple(images.shape)
-    if images.ndim != 4 or shape[1] == shape[3]:
-        raise DataError(f"The array's shape {shape} is none of (N,C,H,W), (N,H,W,C) and (N,H,W)")
+    check_shape(shape)
+    if len(shape) == 3:
+        return images[:, None].cpu()
     return (images if shape[1] < shape[3] else images.permute(0, 3, 1, 2)).contiguous().cpu()
+
+
+def check_shape(shape: tuple[int, ...]) -> None:
+    """Raise DataError if arrays of this shape are not images."""
+    if len(shape) == 3 and shape[2] in (3, 4) and min(shape[:2]) > 4:
+        raise DataError(
+            f"The array's shape {shape} is that of one image (H, W, C), not of images (N, H, W): "
+            "pass array[None] for one image"
+        )
+    if len(shape) not in (3, 4) or (len(shape) == 4 and shape[1] == shape[3]):
+        raise DataError(f"The array's shape {shape} is none of (N,C,H,W), (N,H,W,C) and (N,H,W)")
 
 
 def _resize(pixels: UInt8[Tensor, "c h w"], height: int, width: int, how: str) -> UInt8[Tensor, "c s t"]:

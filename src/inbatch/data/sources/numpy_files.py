@@ -12,7 +12,7 @@ import torch
 
 from inbatch.data.pixels import to_bytes
 from inbatch.data.source import Reading, Source, unlabelled
-from inbatch.data.sources.arrays import LABELS, ArraySource, Pixels, channels_first, open_arrays
+from inbatch.data.sources.arrays import LABELS, ArraySource, Pixels, channels_first, check_shape, open_arrays
 from inbatch.data.sources.groups import groups_of_array
 from inbatch.data.sources.labels import NO_LABELS, Labels, from_array
 from inbatch.errors import DataError
@@ -43,6 +43,10 @@ class NpySource(Source):
         self, array: StoredArray, reading: Reading, labels: np.ndarray | None = None, like: Labels | None = None
     ):
         self.array, self.reading = array, reading
+        try:
+            check_shape(array.shape)  # of one row, it cannot be told that the array is one image (H, W, C)
+        except DataError as e:
+            raise DataError(f"{array.file!r}: {e}") from e
         channels, count = _converted(self._row(0)[None], reading, array.file).channels, array.shape[0]
         known = Labels(unlabelled(count))
         if labels is not None:
@@ -148,6 +152,8 @@ def _stored(file: str, name: str) -> StoredArray | None:
     """Return the images of an archive after a check of their checksum; None if they must be loaded as a whole."""
     try:
         with open_regular(file) as opened, zipfile.ZipFile(opened) as archive:
+            if f"{name}.npy" not in archive.namelist():  # NumPy also reads members without the ending
+                return None
             array = stored_member(file, opened, archive, name)
             if array is None or not array.shape or not array.shape[0]:
                 return None
