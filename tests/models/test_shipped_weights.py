@@ -53,6 +53,8 @@ def test_features_are_not_kept_in_the_package(shipped: Any, tmp_path: Path) -> N
 def test_a_name_that_is_unknown_names_the_others(shipped: Any) -> None:
     with pytest.raises(ConfigError, match="no weights of this name in the package: it has inbatch/small"):
         inbatch.load("inbatch/smal")
+    with pytest.raises(ConfigError, match="are weights of the package, not a run"):
+        inbatch.evaluate_run("inbatch/small", "photos")
     with pytest.raises(ConfigError, match="is not the folder of a run"):
         inbatch.load("elsewhere/small")
 

@@ -14,6 +14,7 @@ from inbatch.data import SKIPPED, GreyAsRGB, Source, open_data, splits
 from inbatch.errors import ConfigError, DataError
 from inbatch.evaluation.embedding_parts import digest
 from inbatch.models import Encoder
+from inbatch.models.shipped_weights import is_shipped, with_shipped
 from inbatch.runtime import distributed, own_parts, shared_work, tuning
 from inbatch.runtime.device import device_for
 from inbatch.runtime.files import read_json
@@ -87,6 +88,11 @@ def load_run(path: str | Path) -> Run:
 def recipe_of(path: str | Path) -> Recipe:
     """Return the recipe of a run, finished or not; raise ConfigError if there is no run."""
     path = path_of(path)
+    if is_shipped(path) and with_shipped(path).is_dir():
+        raise ConfigError(
+            f"{path} are weights of the package, not a run: inbatch train-classifier and inbatch embed take them, and "
+            "inbatch pretrain --init continues from them"
+        )
     if not (path / "recipe.json").is_file():
         raise ConfigError(f"{path} is not the folder of a run: it has no recipe.json")
     return make(read_file(path / "recipe.json"))
