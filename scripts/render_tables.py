@@ -52,11 +52,17 @@ def stem(sheet: FilledTable) -> str:
     return sheet.table.name if sheet.scale == "cpu" else f"{sheet.table.name}-{sheet.scale}"
 
 
-def sheets(records: Records) -> list[FilledTable]:
-    """Return every table at every scale at which its runs answer something."""
-    every = [fill(table, scale, records) for table in TABLES.values() for scale in SCALES]
+def filled(records: Records) -> dict[tuple[str, str], FilledTable]:
+    """Return every table at every scale, by their names."""
+    return {(table.name, scale): fill(table, scale, records) for table in TABLES.values() for scale in SCALES}
+
+
+def sheets(every: dict[tuple[str, str], FilledTable]) -> list[FilledTable]:
+    """Return those tables of `filled` whose runs answer something."""
     return [
-        sheet for sheet in every if sheet.records and (sheet.scale == "cpu" or (_learned(sheet) and _compared(sheet)))
+        sheet
+        for sheet in every.values()
+        if sheet.records and (sheet.scale == "cpu" or (_learned(sheet) and _compared(sheet)))
     ]
 
 
@@ -77,8 +83,8 @@ def _learned(sheet: FilledTable) -> bool:
 
 def pages(records: Records) -> dict[str, str]:
     """Return the text of every page by file name."""
-    made = {}
-    for sheet in sheets(records):
+    made, every = {}, filled(records)
+    for sheet in sheets(every):
         picture = f"{stem(sheet)}.png" if sheet.table.curve_at(sheet.scale) else None
         made[f"{stem(sheet)}.md"] = markdown(sheet, picture=picture, runs="../../results/records")
     lines = []
@@ -86,7 +92,7 @@ def pages(records: Records) -> dict[str, str]:
         name = f"[{table.name}]({table.name}.md)" if f"{table.name}.md" in made else table.name
         cells = [name, table.title]
         for scale in ("cpu", "laptop"):
-            sheet = fill(table, scale, records)
+            sheet = every[table.name, scale]
             done = sum(record.status == "finished" for record in sheet.records.values())
             page = f"{stem(sheet)}.md"
             told = f"{done} of {sheet.wanted} runs"
@@ -105,7 +111,7 @@ def main() -> None:
             old.unlink()
     for name, text in made.items():
         (DOCS / name).write_text(text)
-    for sheet in sheets(records):
+    for sheet in sheets(filled(records)):
         if sheet.table.curve_at(sheet.scale) and (png := curves(sheet)):
             (DOCS / f"{stem(sheet)}.png").write_bytes(png)
 
