@@ -22,10 +22,10 @@ from statistics import mean
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
-from inbatch.api import load
+from inbatch.api import prepare
 from inbatch.apps.bench.accuracy import flags
+from inbatch.apps.bench.inbatch_workloads import work_of
 from inbatch.apps.console import say
 from inbatch.errors import InbatchError
 from inbatch.runtime.environment import environment
@@ -49,23 +49,21 @@ def command(words: list[str], threads: int) -> dict[str, Any]:
     return found
 
 
-def operations(run: Path) -> float:
-    """Return the floating-point operations of the training steps: encoder, forward and backward, two views.
+def operations(run: Path, data: Path) -> float:
+    """Return the floating-point operations of the networks in all steps, forward and backward, as torch counts them.
 
-    A backward pass counts as two forward passes. Heads, views and evaluations are not included.
+    Views and evaluations are not included.
     """
     recipe, steps = read_json(run / "recipe.json"), read_json(run / "result.json")["steps"]
-    encoder = load(run)
-    side = recipe["image_size"]
-    small, until = round(side * recipe.get("grow_from", 1.0)), recipe.get("grow_until", 0.0)
-    per_image = {}
-    for size in {side, small}:
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            encoder.backbone(torch.zeros(1, recipe.get("channels") or 3, size, size))
-        per_image[size] = counter.get_total_flops()
-    share = until if until else 0.0
-    average = share * per_image[small] + (1 - share) * per_image[side]
-    return float(3 * 2 * average * recipe["batch_size"] * steps)
+    side, until = recipe["image_size"], recipe["grow_until"]
+
+    def per_step(side: int) -> int:
+        sizes = {"image_size": side, "views.size": side, "grow_until": 0.0}
+        built = prepare(data, config=run / "recipe.json", settings=sizes, device="cpu")
+        return work_of(built, next(iter(built.loader.epoch(0))))
+
+    small = per_step(round(side * recipe["grow_from"])) if until else 0
+    return steps * (until * small + (1 - until) * per_step(side))
 
 
 def one_seed(data: Path, words: list[str], seed: int, folder: Path, threads: int) -> dict[str, Any]:
@@ -82,7 +80,7 @@ def one_seed(data: Path, words: list[str], seed: int, folder: Path, threads: int
     told = command(["evaluate", str(folder), "--data", str(data), "--device", "cpu"], threads)
     figures = {
         "seed": seed, "seconds": seconds, "cpu_seconds": cpu, "training_seconds": result["training_seconds"],
-        "load_before": load_before, "steps": result["steps"], "operations": operations(folder),
+        "load_before": load_before, "steps": result["steps"], "operations": operations(folder, data),
         "knn": told["knn"]["top1"], "linear": told["linear"]["top1"], "bank": told["train"]["images"],
         "queries": told["test"]["images"], "curve": result["curve"],
     }  # fmt: skip

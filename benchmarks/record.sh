@@ -1,9 +1,10 @@
 #!/bin/sh
-# Repeat the current record for an accuracy on CIFAR-10 with two processor cores (rules: docs/record.md).
+# Run the present recipe for an accuracy on CIFAR-10 with two processor cores (rules: docs/record.md).
 #
 #     benchmarks/record.sh DATA [TARGET]
 #
-# DATA has train.parquet and test.parquet. TARGET is the k-NN accuracy in percent: 65, 70 or 75. A recipe of your own:
+# DATA has train.parquet and test.parquet. TARGET is the k-NN accuracy in percent: 65, 70 or 75. The lengths for 70 and 75
+# are guesses that have not been run. A recipe of your own:
 #     python benchmarks/record.py run DATA --target 75 --name NAME -- SETTINGS OF inbatch pretrain
 set -eu
 data=${1:?"usage: benchmarks/record.sh DATA [TARGET]"}

@@ -156,9 +156,8 @@ def operands(products: MatmulPrecision, *rows: Tensor) -> list[Tensor]:
     """Return rows as the kernels read them; rounded here, a tile can be loaded directly into the tensor cores."""
     if products == "bf16":
         rows = tuple(x.to(torch.bfloat16) for x in rows)
-    if (
-        products != "bf16" or triton_kernels.interpreted()
-    ):  # the interpreter multiplies the bits of bfloat16 as integers
+    # The interpreter multiplies the bits of bfloat16 as integers.
+    if products != "bf16" or triton_kernels.interpreted():
         rows = tuple(x.float() for x in rows)
     return [x.detach().contiguous() for x in rows]
 

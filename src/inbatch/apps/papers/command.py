@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from inbatch.apps.papers import render
-from inbatch.apps.papers.effects import effects
+from inbatch.apps.papers.effects import stated_effects
 from inbatch.apps.papers.filled_table import FilledTable, fill
 from inbatch.apps.papers.results import read_records, shipped
 from inbatch.apps.papers.runner import Runner
@@ -96,8 +96,8 @@ class TableReport:
             for column, value in zip(self.sheet.columns, line.ours, strict=True)
         ]
         content |= {"figures": figures, "notes": render.notes(self.sheet), "launch": list(self.launch)}
-        if table.scales[self.sheet.scale].effects:
-            content["effects"] = [effect.json() for effect in effects(self.sheet)]
+        if found := stated_effects(self.sheet):
+            content["effects"] = [effect.json() for effect in found]
         problems = {name: str(problem) for name, problem in self.problems.items()}
         error = "; ".join(dict.fromkeys(problems.values()))
         failure = {"error": error, "exit_code": self.exit_code} if error else {}

@@ -83,6 +83,16 @@ def effects(sheet: FilledTable) -> list[Effect]:
     return found
 
 
+def stated_effects(sheet: FilledTable) -> list[Effect]:
+    """Return the effects that the pages of a scale state; none if the scale states no effects."""
+    return effects(sheet) if sheet.table.scales[sheet.scale].effects else []
+
+
+def effect_grid(found: Sequence[Effect], digits: int) -> tuple[list[str], list[list[str]]]:
+    """Return headings and cells of a table of effects."""
+    return list(HEADINGS), [effect.cells(digits) for effect in found]
+
+
 def effect_notes(found: Sequence[Effect]) -> list[str]:
     """Return what the table of effects states, and what was shown."""
     tested = [effect for effect in found if effect.holm is not None]

@@ -6,9 +6,10 @@ from statistics import mean
 from inbatch.apps.papers.render import hours
 from inbatch.apps.papers.results import Record
 from inbatch.apps.papers.spec import Cell
+from inbatch.errors import many
 
-SIMILAR = ("preset", "encoder.name", "image_size", "epochs", "subset", "batch_size")
-"""Settings that decide most of a run's duration."""
+SIMILAR = ("preset", "image_size", "epochs", "subset", "batch_size")
+"""Settings that decide most of a run's duration, in addition to data set and encoder."""
 
 
 def expected_time(cells: Sequence[Cell], records: Iterable[Record], jobs: int) -> str:
@@ -42,8 +43,8 @@ def expected_time(cells: Sequence[Cell], records: Iterable[Record], jobs: int) -
     seconds = max(max(found), sum(found) / jobs)
     others = f"; {unknown} without a similar run are not included" if unknown else ""
     return (
-        f"{len(found)} runs, {jobs} at a time: about {hours(seconds)}, as similar runs took on the machine of "
-        f"the results (inbatch doctor compares yours){others}."
+        f"{many(len(found), 'run')}, {jobs} at a time: about {hours(seconds)} if they take as long as similar runs in "
+        f"the results{others}."
     )
 
 
@@ -51,4 +52,4 @@ def _kind(data: str, recipe: dict[str, object]) -> tuple[object, ...]:
     """Return what runs of about the same duration have in common."""
     encoder = recipe.get("encoder")
     name = encoder.get("name") if isinstance(encoder, dict) else encoder
-    return (data, name, *(recipe.get(setting) for setting in SIMILAR if "." not in setting))
+    return (data, name, *(recipe.get(setting) for setting in SIMILAR))

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from rich.cells import cell_len
 
 from inbatch.apps.papers.curve_plot import curves
-from inbatch.apps.papers.effects import HEADINGS, effect_notes, effects
+from inbatch.apps.papers.effects import effect_grid, effect_notes, stated_effects
 from inbatch.apps.papers.filled_table import SURE, FilledTable, Line, Value
 from inbatch.apps.papers.results import Record, wall_seconds
 from inbatch.apps.papers.spec import Cell, cells
@@ -51,8 +51,8 @@ def grids(sheet: FilledTable, width: int) -> list[tuple[list[str], list[list[str
 
 def effect_grids(sheet: FilledTable, width: int) -> list[tuple[list[str], list[list[str]]]]:
     """Return the grid of the effects, split in the same way; nothing without effects."""
-    found = effect_grid(sheet)
-    return [] if found is None else _split(*found, width, 1)
+    found = stated_effects(sheet)
+    return _split(*effect_grid(found, sheet.table.digits), width, 1) if found else []
 
 
 def _split(
@@ -159,9 +159,9 @@ def markdown(sheet: FilledTable, *, picture: str | None = None, runs: str | None
     if told := table.holds.get(sheet.scale):
         parts.append(f"**Findings.** {told}")
     parts.append("\n".join(f"- {markdown_text(note, code=False)}" for note in notes(sheet)))
-    if found := effect_grid(sheet):
-        parts += ["## Effects", markdown_table(*found)]
-        parts.append("\n".join(f"- {markdown_text(note, code=False)}" for note in effect_notes(effects(sheet))))
+    if found := stated_effects(sheet):
+        parts += ["## Effects", markdown_table(*effect_grid(found, table.digits))]
+        parts.append("\n".join(f"- {markdown_text(note, code=False)}" for note in effect_notes(found)))
     parts.append(
         "## The runs\n\n"
         + markdown_text(f"All of them: `inbatch table {table.name} --scale {sheet.scale}`; one alone, by seed 0:")
@@ -171,12 +171,6 @@ def markdown(sheet: FilledTable, *, picture: str | None = None, runs: str | None
         where = f" ([result]({runs}/{cell.stem}.json))" if runs is not None and record is not None else ""
         listed.append(f"- {markdown_text(cell.row)}, {cell.data}{where}\n\n  ```bash\n  {cell.command()}\n  ```")
     return printable("\n\n".join([*parts, *listed]) + "\n")
-
-
-def effect_grid(sheet: FilledTable) -> tuple[list[str], list[list[str]]] | None:
-    """Return headings and cells of the effects; None if the scale does not state them, or there are none."""
-    found = effects(sheet) if sheet.table.scales[sheet.scale].effects else []
-    return (list(HEADINGS), [effect.cells(sheet.table.digits) for effect in found]) if found else None
 
 
 def markdown_text(text: str, code: bool = True) -> str:
@@ -268,8 +262,8 @@ def page(sheet: FilledTable) -> str:
     if (png := curves(sheet)) is not None:
         parts.append(f'<p><img alt="curves" src="data:image/png;base64,{base64.b64encode(png).decode()}"></p>')
     parts.append(_html_list(notes(sheet)))
-    if found := effect_grid(sheet):
-        parts += ["<h2>Effects</h2>", _html_table(*found), _html_list(effect_notes(effects(sheet)))]
+    if found := stated_effects(sheet):
+        parts += ["<h2>Effects</h2>", _html_table(*effect_grid(found, table.digits)), _html_list(effect_notes(found))]
     parts.append("<h2>Runs</h2>")
     for cell, record in first_seeds(sheet):
         recipe = "" if record is None else f"<pre>{e(_pretty(record))}</pre>"

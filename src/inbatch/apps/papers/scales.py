@@ -118,7 +118,7 @@ def usual(
 
 def laptop(
     figures: Sequence[str] = ("linear", "k-NN"), *, views: str | None = None, differs: Sequence[str] = (),
-    protocols: tuple[str, ...] = (), seeds: tuple[int, ...] = (0, 1, 2),
+    protocols: tuple[str, ...] = (),
 ) -> Scale:  # fmt: skip
     """Return the scale at which features are learned, in ten minutes of training on one core; arguments of `usual`."""
     drawn = {} if views is None else {"views.name": views}
@@ -126,7 +126,6 @@ def laptop(
         columns({"cifar10": "CIFAR-10", "tiny": "tiny-imagenet-100"}, figures),
         {"cifar10": {**FAST_CIFAR10, **drawn}, "tiny": {**FAST_TINY, **drawn}},
         {"epochs": 4, "evaluate_every": 1, "knn_k": 200},
-        seeds=seeds,
         protocols=protocols,
         differs=(*LAPTOP, *differs),
         curve="knn",
