@@ -216,3 +216,10 @@ def test_page_and_quoted_figures_are_what_the_records_give(study: ModuleType) ->
     again = "python scripts/choose_tables.py writes them again"
     assert study.PAGE.read_text() == study.page(runs), again
     assert study.QUOTING.read_text() == study.source(runs), again
+
+
+def test_equal_runs_are_said_to_have_no_order() -> None:
+    from inbatch.apps.cli.choosing import _taus
+
+    assert _taus({"loss": 0.5, "rankme": None}) == "Kendall's tau with k-NN here: loss +0.50"
+    assert "cannot be computed" in _taus({"loss": float("nan"), "rankme": None})

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import inbatch
+from inbatch.apps.adaptation.start import starting_settings
 from inbatch.errors import ConfigError
 from inbatch.models import create_encoder, save_encoder, shipped_weights
 from inbatch.models.shipped_weights import weight_names, weights_folder, with_shipped
@@ -31,6 +32,8 @@ def test_a_name_loads_the_weights(shipped: Any, tmp_path: Path) -> None:
     again = create_encoder("fast", size=16, width=8, init="inbatch/small", check=False)
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), shipped.parameters(), strict=True))
     assert with_encoder_of_init({"encoder.init": "inbatch/small"})["encoder.width"] == 8
+    assert starting_settings("inbatch/small")["encoder.init"] == "inbatch/small"
+    assert starting_settings("inbatch/small")["image_size"] == 16
     assert weight_names() == ["small"] and not (tmp_path / "inbatch").exists()
 
 

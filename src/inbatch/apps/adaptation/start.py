@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from inbatch.errors import ConfigError
+from inbatch.models.shipped_weights import is_shipped, with_shipped
 from inbatch.runtime.files import object_in, read_json
 from inbatch.runtime.paths import path_of
 from inbatch.training.recipe import Settings, make
@@ -23,7 +24,7 @@ def starting_settings(weights: Any) -> Settings:
     """Return the settings that follow from the weights: encoder, image size, channels and levels.
 
     Args:
-        weights: A run, an encoder's folder, a file of weights, hub:OWNER/NAME, or timm/NAME.
+        weights: A run, an encoder's folder, a file of weights, inbatch/NAME, hub:OWNER/NAME, or timm/NAME.
 
     Raises:
         ConfigError: If there is nothing at a path, or timm has no such model.
@@ -33,15 +34,16 @@ def starting_settings(weights: Any) -> Settings:
         return _of_timm(text.removeprefix("timm/"))
     if text.startswith("hub:"):
         return {"encoder.init": text}
-    path = path_of(weights, "--from")
+    named = path_of(weights, "--from")
+    path = with_shipped(named)
     if not path.exists():
         raise ConfigError(
             f"--from {text}: there are no such weights. Name a run, an encoder's folder, a file of weights, "
-            "hub:OWNER/NAME, or timm/NAME"
+            "inbatch/NAME, hub:OWNER/NAME, or timm/NAME"
         )
     if not (path / "recipe.json").is_file() and (path / "encoder" / "config.json").is_file():
         path /= "encoder"  # the result of another adaptation
-    settings: Settings = {"encoder.init": str(path)}
+    settings: Settings = {"encoder.init": str(named if is_shipped(named) else path)}
     if (path / "recipe.json").is_file():
         recipe = make(read_file(path / "recipe.json"))
         return settings | {"image_size": recipe.image_size, "channels": recipe.channels} | _levels(recipe.levels)

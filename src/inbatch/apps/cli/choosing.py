@@ -74,8 +74,15 @@ def _show_choice(result: dict[str, Any]) -> None:
     print_table(headings, rows, numbers=True)
     say("", f"Recommended: {result['recommended']}, by {result['by']}", f"Reliability: {result['reliability']}")
     if result["kendall_tau"]:
-        taus = {by: tau for by, tau in result["kendall_tau"].items() if _known(tau)}
-        say(f"With labels: Kendall's tau with k-NN here: {', '.join(f'{by} {tau:+.2f}' for by, tau in taus.items())}")
+        say(f"With labels: {_taus(result['kendall_tau'])}")
+
+
+def _taus(found: dict[str, float | None]) -> str:
+    """Return how well each measure orders these runs by k-NN."""
+    known = [f"{by} {tau:+.2f}" for by, tau in found.items() if _known(tau)]
+    if not known:
+        return "Kendall's tau cannot be computed, because these runs are equal by k-NN or by every measure"
+    return f"Kendall's tau with k-NN here: {', '.join(known)}"
 
 
 def _interval(one: dict[str, Any]) -> str:
