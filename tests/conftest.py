@@ -93,10 +93,12 @@ def few_views_for_lidar() -> None:
     label_free.LIDAR_IMAGES, label_free.LIDAR_VIEWS = 6, 2
 
 
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_auto_num_workers() -> int:
-    """Return one worker more than cores, because some tests wait for processes: 178 s instead of 191 s on two cores."""
-    return (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1) + 1
+@pytest.fixture(autouse=True, scope="session")
+def commands_built_once() -> None:
+    """Keep the commands that typer builds from all signatures; it would build them anew for every command line."""
+    import typer.testing
+
+    typer.testing._get_command = cache(typer.testing._get_command)
 
 
 @pytest.fixture(scope="module")

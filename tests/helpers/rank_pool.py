@@ -11,11 +11,13 @@ import torch
 import torch.distributed as dist
 
 _context = multiprocessing.get_context("forkserver")
-# What the functions import, loaded once: a child that imports timm and pytest itself takes seconds. A process has one
-# such server, and whoever starts it decides what it loads: every test that needs one takes this context.
-_context.set_forkserver_preload(
-    ["torch.distributed", "inbatch.api", "inbatch.apps.cli", "timm", "pytest", "hypothesis", "small_methods"]
-)
+# What the functions import, loaded once: a child that imports timm and pytest itself takes seconds, and the digits
+# import scikit-learn. A process has one such server, and whoever starts it decides what it loads: every test that needs
+# one takes this context.
+_context.set_forkserver_preload([
+    "torch.distributed", "inbatch.api", "inbatch.apps.cli", "timm", "sklearn.datasets", "numba", "pytest", "hypothesis",
+    "small_methods",
+])  # fmt: skip
 
 
 def _child(rank: int, world: int, rendezvous: str, function: Callable[..., Any], args: tuple, answers: Any) -> None:

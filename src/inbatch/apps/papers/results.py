@@ -1,6 +1,7 @@
 """Results of runs: one JSON file each, validated by a schema, and identified by the recipe."""
 
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -109,7 +110,7 @@ class Record(pydantic.BaseModel, extra="forbid", allow_inf_nan=False):
             raise ValueError("the seed is not the recipe's")
         return self
 
-    @property
+    @cached_property
     def told(self) -> tuple[str, str, int]:
         """Identity of the run: key of the recipe, data set, seed."""
         return key(self.recipe if "pairs" in self.recipe else make(read_settings(self.recipe))), self.data, self.seed
