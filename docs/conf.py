@@ -42,7 +42,7 @@ myst_heading_anchors = 4
 # Every build executes the tutorials; a cell that fails ends the build.
 nb_execution_mode = "force"
 nb_execution_raise_on_error = True
-nb_execution_timeout = 300
+nb_execution_timeout = 1200  # seconds of a cell: one takes a minute on a free core, and minutes beside other work
 nb_execution_in_temp = True
 nb_merge_streams = True
 os.environ.setdefault("INBATCH_CACHE", "off")
