@@ -41,7 +41,7 @@ def all_compared(cases: list[tuple[str, int, dict[str, Any]]]) -> dict[str, floa
 
 
 CASES: list[tuple[str, int, dict[str, Any]]] = [
-    ("mocov3", 2, {"make": vit}), ("byol", 1, {"optimizer": "lars"}),
+    ("mocov3", 2, {"make": vit, "plugs": ("curate",)}), ("byol", 1, {"optimizer": "lars", "plugs": ("strict",)}),
 ]  # fmt: skip
 """Variant, context groups and options. AdamW is not for the ViT: it amplifies the rounding of gradients that are 0."""
 MORE: list[tuple[str, int, dict[str, Any]]] = [
