@@ -45,9 +45,9 @@ class Started(subprocess.Popen[str]):
 
     _count = itertools.count()
 
-    def __init__(self, *command: str) -> None:
+    def __init__(self, *command: str, **variables: str) -> None:
         self.mark = f"{os.getpid()}.{next(self._count)}"
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "INBATCH_TEST": self.mark}
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "INBATCH_TEST": self.mark} | variables
         super().__init__(command, stderr=subprocess.PIPE, text=True, env=environment)
 
     def family(self) -> dict[int, dict[str, str]]:
