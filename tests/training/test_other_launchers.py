@@ -10,9 +10,12 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from rank_pool import on_ranks
 from test_torchrun import Started, after, ended, same, words
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+import inbatch
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 RAY = Path(__file__).parents[2] / "examples" / "ray_train.py"
 
 
@@ -25,10 +28,6 @@ def losses(out: Path) -> dict[int, float]:
     return {line["step"]: line["loss"] for line in lines if "loss" in line}
 
 
-def ray(out: Path) -> Started:
-    return Started(sys.executable, str(RAY), "--out", str(out), "--epochs", "6")
-
-
 def worker(process: Started) -> int:
     """Return one of Ray's two workers."""
     listed = subprocess.run(["ps", "-e", "-o", "pid=,args="], capture_output=True, text=True).stdout.splitlines()
@@ -36,18 +35,25 @@ def worker(process: Started) -> int:
     return max(workers & set(process.family()))
 
 
+def undisturbed(out: Path) -> None:
+    """Train as the script does."""
+    inbatch.pretrain("digits-canvas", "simclr", out=str(out), epochs=3, device="cpu", quiet=True)
+
+
 def test_a_run_under_ray_goes_on_after_a_lost_worker(tmp_path: Path) -> None:
+    """Ray starts both workers again, and the run ends as one without Ray that nothing disturbs."""
     pytest.importorskip("ray")
-    lost = ray(tmp_path / "lost")
-    with ended(lost):
-        after(lost, tmp_path / "lost" / "checkpoints" / "last.pt")
-        os.kill(worker(lost), signal.SIGKILL)
-        assert lost.wait(400) == 0
-    whole = ray(tmp_path / "whole")
-    with ended(whole):
-        assert whole.wait(400) == 0
-    same(tmp_path / "lost", tmp_path / "whole")
-    assert json.loads((tmp_path / "lost" / "result.json").read_text())["world"] == 2
+    lost, whole = tmp_path / "lost", tmp_path / "whole"
+    patient = {"RAY_worker_niceness": "0", "RAY_raylet_start_wait_time_s": "300"}  # on a machine with other work
+    process = Started(sys.executable, str(RAY), "--out", str(lost), "--epochs", "3", **patient)
+    with ended(process):
+        after(process, lost / "checkpoints" / "last.pt", 600)
+        assert json.loads((lost / "run.json").read_text())["world"] == 2
+        os.kill(worker(process), signal.SIGKILL)
+        _, stderr = process.communicate(timeout=700)
+        assert process.returncode == 0, stderr
+    on_ranks(2, undisturbed, whole)
+    same(lost, whole)
 
 
 def tasks(out: Path, count: int) -> list[Started]:

@@ -86,8 +86,8 @@ def ended(process: Started) -> Iterator[None]:
         process.communicate()
 
 
-def after(process: Started, file: Path) -> None:
-    end = time.monotonic() + 200
+def after(process: Started, file: Path, seconds: float = 200) -> None:
+    end = time.monotonic() + seconds
     while not file.exists():
         assert process.poll() is None and time.monotonic() < end, process.communicate(timeout=5)[1]
         time.sleep(0.01)
