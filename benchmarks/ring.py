@@ -72,8 +72,8 @@ def paper(way: str, world: int, rows: int) -> dict[str, float]:
     own = rows / world
     if way == "gathered":  # rows; log-sum-exps and gradients, which are added up
         sent = (world - 1) * own * WIDTH + 2 * (world - 1) / world * rows * (WIDTH + 1)
-    else:  # rows and sums; rows, log-sum-exps, their gradients, and the gradients that come home
-        sent = world // 2 * own * 3 * (WIDTH + 1) + 4 * (world - 1) / world
+    else:  # rows and sums; rows, log-sum-exps, their gradients, and the gradients that come home; the loss
+        sent = world // 2 * own * 3 * (WIDTH + 1) + 2 * (world - 1) / world
     return {"sent_bytes": FLOAT * sent, "rows": rows if way == "gathered" else own}
 
 

@@ -63,7 +63,9 @@ class Known(nn.Module):
     """Encoder that returns its input."""
 
 
-def curator(answers: dict[int, list[list[float]]], **options: object) -> tuple[Curator, list[list[int]]]:
+def curator(
+    answers: dict[int, list[list[float]]], together: bool = False, **options: object
+) -> tuple[Curator, list[list[int]]]:
     """Return a curator whose second view of sample i is answers[i][attempt], and the list of the redrawn samples."""
     asked: list[list[int]] = []
 
@@ -73,7 +75,7 @@ def curator(answers: dict[int, list[list[float]]], **options: object) -> tuple[C
         return seen(answers, batch)
 
     made = Curator(**({"distance": "euclidean", "warmup": 0.0, "budget": None} | options))
-    made.prepare(Known(), embed, 2)
+    made.prepare(Known(), embed, 2, together=together)
     return made, asked
 
 
@@ -158,10 +160,14 @@ def test_a_snapshot_is_of_the_end_of_the_previous_epoch(model: str) -> None:
     assert bool(list(made.state_dict())) and ("snapshot.weight" in made.state_dict()) == (model == "snapshot")
 
 
-def test_a_rank_without_violators_takes_as_many_rounds() -> None:
-    """All violators are in the other rank's half: this rank joins every collective and redraws nothing."""
+@pytest.mark.parametrize("together", [False, True])
+def test_a_rank_without_violators_takes_as_many_rounds(together: bool) -> None:
+    """All violators are in the other rank's half: this rank joins every collective and redraws nothing.
+
+    With a model that is divided over ranks it embeds as many samples as the other one, without any effect.
+    """
     answers = {0: [0.0], 1: [10.0], 2: [20.0], 3: [30.0]}
-    made, asked = curator(answers, rounds=2)
+    made, asked = curator(answers, together, rounds=2)
     other = torch.tensor([[[500.0], [600.0]], [[800.0], [900.0]]])  # views x samples: far apart, and close together
     calls = []
 
@@ -172,7 +178,7 @@ def test_a_rank_without_violators_takes_as_many_rounds() -> None:
         return torch.cat([x, x.new_tensor([500.0, 500.0] if len(calls) % 3 == 2 else [1.0, 1.0])])
 
     views, told = made(drawn(answers).take(slice(2)), gather, 0)
-    assert not asked and told["curate_rounds"] == 2 and len(calls) == 9
+    assert asked == [[0, 0]] * 2 * together and told["curate_rounds"] == 2 and len(calls) == 9
     assert told["curate_violating"] == 0.5 and views.attempt.tolist() == [0, 0]
 
 

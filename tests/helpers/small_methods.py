@@ -211,8 +211,9 @@ def redraw(batch: Batch, attempt: int, views: int) -> list[Tensor]:
 
 
 def curator(
-    plugs: Collection[str], network: Network, images: Callable[[Batch], Sequence[Tensor]], views: int
-) -> Curator | None:
+    plugs: Collection[str], network: Network, images: Callable[[Batch], Sequence[Tensor]], views: int,
+    snapshot: Network | None = None,
+) -> Curator | None:  # fmt: skip
     """Return a curator that is active from the first step, with either rule."""
     if not {"curate", "strict"} & set(plugs) or views < 2:
         return None
@@ -226,7 +227,7 @@ def curator(
         if "strict" in plugs
         else Curator()
     )
-    made.prepare(network, embed, 1)
+    made.prepare(network, embed, 1, snapshot, snapshot is not None)
     made.starts = 0
     return made.double()
 
@@ -274,7 +275,8 @@ def train(
             if module is not None:
                 synchronise_norm(module)
                 distributed.make_context_global(module)
-    for module in filter(None, (network, target) if shard else ()):
+    snapshot = copy.deepcopy(network) if shard else None
+    for module in filter(None, (network, target, snapshot) if shard else ()):
         sharding.shard(module.encoder, blocks(module.encoder), torch.device("cpu"))
     given: list[tuple[Tensor, ...]] = []
     views = views_of(variant)
@@ -293,7 +295,7 @@ def train(
         method=method, network=network, call=distributed.wrap(network), target=target, views=drawn, count=views,
         optimizer=optimizer_of(optimizer, network), schedule=lambda optimizer, step: None,
         groups=groups, progress=lambda step: step / 10, seed=3, synced=synced, shuffle="shuffle" in plugs,
-        curator=curator(plugs, network, drawn, views), frozen=frozen, mixer=mixer_of(plugs),
+        curator=curator(plugs, network, drawn, views, snapshot), frozen=frozen, mixer=mixer_of(plugs),
         similar=similar(plugs, network, drawn, method),
     )  # fmt: skip
     losses = []

@@ -16,6 +16,7 @@ from inbatch.errors import ConfigError
 from inbatch.models import create_encoder
 from inbatch.models.network import Network
 from inbatch.models.recompute import blocks, recompute_activations
+from inbatch.runtime import sharding
 from inbatch.training import grad_cache
 from inbatch.training.build_checks import check_recompute
 from inbatch.training.recipe import make
@@ -36,12 +37,17 @@ def compared(variant: str, groups: int, options: Mapping[str, Any]) -> float:
 
 
 def all_compared(cases: list[tuple[str, int, dict[str, Any]]]) -> dict[str, float]:
+    """Return the differences of some cases, and those of the units of a ViT from its blocks and its bytes."""
     torch.manual_seed(0)
-    return {f"{variant} {groups} {options}": compared(variant, groups, options) for variant, groups, options in cases}
+    found = {f"{variant} {groups} {options}": compared(variant, groups, options) for variant, groups, options in cases}
+    encoder = vit()
+    sharding.shard(encoder, blocks(encoder), torch.device("cpu"))
+    sizes, numbers = sharding.unit_sizes(encoder), sum(p.numel() for p in encoder.parameters())
+    return found | {"units": abs(len(sizes) - 3), "bytes": abs(sum(sizes) - 4 * numbers)}
 
 
 CASES: list[tuple[str, int, dict[str, Any]]] = [
-    ("mocov3", 2, {"make": vit}), ("byol", 1, {"optimizer": "lars"}),
+    ("mocov3", 2, {"make": vit, "plugs": ("curate",)}), ("byol", 1, {"optimizer": "lars", "plugs": ("strict",)}),
 ]  # fmt: skip
 """Variant, context groups and options. AdamW is not for the ViT: it amplifies the rounding of gradients that are 0."""
 MORE: list[tuple[str, int, dict[str, Any]]] = [

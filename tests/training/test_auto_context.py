@@ -381,21 +381,21 @@ def test_a_limit_counts_as_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def found_on_a_rank() -> list[dict[str, Any]]:
-    """Return the contexts found on ranks with unequal memory, without and with synchronised norm."""
+    """Return the contexts found on ranks with unequal memory, plain, with synchronised norm, and sharded."""
     from inbatch.runtime import distributed
 
     memory_bench.free_bytes = lambda *_: (
         (1000 if distributed.rank() == 0 else 40) * MB
     )  # this process ends with the test
     return [
-        auto_context.fit(*resolve_recipe("digits-canvas", SMALL | {"sync_norm": synced}), CPU).json()
-        for synced in (False, True)
+        auto_context.fit(*resolve_recipe("digits-canvas", SMALL | more), CPU).json()
+        for more in ({}, {"sync_norm": True}, {"shard": True})
     ]
 
 
 @pytest.mark.slow
 def test_ranks_agree() -> None:
     one, other = on_ranks(2, found_on_a_rank)
-    assert one == other and [found["share"] for found in one] == [64, 128]
+    assert one == other and [found["share"] for found in one] == [64, 128, 64]
     for found in one:
         assert found["free_bytes"] == 40 * MB and found["share"] % found["context"] == 0 and found["context"] >= 4

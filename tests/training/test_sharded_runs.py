@@ -16,11 +16,9 @@ from small_runs import leave_out_judgement, tiny
 from test_sharded_checkpoints import leaves
 
 import inbatch
-from inbatch.errors import ConfigError, Preempted
+from inbatch.errors import Preempted
 from inbatch.runtime import distributed
 from inbatch.training import checkpoint
-from inbatch.training.build_checks import check_shard
-from inbatch.training.plan import plan_without_budget, with_context
 
 VIT = {
     "encoder": "vit_tiny_patch16_224", "image_size": 32, "preset": "digits", "subset": 80, "batch_size": 16,
@@ -71,8 +69,8 @@ def largest_difference(a: Path, b: Path) -> float:
 
 
 def run_and_stop(folder: Path) -> None:
-    run(folder / "whole")
-    run(folder / "stopped", stop=7)
+    run(folder / "whole", curate="redraw")
+    run(folder / "stopped", stop=7, curate="redraw")
     if distributed.rank() == 0:
         for name in ("one", "without"):
             shutil.copytree(folder / "stopped", folder / name)
@@ -85,6 +83,7 @@ def go_on(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_a_run_is_resumed_on_the_same_ranks_on_one_and_without_shards(tmp_path: Path) -> None:
+    """With curation, whose copy of the network is divided, too."""
     on_ranks(2, run_and_stop, tmp_path)
     on_ranks(2, go_on, tmp_path)
     assert largest_difference(tmp_path / "whole", tmp_path / "stopped") == 0
@@ -102,7 +101,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "norm and again": {"encoder": "resnet10", "checkpoint_activations": True},
     "norm": {"encoder": "resnet10", "sync_norm": True, "context": 8},
     "sampler": {"sampler": "neighbours", "epochs": 2, "encoder": "tiny"},
-    "curated": {"curate": "redraw", "settings": {"curate.model": "live"}},
+    "curated": {"curate": "redraw", "epochs": 2, "settings": {"curate.model": "live"}},
+    "auto": {"context": "auto"},
 }  # fmt: skip
 
 
@@ -128,12 +128,3 @@ def test_a_budget_beside_shards(tmp_path: Path) -> None:
     first, second = on_ranks(2, run_for_a_minute, tmp_path)
     assert first == second and first["world"] == 2 and first["recipe"]["shard"]
     assert 30 < first["wall_seconds"] < 65 and first["steps"] > 5
-
-
-@pytest.mark.parametrize("fields", [{"curate.name": "redraw"}, {"context": "auto"}])
-def test_what_shards_do_not_allow_is_refused(fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distributed, "world", lambda: 2)
-    settings = {"shard": True, "encoder.name": "tiny", "preset": "digits", "subset": 80, "batch_size": 16}
-    plan = plan_without_budget("digits-canvas", settings | fields)
-    with pytest.raises(ConfigError, match=r"^shard"):
-        check_shard(with_context(plan, torch.device("cpu"), 0).recipe)

@@ -45,9 +45,9 @@ class Started(subprocess.Popen[str]):
 
     _count = itertools.count()
 
-    def __init__(self, *command: str) -> None:
+    def __init__(self, *command: str, **variables: str) -> None:
         self.mark = f"{os.getpid()}.{next(self._count)}"
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "INBATCH_TEST": self.mark}
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "INBATCH_TEST": self.mark} | variables
         super().__init__(command, stderr=subprocess.PIPE, text=True, env=environment)
 
     def family(self) -> dict[int, dict[str, str]]:
@@ -86,8 +86,8 @@ def ended(process: Started) -> Iterator[None]:
         process.communicate()
 
 
-def after(process: Started, file: Path) -> None:
-    end = time.monotonic() + 200
+def after(process: Started, file: Path, seconds: float = 200) -> None:
+    end = time.monotonic() + seconds
     while not file.exists():
         assert process.poll() is None and time.monotonic() < end, process.communicate(timeout=5)[1]
         time.sleep(0.01)

@@ -102,11 +102,23 @@ class Curator(nn.Module):
         self.epoch: Tensor
         self.register_buffer("epoch", torch.tensor(-1))
 
-    def prepare(self, live: nn.Module, embed: Embed, epochs: int) -> None:
-        """Set the online network, the function that embeds views, and the number of epochs; called once."""
+    def prepare(
+        self, live: nn.Module, embed: Embed, epochs: int, snapshot: nn.Module | None = None, together: bool = False
+    ) -> None:
+        """Set the model and the number of epochs; called once.
+
+        Args:
+            live: the online network.
+            embed: the function that embeds views.
+            epochs: number of epochs of the run.
+            snapshot: a copy of the online network; by default it is made here.
+            together: the model is divided over ranks, which must call it equally often.
+        """
         self._live, self._embed = [live], embed  # in a list, so that the live model is not saved with this module
-        self.starts = self.first_epoch(epochs)
-        self.snapshot = copy.deepcopy(live).requires_grad_(False) if self.uses == "snapshot" else None
+        self.starts, self.together = self.first_epoch(epochs), together
+        if self.uses == "snapshot" and snapshot is None:
+            snapshot = copy.deepcopy(live)
+        self.snapshot = snapshot.requires_grad_(False) if snapshot is not None and self.uses == "snapshot" else None
 
     def first_epoch(self, epochs: int) -> int:
         """Return the first curated epoch of a run of so many epochs."""
@@ -134,10 +146,16 @@ class Curator(nn.Module):
         while rounds < self.rounds and (count := int(min(int(bad.sum()), self.budget * len(bad) - redrawn))) > 0:
             rounds, redrawn = rounds + 1, redrawn + count
             worst = excess.masked_fill(~bad, -math.inf).argsort(descending=True, stable=True)[:count]
-            again = torch.zeros_like(bad).index_fill(0, worst, True)[first : first + len(batch)].nonzero()[:, 0]
-            if len(again):  # its length differs between ranks, the number of rounds does not
-                attempt[again] = rounds
-                rows[:, again] = self._embed(model, replace(batch, attempt=attempt).take(again))
+            chosen = torch.zeros_like(bad).index_fill(0, worst, True)
+            again = chosen[first : first + len(batch)].nonzero()[:, 0]
+            attempt[again] = rounds
+            taken = again  # their number differs between ranks, the number of rounds does not
+            if self.together:  # the first sample stands for those that other ranks have in addition
+                most = int(chosen.view(-1, len(batch)).sum(1).max())
+                taken = torch.cat([again, again.new_zeros(most - len(again))])
+            if len(taken):
+                embedded = self._embed(model, replace(batch, attempt=attempt).take(taken))
+                rows[:, again] = embedded[:, : len(again)]
             bad, excess = self._judge(rows, gather, first)
         told = {"rounds": rounds, "redrawn": redrawn / len(bad), "violating_before": before / len(bad)}
         told["violating"] = int(bad.sum()) / len(bad)

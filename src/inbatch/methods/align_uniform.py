@@ -8,7 +8,7 @@ from torch import Tensor
 
 from inbatch.batch import Batch, Losses, Mixture, Rows
 from inbatch.methods.base import Method
-from inbatch.nn.batch_sums import batch_count, batch_logsumexp, batch_mean
+from inbatch.nn.batch_sums import batch_count, batch_logsumexp, loss_mean
 from inbatch.nn.functional import logsumexp_excluding_self, normalize
 from inbatch.nn.heads import Head, hidden_widths, mlp
 from inbatch.nn.logsumexp import check_temperature
@@ -29,7 +29,7 @@ def align_uniform(z: Float[Tensor, "2 n d"], t: float = 2.0, weight: float = 1.0
     pairs = torch.stack([batch_logsumexp(logsumexp_excluding_self(view, 1 / (2 * t))) for view in u])
     uniformity = pairs.mean() - math.log(n * (n - 1)) - 2 * t
     squares = (u[0] - u[1]).square().sum(-1)
-    alignment = batch_mean(squares if alpha == 2 else torch.linalg.vector_norm(u[0] - u[1], dim=-1) ** alpha)
+    alignment = loss_mean(squares if alpha == 2 else torch.linalg.vector_norm(u[0] - u[1], dim=-1) ** alpha)
     return {"loss": alignment + weight * uniformity, "alignment": alignment, "uniformity": uniformity}
 
 
@@ -43,7 +43,7 @@ def mixed_align_uniform(
     """
     rows = normalize(q), normalize(k)
     squares = (rows[0] - rows[1][mixture.positive]).square().sum(-1)
-    alignment = batch_mean(mixture.shared(squares if alpha == 2 else squares ** (alpha / 2)))
+    alignment = loss_mean(mixture.shared(squares if alpha == 2 else squares ** (alpha / 2)))
     counts = [batch_count(len(x), x) for x in rows]
     sums = [batch_logsumexp(logsumexp_excluding_self(x, 1 / (2 * t))) for x in rows]
     uniformity = [x - math.log(n * (n - 1)) - 2 * t for x, n in zip(sums, counts, strict=True)]

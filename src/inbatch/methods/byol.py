@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from inbatch.batch import Batch, Losses, Mixture, Rows
 from inbatch.methods.base import Method
-from inbatch.nn.batch_sums import batch_count, batch_mean
+from inbatch.nn.batch_sums import batch_count, loss_mean
 from inbatch.nn.functional import mean_other_views, normalize
 from inbatch.nn.heads import Head, mlp
 from inbatch.nn.schedules import cosine
@@ -24,7 +24,7 @@ def byol(
     """
     if p.shape != t.shape or len(p) < 2 or not batch_count(p.shape[1], p):
         raise ValueError(f"BYOL needs 2 views with a target for every row, got {tuple(p.shape)} and {tuple(t.shape)}")
-    cos = batch_mean((normalize(p) * mean_other_views(normalize(t.detach()))).sum(-1))
+    cos = loss_mean((normalize(p) * mean_other_views(normalize(t.detach()))).sum(-1))
     return 4 - 4 * cos if scale == "distance" else -cos
 
 
@@ -79,7 +79,7 @@ class BYOL(Method):
 
     def mixed_loss(self, query: Rows, keys: Rows, mixture: Mixture, batch: Batch) -> Tensor:
         t = mixture.blend(normalize(keys["projection"].detach()).mean(0))
-        cos = batch_mean((normalize(query["prediction"]) * t).sum(-1))
+        cos = loss_mean((normalize(query["prediction"]) * t).sum(-1))
         return 4 - 4 * cos if self.scale == "distance" else -cos
 
     def target_momentum(self, progress: float) -> float:

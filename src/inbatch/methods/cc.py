@@ -8,7 +8,7 @@ from torch import Tensor
 
 from inbatch.batch import Batch, Losses, Rows
 from inbatch.methods.base import Method
-from inbatch.nn.batch_sums import batch_count, batch_mean, replicated, whole
+from inbatch.nn.batch_sums import batch_count, loss_mean, replicated, whole
 from inbatch.nn.functional import mean_other_views, normalize, wide
 from inbatch.nn.heads import Head, mlp
 from inbatch.nn.logsumexp import check_temperature
@@ -25,7 +25,7 @@ def contrast(x: Float[Tensor, "v n d"], temperature: float, negatives: Negatives
         raise ValueError(f"Contrastive Clustering needs 2 views of 2 samples or clusters, got {len(x)} of {x.shape[1]}")
     u = normalize(x)
     positive = (u * mean_other_views(u)).sum(-1) / temperature
-    return batch_mean(log_in_batch(u, temperature, negatives) - positive)
+    return loss_mean(log_in_batch(u, temperature, negatives) - positive)
 
 
 def cluster_contrast(p: Float[Tensor, "v n k"], temperature: float = 1.0) -> tuple[Tensor, Tensor]:

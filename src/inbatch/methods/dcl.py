@@ -8,7 +8,7 @@ from torch import Tensor
 
 from inbatch.batch import Batch, Losses, Mixture, Rows
 from inbatch.methods.base import Method
-from inbatch.nn.batch_sums import batch_count, batch_mean, batch_softmax
+from inbatch.nn.batch_sums import batch_count, batch_softmax, loss_mean
 from inbatch.nn.functional import logsumexp_excluding_self, normalize, scale_by_temperature
 from inbatch.nn.heads import Head, hidden_widths, mlp
 from inbatch.nn.logsumexp import check_temperature
@@ -41,7 +41,7 @@ def dcl(z: Float[Tensor, "v n d"], temperature: float = 0.1, sigma: float | None
             else:
                 negative = negatives.log_sum(u[i, None], u[[i, j]], positive[None, None], temperature)[0]
                 negative = negative.masked_fill(negative == -torch.inf, 0)
-            losses.append(batch_mean(negative - (weight.detach() if detach else weight) * positive / temperature))
+            losses.append(loss_mean(negative - (weight.detach() if detach else weight) * positive / temperature))
     return torch.stack(losses).mean()
 
 

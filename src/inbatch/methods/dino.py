@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from inbatch.batch import Batch, Losses, Mixture, Rows
 from inbatch.methods.base import Method, MixedKeys
-from inbatch.nn.batch_sums import batch_mean
+from inbatch.nn.batch_sums import batch_mean, loss_mean
 from inbatch.nn.functional import cross_prediction, koleo, scale_by_temperature, wide
 from inbatch.nn.heads import Head, Prototypes, hidden_widths, mlp
 from inbatch.nn.logsumexp import check_temperature
@@ -85,7 +85,7 @@ class DINO(Method):
         heat = linear(progress(batch.epoch, self.warmup_epochs, "both"), *self.teacher_temperatures)
         p = scale_by_temperature(wide(keys["prototypes"].detach()) - self.center, heat).softmax(-1).mean(0)
         log = scale_by_temperature(query["prototypes"], mixture.temperature or self.temperature).log_softmax(-1)
-        return -batch_mean((mixture.blend(p) * log).sum(-1))
+        return -loss_mean((mixture.blend(p) * log).sum(-1))
 
     def target_momentum(self, progress: float) -> float:
         return cosine(progress, self.momentum, 1.0)

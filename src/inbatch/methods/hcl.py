@@ -8,7 +8,7 @@ from torch import Tensor
 
 from inbatch.batch import Batch, Losses, Mixture, Rows
 from inbatch.methods.base import Method
-from inbatch.nn.batch_sums import batch_count, batch_mean
+from inbatch.nn.batch_sums import batch_count, loss_mean
 from inbatch.nn.functional import normalize
 from inbatch.nn.heads import Head, hidden_widths, mlp
 from inbatch.nn.logsumexp import check_temperature
@@ -32,7 +32,7 @@ def hcl(
     if z.shape[0] < 2 or batch_count(z.shape[1], z) < 2:
         raise ValueError(f"HCL needs at least 2 views of 2 samples, got {tuple(z.shape)} (views, samples, width)")
     u, chosen = normalize(z), replace(negatives or Negatives(), tau_plus=tau_plus, beta=beta)
-    return batch_mean(log_in_batch(u, temperature, chosen) - other_views(u).mean(0) / temperature)
+    return loss_mean(log_in_batch(u, temperature, chosen) - other_views(u).mean(0) / temperature)
 
 
 class HCL(Method):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from inbatch.batch import Batch, Losses, Rows
 from inbatch.methods.base import Method
-from inbatch.nn.batch_sums import batch_count, batch_mean, whole
+from inbatch.nn.batch_sums import batch_count, loss_mean, whole
 from inbatch.nn.functional import normalize
 from inbatch.nn.heads import Head, hidden_widths, mlp
 
@@ -41,7 +41,7 @@ def mmcr(
         centre = (centre + teacher.mean(0)) / 2
         rows = torch.cat([u, teacher]) if local == "all" else u
     losses = {"global": nuclear_norm(whole(centre))}
-    losses |= {"local": batch_mean(nuclear_norm(rows.transpose(0, 1)))} if lmbda else {}
+    losses |= {"local": loss_mean(nuclear_norm(rows.transpose(0, 1)))} if lmbda else {}
     return {"loss": lmbda * losses.get("local", 0.0) - losses["global"]} | losses
 
 

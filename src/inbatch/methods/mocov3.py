@@ -8,7 +8,7 @@ from torch import Tensor
 
 from inbatch.batch import Batch, Losses, Mixture, Rows
 from inbatch.methods.base import Method
-from inbatch.nn.batch_sums import batch_count, batch_mean
+from inbatch.nn.batch_sums import batch_count, loss_mean
 from inbatch.nn.functional import normalize
 from inbatch.nn.heads import Head, hidden_widths, mlp
 from inbatch.nn.logsumexp import check_temperature
@@ -29,7 +29,7 @@ def ctr(q: Float[Tensor, "n d"], k: Float[Tensor, "n d"], temperature: float = 1
         raise ValueError(f"MoCo v3 needs a key for every query, got queries {tuple(q.shape)}, keys {tuple(k.shape)}")
     q, k = normalize(q), normalize(k.detach())
     positive = (q * k).sum(-1) / temperature
-    return 2 * temperature * batch_mean(log_across(q, k, temperature, negatives) - positive)
+    return 2 * temperature * loss_mean(log_across(q, k, temperature, negatives) - positive)
 
 
 class MoCoV3(Method):

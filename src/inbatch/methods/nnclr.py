@@ -9,7 +9,7 @@ from torch import Tensor
 
 from inbatch.batch import Batch, Losses, Rows
 from inbatch.methods.base import Method
-from inbatch.nn.batch_sums import batch_count, batch_mean, whole
+from inbatch.nn.batch_sums import batch_count, loss_mean, whole
 from inbatch.nn.functional import nearest, normalize
 from inbatch.nn.heads import Head, mlp
 from inbatch.nn.logsumexp import check_temperature
@@ -40,10 +40,10 @@ def nnclr(
     if near.shape != p.shape or batch_count(len(p), p) < 2:
         raise ValueError(f"NNCLR needs a neighbour for each of 2 rows, got {tuple(near.shape)} and {tuple(p.shape)}")
     near, p = normalize(near.detach()), normalize(p)
-    positive = batch_mean((near * p).sum(-1)) / temperature
+    positive = loss_mean((near * p).sum(-1)) / temperature
     if contrast == "one_way":
-        return batch_mean(log_across(near, p, temperature, negatives)) - positive
-    return batch_mean(log_in_batch(torch.stack([near, p]), temperature, negatives)) - positive
+        return loss_mean(log_across(near, p, temperature, negatives)) - positive
+    return loss_mean(log_in_batch(torch.stack([near, p]), temperature, negatives)) - positive
 
 
 class NNCLR(Method):

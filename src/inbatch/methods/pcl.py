@@ -5,7 +5,7 @@ from torch import Tensor
 
 from inbatch.batch import Batch, Losses, Mixture, Rows
 from inbatch.methods.base import Method
-from inbatch.nn.batch_sums import batch_count, batch_mean, whole
+from inbatch.nn.batch_sums import batch_count, loss_mean, whole
 from inbatch.nn.clustering import Clusterings, Spread
 from inbatch.nn.functional import info_nce, logsumexp_rows, normalize, wide
 from inbatch.nn.heads import Head, hidden_widths, mlp
@@ -28,7 +28,7 @@ def proto_nce(q: Float[Tensor, "n d"], columns: Float[Tensor, "c d"], density: F
     if counts is not None:
         own, others = own[counts[: len(q)]], others[counts[len(q) :]]
     negative = logsumexp_rows(q, own, 1.0, others)
-    return batch_mean(negative - (q * keys[: len(q)]).sum(-1))
+    return loss_mean(negative - (q * keys[: len(q)]).sum(-1))
 
 
 class PCL(Method):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from inbatch.batch import Batch, Losses, Mixture, Rows
 from inbatch.methods.base import Method
-from inbatch.nn.batch_sums import batch_count, batch_mean, whole
+from inbatch.nn.batch_sums import batch_count, loss_mean, whole
 from inbatch.nn.functional import logsumexp_rows, normalize
 from inbatch.nn.heads import Head, hidden_widths, mlp
 from inbatch.nn.logsumexp import check_temperature
@@ -40,7 +40,7 @@ def relation(s: Float[Tensor, "m d"], t: Float[Tensor, "n d"], queue: Float[Tens
         (slope,) = torch.autograd.grad(log_sum(leaf, t, teacher_temperature).sum(), leaf)
     own, slope = (t, slope) if mixture is None else (t[mixture.positive], slope[mixture.positive])
     losses = log_sum(s, own, temperature) - (s * slope).sum(-1) * (teacher_temperature / temperature)
-    return batch_mean(losses if mixture is None else mixture.shared(losses))
+    return loss_mean(losses if mixture is None else mixture.shared(losses))
 
 
 class Relation(Method):

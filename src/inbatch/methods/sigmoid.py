@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from inbatch.batch import Batch, Losses, Mixture, Rows
 from inbatch.methods.base import Method
-from inbatch.nn.batch_sums import batch_count, batch_mean, batch_sum
+from inbatch.nn.batch_sums import batch_count, batch_mean, loss_sum
 from inbatch.nn.functional import normalize
 from inbatch.nn.heads import Head, hidden_widths, mlp
 from inbatch.nn.pair_weights import SameGroup
@@ -44,7 +44,7 @@ def mixed_sigmoid(
     """
     q, k = normalize(q) * scale[:, None], normalize(k)
     none = SameGroup(torch.zeros_like(mixture.positive[0]), torch.ones(len(k), dtype=torch.long, device=k.device))
-    labelled = batch_sum((q * mixture.blend(k)).sum() + bias.sum())
+    labelled = loss_sum((q * mixture.blend(k)).sum() + bias.sum())
     return (sigmoid_sum(q, k, bias, none) - labelled) / batch_count(len(q), q)
 
 

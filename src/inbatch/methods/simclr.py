@@ -8,7 +8,7 @@ from torch import Tensor
 
 from inbatch.batch import Batch, Losses, Mixture, Rows
 from inbatch.methods.base import Method
-from inbatch.nn.batch_sums import batch_count, batch_mean
+from inbatch.nn.batch_sums import batch_count, loss_mean
 from inbatch.nn.functional import mean_other_views, normalize
 from inbatch.nn.heads import Head, hidden_widths, mlp
 from inbatch.nn.logsumexp import check_temperature
@@ -31,7 +31,7 @@ def nt_xent(
         raise ValueError(f"NT-Xent needs at least 2 views of 2 samples, got {tuple(z.shape)} (views, samples, width)")
     u = normalize(z)
     positive = (u * mean_other_views(u)).sum(-1) / temperature
-    loss = batch_mean(log_in_batch(u, temperature, negatives) - positive)
+    loss = loss_mean(log_in_batch(u, temperature, negatives) - positive)
     return loss * len(u) if views == "sum" else loss
 
 

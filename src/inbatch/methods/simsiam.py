@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from inbatch.batch import Batch, Losses, Mixture, Rows
 from inbatch.methods.base import Method
-from inbatch.nn.batch_sums import batch_count, batch_mean
+from inbatch.nn.batch_sums import batch_count, loss_mean
 from inbatch.nn.functional import mean_other_views, normalize, wide
 from inbatch.nn.heads import Head, hidden_widths, mlp
 
@@ -28,7 +28,7 @@ def simsiam(
         raise ValueError(f"SimSiam needs 2 views, projected and predicted, got {tuple(z.shape)} and {tuple(p.shape)}")
     z = wide(z.detach() if stop_gradient else z)
     target_rows = mean_other_views(normalize(z)) if targets == "each" else normalize(mean_other_views(z))
-    return -batch_mean((normalize(p) * target_rows).sum(-1))
+    return -loss_mean((normalize(p) * target_rows).sum(-1))
 
 
 class SimSiam(Method):
@@ -83,7 +83,7 @@ class SimSiam(Method):
     def mixed_loss(self, query: Rows, keys: Rows, mixture: Mixture, batch: Batch) -> Tensor:
         z = wide(keys["projection"].detach() if self.stop_gradient else keys["projection"])
         z = normalize(z).mean(0) if self.targets == "each" else normalize(z.mean(0))
-        return -batch_mean((normalize(query["prediction"]) * mixture.blend(z)).sum(-1))
+        return -loss_mean((normalize(query["prediction"]) * mixture.blend(z)).sum(-1))
 
     def constant_lr(self) -> Sequence[str]:
         return ("prediction",) if self.fix_pred_lr else ()

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from inbatch.batch import Batch, Losses, Mixture, Rows
 from inbatch.methods.base import Method, MixedKeys
-from inbatch.nn.batch_sums import batch_count, batch_mean, own_rows, positions
+from inbatch.nn.batch_sums import batch_count, loss_mean, own_rows, positions
 from inbatch.nn.functional import normalize, product, scale_by_temperature, sum_by_class
 from inbatch.nn.heads import Head, hidden_widths, mlp
 from inbatch.nn.logsumexp import check_temperature, logsumexp
@@ -56,7 +56,7 @@ def supcon(
     total = logsumexp(rows, every, temperature, exclude_self=True, weights=weights).view_as(positive)
     total = total.masked_fill(total == -torch.inf, 0)  # of an anchor without any candidate, whose count is 0, too
     mean = (positive - count * total) / count.clamp(min=1)
-    return -scale_by_temperature(batch_mean(mean), base_temperature / temperature)
+    return -scale_by_temperature(loss_mean(mean), base_temperature / temperature)
 
 
 class SupCon(Method):

@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy as torch_cross_entropy
 
 from inbatch.batch import Batch, Losses, Mixture, Rows
 from inbatch.methods.base import Method
-from inbatch.nn.batch_sums import batch_sum
+from inbatch.nn.batch_sums import batch_sum, loss_sum
 from inbatch.nn.functional import wide
 from inbatch.nn.heads import Head, mlp
 
@@ -22,7 +22,7 @@ def cross_entropy(
     total = torch_cross_entropy(
         wide(logits).flatten(0, 1), label.flatten(), ignore_index=-1, label_smoothing=label_smoothing, reduction="sum"
     )
-    return batch_sum(total) / batch_sum((label >= 0).sum()).clamp(min=1)
+    return loss_sum(total) / batch_sum((label >= 0).sum()).clamp(min=1)
 
 
 class Supervised(Method):
@@ -76,4 +76,4 @@ class Supervised(Method):
         how: dict[str, Any] = {"ignore_index": -1, "label_smoothing": self.label_smoothing, "reduction": "none"}
         each = torch.stack([torch_cross_entropy(logits, label, **how) for label in labels])
         labelled = batch_sum((mixture.weight * (labels >= 0)).sum())
-        return batch_sum((mixture.weight * each).sum()) / labelled.masked_fill(labelled == 0, 1)
+        return loss_sum((mixture.weight * each).sum()) / labelled.masked_fill(labelled == 0, 1)

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from inbatch.batch import Batch, Losses, Mixture, Rows
 from inbatch.methods.base import Method, MixedKeys
-from inbatch.nn.batch_sums import batch_mean, own_share, whole
+from inbatch.nn.batch_sums import loss_mean, own_share, whole
 from inbatch.nn.functional import cross_prediction, normalize, product, scale_by_temperature, sinkhorn
 from inbatch.nn.heads import Head, Prototypes, mlp
 from inbatch.nn.logsumexp import check_temperature
@@ -82,7 +82,7 @@ class SwAV(Method):
     def mixed_loss(self, query: Rows, keys: Rows, mixture: Mixture, batch: Batch) -> Tensor:
         codes = sinkhorn(keys["prototypes"], self.epsilon, self.iterations).mean(0)
         log = scale_by_temperature(query["prototypes"], mixture.temperature or self.temperature).log_softmax(-1)
-        return -batch_mean((mixture.blend(codes) * log).sum(-1))
+        return -loss_mean((mixture.blend(codes) * log).sum(-1))
 
     def on_gradients(self, heads: nn.ModuleDict, batch: Batch, progress: float) -> None:
         if batch.epoch < self.freeze_prototypes_epochs:

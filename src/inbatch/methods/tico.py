@@ -8,7 +8,7 @@ from torch import Tensor
 
 from inbatch.batch import Batch, Losses, Rows
 from inbatch.methods.base import Method
-from inbatch.nn.batch_sums import batch_count, batch_mean, batch_sum
+from inbatch.nn.batch_sums import batch_count, batch_sum, loss_mean
 from inbatch.nn.functional import normalize, product
 from inbatch.nn.heads import Head, mlp
 from inbatch.nn.schedules import cosine
@@ -27,7 +27,7 @@ def tico(a: Float[Tensor, "n d"], b: Float[Tensor, "n d"], covariance: Float[Ten
     a, b = normalize(a), normalize(b.detach())
     past = a.detach() if detach else a
     covariance = beta * covariance.to(a.dtype) + (1 - beta) / batch_count(len(a), a) * batch_sum(product(past.T, past))
-    invariance, contrast = 1 - batch_mean((a * b).sum(-1)), batch_mean((product(a, covariance) * a).sum(-1))
+    invariance, contrast = 1 - loss_mean((a * b).sum(-1)), loss_mean((product(a, covariance) * a).sum(-1))
     return {"loss": invariance + rho * contrast, "invariance": invariance, "contrast": contrast}, covariance.detach()
 
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from inbatch.batch import Batch, Losses, Rows
 from inbatch.methods.base import Method
-from inbatch.nn.batch_sums import batch_count, batch_max, batch_mean, own_share, whole
+from inbatch.nn.batch_sums import batch_count, batch_max, loss_mean, own_share, whole
 from inbatch.nn.functional import cholesky_with_jitter, moments, normalize, wide
 from inbatch.nn.heads import Head, mlp
 from inbatch.rng import uniform
@@ -43,7 +43,7 @@ def wmse(
     y = whiten(x, mean, lower).flatten(1, 2)
     y = normalize(y) if norm else y / z.shape[2] ** 0.5
     i, j = torch.triu_indices(len(z), len(z), 1, device=z.device)
-    loss = batch_mean((y[i] - y[j]).square().sum(-1), count=len(i) * permutations.numel())
+    loss = loss_mean((y[i] - y[j]).square().sum(-1), count=len(i) * permutations.numel())
     most = batch_max(torch.cat([jitter.new_zeros(1), jitter.flatten()]))  # a rank may have no sub-batch
     return {"loss": loss.to(wide(z).dtype), "jitter": most}
 

@@ -86,21 +86,23 @@ def loss_sum(x: Tensor) -> Tensor:
     return x if peers is None else _Sum.apply(x, peers, True)
 
 
-def batch_mean(x: Tensor, dim: int | None = None, keepdim: bool = False, count: int | None = None) -> Tensor:
-    """Return the mean over a dimension that contains the samples, or over all dimensions.
+def batch_mean(x: Tensor, dim: int | None = None, keepdim: bool = False) -> Tensor:
+    """Return the mean over a dimension that contains the samples, or over all dimensions."""
+    if _peers() is None:
+        return x.mean() if dim is None else x.mean(dim, keepdim)
+    if dim is None:
+        return batch_sum(x.sum()) / batch_count(x.numel(), x.detach())
+    return batch_sum(x.sum(dim, keepdim)) / batch_count(x.shape[dim], x.detach())
+
+
+def loss_mean(x: Tensor, count: int | None = None) -> Tensor:
+    """Return the mean over all dimensions as a term of the loss (`loss_sum`).
 
     count: number of entries on all ranks, if it is known.
     """
     if _peers() is None:
-        return x.mean() if dim is None else x.mean(dim, keepdim)
-    if dim is None:
-        return batch_sum(x.sum()) / (batch_count(x.numel(), x.detach()) if count is None else count)
-    return batch_sum(x.sum(dim, keepdim)) / batch_count(x.shape[dim], x.detach())
-
-
-def loss_mean(x: Tensor) -> Tensor:
-    """Return the mean over all dimensions as a term of the loss (`loss_sum`)."""
-    return x.mean() if _peers() is None else loss_sum(x.sum()) / batch_count(x.numel(), x.detach())
+        return x.mean()
+    return loss_sum(x.sum()) / (batch_count(x.numel(), x.detach()) if count is None else count)
 
 
 def centred(x: Tensor, dim: int) -> Tensor:

@@ -16,9 +16,9 @@ from inbatch.nn import logsumexp
 from inbatch.nn.batch_sums import (
     batch_count,
     batch_log_softmax,
-    batch_mean,
     batch_sum,
     centred,
+    loss_mean,
     loss_sum,
     loss_var,
     own_rows,
@@ -218,7 +218,7 @@ def info_nce(
     if smooth:
         near = embedding_bag(nearest(q, queue, count=neighbours), queue, mode="mean")
         loss = loss + smooth * (positive - (q * near).sum(-1) / temperature)
-    return batch_mean(loss)
+    return loss_mean(loss)
 
 
 def mean_other_views(x: Float[Tensor, "v n d"]) -> Float[Tensor, "v n d"]:
@@ -234,7 +234,7 @@ def invariance(z: Float[Tensor, "v n d"], global_views: int | None = None) -> Fl
     if z.shape[0] < 2 or not 1 <= (len(z) if global_views is None else global_views) <= len(z):
         raise ValueError(f"needs at least 2 views, and 1 to {len(z)} global views, got {len(z)} and {global_views}")
     z = wide(z)
-    return batch_mean((z - z[:global_views].mean(0)).square())
+    return loss_mean((z - z[:global_views].mean(0)).square())
 
 
 def koleo(z: Float[Tensor, "v n d"], neighbours: int = 1, eps: float = 1e-8) -> Float[Tensor, ""]:
@@ -259,7 +259,7 @@ def koleo(z: Float[Tensor, "v n d"], neighbours: int = 1, eps: float = 1e-8) -> 
         own = near == positions(len(u), u.device)[:, None]
         near = near.gather(1, own.long().argsort(dim=1, stable=True)[:, :neighbours])
         logs.append((torch.linalg.vector_norm(u[:, None] - every[near] + eps, dim=-1) + eps).log())
-    return -batch_mean(torch.stack(logs))
+    return -loss_mean(torch.stack(logs))
 
 
 def sinkhorn(
@@ -284,4 +284,4 @@ def cross_prediction(p: Float[Tensor, "a n k"], logits: Float[Tensor, "v n k"]) 
     if len(logits) < 2 or not 1 <= len(p) <= len(logits) or p.shape[1:] != logits.shape[1:]:
         raise ValueError(f"a view predicts the others of the same rows, got {tuple(p.shape)} and {tuple(logits.shape)}")
     log = wide(logits).log_softmax(-1)
-    return -batch_mean((p * mean_other_views(log)[: len(p)]).sum(-1))
+    return -loss_mean((p * mean_other_views(log)[: len(p)]).sum(-1))

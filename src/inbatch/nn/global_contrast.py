@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from inbatch.nn.batch_sums import batch_count, batch_sum, whole
+from inbatch.nn.batch_sums import batch_count, loss_sum, whole
 from inbatch.nn.functional import logsumexp_excluding_self
 
 
@@ -48,7 +48,7 @@ def global_contrast(
     weighted = (q.detach() * of_queries).sum(-1)
     linear = (u * (of_queries / t[:, None] + of_keys)).sum()
     negatives = linear - (linear - weighted.sum()).detach()
-    return batch_sum(negatives - 2 * (u[0] * u[1]).sum()) / n, log_new, weighted
+    return loss_sum(negatives - 2 * (u[0] * u[1]).sum()) / n, log_new, weighted
 
 
 def updated(numbers: Float[Tensor, "m"], index: Int[Tensor, "n"], new: Float[Tensor, "n"]) -> Float[Tensor, "m"]:

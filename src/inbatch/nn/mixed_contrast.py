@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from inbatch.batch import Mixture
-from inbatch.nn.batch_sums import batch_count, batch_mean, batch_softmax, positions
+from inbatch.nn.batch_sums import batch_count, batch_softmax, loss_mean, positions
 from inbatch.nn.functional import (
     logsumexp_excluding_self,
     logsumexp_rows,
@@ -49,15 +49,15 @@ def mixed_contrast(
     if negatives is not None:
         each = (q * k[mixture.positive]).sum(-1)
         logs = [negatives.log_mixed(q, k, *one, t, queue, own) for one in zip(mixture.positive, each, strict=True)]
-        loss = batch_mean(mixture.shared(torch.logaddexp(each / t, torch.stack(logs)) - each / t))
+        loss = loss_mean(mixture.shared(torch.logaddexp(each / t, torch.stack(logs)) - each / t))
     elif own:
         each = (q * k[mixture.positive]).sum(-1) / t
-        loss = batch_mean(mixture.shared(torch.logaddexp(each, logsumexp_rows(q, None, t, queue)) - each))
+        loss = loss_mean(mixture.shared(torch.logaddexp(each, logsumexp_rows(q, None, t, queue)) - each))
     else:
-        loss = batch_mean(logsumexp_rows(q, k, t, queue) - positive)
+        loss = loss_mean(logsumexp_rows(q, k, t, queue) - positive)
     if smooth and queue is not None:
         near = embedding_bag(nearest(q, queue, count=neighbours), queue, mode="mean")
-        loss = loss + smooth * batch_mean(positive - (q * near).sum(-1) / t)
+        loss = loss + smooth * loss_mean(positive - (q * near).sum(-1) / t)
     return loss
 
 
@@ -93,7 +93,7 @@ def mixed_dcl(
             negative = negatives.log_mixed(q, k, places, positive, temperature)
             negative = negative.masked_fill(negative == -torch.inf, 0)
         losses.append(negative - (weight.detach() if detach else weight) * positive / temperature)
-    return batch_mean(mixture.shared(torch.stack(losses)))
+    return loss_mean(mixture.shared(torch.stack(losses)))
 
 
 def mixed_supcon(
@@ -124,4 +124,4 @@ def mixed_supcon(
         weights = [SameGroup(negatives.same[p], same, 0.0, ids[p], kinds) for p in mixture.positive]
         candidates = mixture.shared(torch.stack([logsumexp(q, every, temperature, weights=w) for w in weights]))
     loss = candidates - (q * mixture.blend(mean)).sum(-1) / temperature
-    return scale_by_temperature(batch_mean(loss), base_temperature / temperature)
+    return scale_by_temperature(loss_mean(loss), base_temperature / temperature)

@@ -25,6 +25,8 @@ PIECE = 4096
 
 Visit = Callable[[Sequence[Tensor], int, list[Tensor] | None], list[Tensor]]
 """(block, its rank, what it has collected; None at its first stop) -> what it has collected now."""
+Arrival = Callable[[], list[Tensor]]
+"""Waits for tensors that are on their way, and returns them."""
 Receive = Callable[[slice, list[Tensor]], None]
 """(piece of the own rows, what it has collected)."""
 
@@ -32,6 +34,8 @@ Receive = Callable[[slice, list[Tensor]], None]
 def travel(peers: Peers, sizes: Sequence[int], held: Sequence[Tensor], stops: int, first: Callable[[], None],
            visit: Visit, receive: Receive | None) -> None:  # fmt: skip
     """Send own rows to the next `stops` ranks, `PIECE` at a time, and visit the blocks that arrive here.
+
+    The next piece is on its way while one is visited, and what a piece has collected while the next one is.
 
     Args:
         peers: the ranks.
@@ -43,32 +47,45 @@ def travel(peers: Peers, sizes: Sequence[int], held: Sequence[Tensor], stops: in
         receive: called for every piece of the own rows with what it has collected, an entry for each of its rows; None:
             nothing is collected.
     """
-    for start in range(0, max(1, *sizes), PIECE):
-        counts = [min(PIECE, max(0, size - start)) for size in sizes]
-        piece = slice(start, start + counts[peers.rank])
-        begin = (lambda: None) if start else first
-        home = _travel_once(peers, counts, [x[piece] for x in held], stops, begin, visit, receive is not None)
+    starts = range(0, max(1, *sizes), PIECE) if stops else ()
+    pieces = [[min(PIECE, max(0, size - start)) for size in sizes] for start in starts]
+    own = [slice(start, start + counts[peers.rank]) for start, counts in zip(starts, pieces, strict=True)]
+
+    def send(number: int) -> Arrival | None:
+        if number == len(pieces):
+            return None
+        return peers.exchange([x[own[number]] for x in held], 1, pieces[number][peers.rank - 1])
+
+    def bring_home(number: int, home: Arrival | None) -> None:
         if receive is not None and home is not None:
-            receive(piece, home)
+            receive(own[number], home())
 
-
-def _travel_once(peers: Peers, sizes: Sequence[int], held: Sequence[Tensor], stops: int, first: Callable[[], None],
-                 visit: Visit, collects: bool) -> list[Tensor] | None:  # fmt: skip
-    """Send one block around, and return what it has collected."""
-    rank, world = peers.rank, peers.world
-    arrives = peers.exchange(held, 1, sizes[rank - 1]) if stops else None
+    arrives, home = send(0), None
     first()
-    results, follows = None, None
-    for stop in range(1, stops + 1):
+    for number, counts in enumerate(pieces):
         assert arrives is not None
-        block, origin = arrives(), (rank - stop) % world
+        arrived, arrives = arrives(), send(number + 1)
+        before, home = home, _travel_once(peers, counts, arrived, stops, visit, receive is not None)
+        bring_home(number - 1, before)
+    bring_home(len(pieces) - 1, home)
+
+
+def _travel_once(peers: Peers, sizes: Sequence[int], block: Sequence[Tensor], stops: int, visit: Visit,
+                 collects: bool) -> Arrival | None:  # fmt: skip
+    """Visit one block of every rank, send it on, and return what waits for what the own one has collected."""
+    rank, world = peers.rank, peers.world
+    arrives, results, follows = None, None, None
+    for stop in range(1, stops + 1):
+        origin = (rank - stop) % world
+        if arrives is not None:
+            block = arrives()
         arrives = peers.exchange(block, 1, sizes[origin - 1]) if stop < stops else None
         results = visit(block, origin, follows() if follows is not None else None)
         del block
         if collects:
             onward = stop < stops
             follows = peers.exchange(results, 1 if onward else -stops, sizes[origin - 1] if onward else sizes[rank])
-    return follows() if follows is not None else None
+    return follows
 
 
 class Passing(torch.autograd.Function):
@@ -130,7 +147,7 @@ class _Ring:
         def first() -> None:
             nonlocal lse, mean
             own = Block(q, k, *self.pairs, self.plan)
-            keep = min(exponentials.KEPT // self.peers.world, q.numel()) if keeps else 0  # at most as much as own rows
+            keep = exponentials.KEPT // self.peers.world if keeps else 0  # all ranks together as much as one process
             lse, _, mean = own.sums(weighs=weighs, keep=keep)
             self.kept = own.kept
 

@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from inbatch.batch import Batch, Mixture
-from inbatch.nn.batch_sums import batch_count, batch_mean
+from inbatch.nn.batch_sums import batch_count, loss_mean
 from inbatch.nn.clustering import Clusterings
 from inbatch.nn.functional import logsumexp_rows, normalize, wide
 from inbatch.nn.logsumexp import logsumexp
@@ -61,7 +61,7 @@ def chosen_proto_nce(
         own, others = own[counts[:n]], others[counts[n:]]
     if same is None:
         negative = logsumexp_rows(q, own, 1.0, others)
-        return batch_mean(negative - (q * (keys[:n] if mixture is None else mixture.blend(keys[:n]))).sum(-1))
+        return loss_mean(negative - (q * (keys[:n] if mixture is None else mixture.blend(keys[:n]))).sum(-1))
     places = torch.arange(n, device=q.device)[None] if mixture is None else mixture.positive
     among, rest = same if counts is None else same[counts[:n]], logsumexp(q, others, 1.0, shared=True)
     losses = []
@@ -69,4 +69,4 @@ def chosen_proto_nce(
         positive = (q * keys[place]).sum(-1)
         negative = log_add(logsumexp(q, own, 1.0, weights=SameGroup(same[place], among)), rest)
         losses.append(torch.logaddexp(positive, negative) - positive)
-    return batch_mean(losses[0] if mixture is None else mixture.shared(torch.stack(losses)))
+    return loss_mean(losses[0] if mixture is None else mixture.shared(torch.stack(losses)))

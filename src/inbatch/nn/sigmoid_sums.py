@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import logsigmoid
 
 from inbatch.nn import triton_sigmoid
-from inbatch.nn.batch_sums import batch_sum
+from inbatch.nn.batch_sums import loss_sum
 from inbatch.nn.exponentials import kernel_weights, on_kernels, reach
 from inbatch.nn.logsumexp import LEAST
 from inbatch.nn.pair_weights import PairWeights, PassingWeights, SameGroup, group_multiplier, multiplier
@@ -47,7 +47,7 @@ def sigmoid_sum(
             groups.check_rows(len(q), len(k))
     plan, bias = PLAN.get(), q.new_zeros(len(q)) if bias is None else bias
     if plan.peers is not None:
-        return batch_sum(_Tiled.apply(q, k, bias, positive, weights, plan))
+        return loss_sum(_Tiled.apply(q, k, bias, positive, weights, plan))
     if plan.mode == "never" or (plan.mode == "auto" and len(q) * len(k) < LEAST) or q.dtype not in CAP:
         return _whole(q, k, bias, positive, weights)
     return _Tiled.apply(q, k, bias, positive, weights, plan)

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from inbatch.nn.batch_sums import batch_count, batch_sum, own_rows, own_share, replicated, whole
+from inbatch.nn.batch_sums import batch_count, batch_sum, loss_sum, own_rows, own_share, replicated, whole
 from inbatch.nn.functional import normalize, product, wide
 from inbatch.nn.logsumexp import using
 from inbatch.rng import head, spread
@@ -111,7 +111,7 @@ def wasserstein(z: Float[Tensor, "v n d"], directions: Float[Tensor, "d k"]) -> 
         every, part = whole(wide(z), 1), own_share(directions, 1)
         with replicated():
             value = wasserstein(every, part) * part.shape[1] if part.numel() else every.sum() * 0
-        return batch_sum(value) / directions.shape[1]
+        return loss_sum(value) / directions.shape[1]
     n = z.shape[1]
     place = torch.arange(1, n + 1, dtype=torch.float64, device=z.device) / (n + 1)
     quantile = torch.special.ndtri(place)[:, None]

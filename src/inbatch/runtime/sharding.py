@@ -45,6 +45,21 @@ def is_sharded(module: nn.Module) -> bool:
     return any(is_shard(p) for p in module.parameters())
 
 
+def unit_sizes(module: nn.Module) -> list[int]:
+    """Return the bytes of the tensors that are gathered together, of every unit of a module; none without shards."""
+    if not is_sharded(module):
+        return []
+    from torch.distributed.fsdp import FSDPModule
+
+    sizes, counted = list[int](), set[Tensor]()
+    for unit in reversed(list(module.modules())):  # a unit comes before the one that contains it
+        if isinstance(unit, FSDPModule):
+            own = set(unit.parameters()) - counted
+            counted |= own
+            sizes.append(sum(p.numel() * p.element_size() for p in own))
+    return sizes
+
+
 def local(x: Any) -> Tensor:
     """Return this rank's part of a tensor, which shares its memory; the tensor itself if it is not divided."""
     part: Tensor = x.to_local() if is_shard(x) else x

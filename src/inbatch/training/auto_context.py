@@ -92,15 +92,10 @@ def resolve(
     Every rank must call it, and all get the same result.
 
     Raises:
-        ConfigError: If not even the smallest group fits, or the encoder is sharded.
+        ConfigError: If not even the smallest group fits.
     """
     if recipe.context != "auto":
         return recipe, None
-    if recipe.shard and distributed.world() > 1:
-        raise ConfigError(
-            "shard and context = auto exclude each other: a rank that runs out of memory in a dry step leaves the "
-            "others waiting; set a number (inbatch pretrain --dry-run states the memory)"
-        )
     gc.collect()
     frozen = gc.get_freeze_count()
     gc.freeze()  # the garbage collector then only scans what the dry steps allocate
@@ -117,14 +112,13 @@ def within_memory(
 ) -> tuple[Recipe, str]:
     """Return the recipe with a context that fits in the free memory, and a sentence if it had to be made smaller.
 
-    The estimate costs one small forward pass; no image is decoded. A context that the recipe sets is not changed. A
-    sharded encoder is not checked: the estimate is that of a whole one.
+    The estimate costs one small forward pass; no image is decoded. A context that the recipe sets is not changed.
     Every rank must call it, and all get the same result.
 
     Raises:
         ConfigError: If the context that the recipe sets does not fit, or no context does.
     """
-    if recipe.context == "auto" or (recipe.shard and distributed.world() > 1):
+    if recipe.context == "auto":
         return recipe, ""
     requested, share = recipe.context is not None, local_batch_size(recipe, distributed.world())
     context = int(recipe.context) if isinstance(recipe.context, int) else share
@@ -205,9 +199,8 @@ def fit(recipe: Recipe, source: Source, device: torch.device, workers: int | Non
         at = (second or smaller)[-1]
         tried[at] = bench.trial(at)
 
-    together = (
-        recipe.sync_norm and distributed.world() > 1
-    )  # a rank that runs out of memory would leave the others waiting
+    # A rank that runs out of memory would leave the others waiting.
+    together = (recipe.sync_norm or recipe.shard) and distributed.world() > 1
     how = "found by a dry step"
     while True:
         best = max(c for c in sizes if predict(tried, c) <= limit)

@@ -1,6 +1,7 @@
 """Build the components of a run from a recipe: source, loader, views, networks, method, optimiser, step."""
 
 import contextlib
+import copy
 import functools
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -109,9 +110,9 @@ def build(
     if loader.plan is not None:
         recipe = replace(recipe, read_streams=loader.plan.streams)
     whole = WholeEncoder(parts.encoder) if recipe.shard and distributed.world() > 1 else None
-    network, target = _make_networks(recipe, parts, device, whole is not None)
+    network, target, snapshot = _make_networks(recipe, parts, device, whole is not None)
     piece = recipe.batch_size // distributed.world() // groups
-    curator = curator_of(recipe, parts.views, network, piece, device)
+    curator = curator_of(recipe, parts.views, network, snapshot, piece, device)
     similar = plug_in_negatives(recipe, source, parts.method, network, parts.encoder, piece, device)
     if recipe.compile and whole is None:
         _compile(parts.views, network, target)
@@ -155,8 +156,11 @@ def _make_loader(recipe: Recipe, source: Source, views: AnyViews, device: torch.
 
 def _make_networks(
     recipe: Recipe, parts: DrawnParts, device: torch.device, sharded: bool
-) -> tuple[Network, Network | None]:
-    """Return the online and the target network on the device, in its precision and layout."""
+) -> tuple[Network, Network | None, Network | None]:
+    """Return the online and the target network on the device, in its precision and layout.
+
+    The third is a copy for curation, which cannot be made of a sharded network.
+    """
     network = Network(
         parts.encoder, parts.heads, parts.method.online, precision_for(recipe.precision, device), recipe.channels_last,
         recipe.joint_norm, parts.fuse, parts.fused,
@@ -168,12 +172,14 @@ def _make_networks(
         target = teacher_network(parts.teacher, parts.encoder, network.precision, recipe.channels_last)
     elif parts.method.target:
         target = make_target_network(network, parts.heads, parts.method.target)
+    keeps = recipe.curate is not None and recipe.curate.options["model"] == "snapshot"
+    snapshot = copy.deepcopy(network) if sharded and keeps else None
     if recipe.checkpoint_activations:  # after the target network is made, which has no backward pass
         build_checks.check_recompute(recipe, parts.encoder)
         recompute_activations(parts.encoder)
         network.recomputes = True
     parts.method.to(device)
-    for module in filter(None, (network, target)):
+    for module in filter(None, (network, target, snapshot)):
         learned = not (parts.teacher and module is target)
         if learned and sharded:
             if recipe.sync_norm:  # before, because shards have classes of their own
@@ -184,7 +190,7 @@ def _make_networks(
             module.to(memory_format=torch.channels_last)
         if learned and recipe.sync_norm and not sharded:
             _synchronise(module)
-    return network, target
+    return network, target, snapshot
 
 
 def _synchronise(network: Network) -> None:

@@ -25,7 +25,6 @@ def check_recipe(recipe: Recipe, source: Source, device: torch.device, context: 
         facts = {"use of Triton's kernels": kernels, "precision": precision_for(recipe.precision, device)}
         assert_equal_across_ranks(facts)
     check_reading(recipe)
-    check_shard(recipe)
     check_labels(recipe, source)
     check_negatives(recipe, source)
     if recipe.shuffle_groups and recipe.batch_size == context:
@@ -48,14 +47,6 @@ def check_reading(recipe: Recipe) -> None:
             "read = sequential and cache_on_device = true exclude each other: images that are kept in memory are read "
             "once; leave out one of the two"
         )
-
-
-def check_shard(recipe: Recipe) -> None:
-    """Raise ConfigError for settings that a sharded encoder does not allow."""
-    if not recipe.shard or distributed.world() == 1:
-        return
-    if recipe.curate is not None and recipe.curate.options.get("model") != "live":
-        raise ConfigError("shard: curation keeps a copy of the encoder, which is not divided; set curate.model=live")
 
 
 def check_recompute(recipe: Recipe, encoder: nn.Module) -> None:

@@ -19,6 +19,7 @@ from inbatch.models import Encoder
 from inbatch.models.network import Network
 from inbatch.runtime import distributed
 from inbatch.runtime.remote import is_url
+from inbatch.runtime.sharding import is_sharded
 from inbatch.training.mixing import compared_views
 from inbatch.training.negatives import embeds
 from inbatch.training.recipe import Recipe
@@ -71,8 +72,13 @@ def without_effect(recipe: Recipe, source: Source, loader: Loader, steps: int) -
     return notes
 
 
-def curator_of(recipe: Recipe, views: AnyViews, network: Network, piece: int, device: torch.device) -> Curator | None:
-    """Return the curator of a recipe; it embeds `piece` images at a time."""
+def curator_of(
+    recipe: Recipe, views: AnyViews, network: Network, snapshot: Network | None, piece: int, device: torch.device
+) -> Curator | None:
+    """Return the curator of a recipe; it embeds `piece` images at a time.
+
+    snapshot: a copy of a sharded network, divided like it.
+    """
     if recipe.curate is None:
         return None
     if len(views) < 2:
@@ -90,7 +96,7 @@ def curator_of(recipe: Recipe, views: AnyViews, network: Network, piece: int, de
             return torch.cat([torch.stack([rows(image) for image in images]) for images in parts], dim=1)
 
     curator = CURATORS[recipe.curate.name](**recipe.curate.options)
-    curator.prepare(network, embed, recipe.epochs)
+    curator.prepare(network, embed, recipe.epochs, snapshot, is_sharded(network))
     return curator.to(device)
 
 

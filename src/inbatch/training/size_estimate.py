@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from inbatch.models.network import Network
 from inbatch.runtime import distributed
 from inbatch.runtime.memory import free_bytes
-from inbatch.runtime.sharding import local
+from inbatch.runtime.sharding import local, unit_sizes
 from inbatch.training.build import RunComponents
 from inbatch.training.mixing import stand_ins
 from inbatch.training.negatives import embeds
@@ -30,6 +30,8 @@ OWN_COPIES = 10
 
 Measured by `benchmarks/ring.py` with 16,384 rows of a rank: its own, their gradients, and pieces that pass.
 """
+_GATHERED = 3
+"""Whole tensors of a sharded network's largest unit: its weights, those of the next one, and its gradients."""
 
 
 def parameters(module: nn.Module) -> int:
@@ -57,6 +59,7 @@ def estimate(built: RunComponents) -> dict[str, Any]:
     memory = {
         "weights": _bytes(held),
         "gradients": _bytes(learning),
+        "gathered": _GATHERED * max(unit_sizes(built.network), default=0),
         "optimiser": round(_state_per_number(built) * _bytes(learning)),
         "target_network": _bytes([*built.target.parameters(), *built.target.buffers()]) if built.target else 0,
         "curator": _bytes(built.step.curator.buffers()) + _bytes(built.step.curator.parameters())
