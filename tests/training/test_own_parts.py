@@ -337,9 +337,13 @@ def test_entry_points_are_found_after_our_own_names(tmp_path: Path, monkeypatch:
     methods = json.loads(listed.stdout)
     origins = {one["name"]: one["origin"] for one in methods["methods"]}
     assert origins["simclr"] == "inbatch" and origins["packed"].endswith("own_code.py, version 1.5")
+    assert {(one["part"], one["name"], one["origin"].split("/")[-1]) for one in methods["parts"]} == {
+        ("encoder", "packed_net", "own_code.py, version 1.5"), ("source", "packed", "pack_source.py, version 1.5"),
+    }  # fmt: skip
     assert "not used: the name is one of inbatch" in methods["broken"]["simclr"]
     assert "cannot be loaded from absent_module:X" in methods["broken"]["bad"]
-    assert "origin" in command("methods").stdout
+    shown = " ".join(command("methods").stdout.split())
+    assert "Of installed packages: part name origin" in shown and "source packed" in shown
     with pytest.raises(ConfigError, match="of the package pack cannot be loaded"):
         inbatch.dry_run("digits-canvas", "bad")
     with pytest.raises(ConfigError, match="did you mean 'packed'"):
