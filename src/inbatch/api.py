@@ -221,8 +221,7 @@ def dry_run(
         if plan.choice:
             start = time.perf_counter() - began - plan.choice.seconds
             more = {"start": start, "evaluation": evaluation_seconds(built, split)}
-        lines = [describe(built), *built.encoder.init_notes]
-        lines += [plan.context.sentence()] if plan.context else []
+        lines = [describe(built)] + ([plan.context.sentence()] if plan.context else [])
         lines += [*(plan.choice.sentences() if plan.choice else ()), *built.notes, expectation(built, seconds)]
         lines += [f"  {how}: about {duration(time)}" for how, time in smaller]
         return {

@@ -21,6 +21,19 @@ updated value. The step stores it after the optimiser and does not log it.
 STATE = "state."
 
 
+def loss_fault(losses: object) -> str | None:
+    """Return a sentence on what a method's `loss` returned if it is not `Losses` with a gradient; None if it is."""
+    if not isinstance(losses, dict) or "loss" not in losses:
+        return f"loss returns {type(losses).__name__}: return a dict with the scalar 'loss'"
+    for name, x in losses.items():
+        if not name.startswith(STATE) and (not isinstance(x, Tensor) or x.shape != ()):
+            kind = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+            return f"loss returns {kind} for {name!r}: return scalar tensors, for example means"
+    if not losses["loss"].requires_grad:
+        return "the loss carries no gradient: compute it from the rows of the online network, without detach or no_grad"
+    return None
+
+
 def split_state(losses: Losses) -> tuple[Losses, dict[str, Tensor]]:
     """Return the scalars of a loss, and the next values of the method's buffers by the names of the buffers."""
     scalars = {name: x for name, x in losses.items() if not name.startswith(STATE)}

@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -96,9 +97,9 @@ def test_a_writer_leaves_nothing_and_removes_what_dead_ones_left(tmp_path):
         [sys.executable, "-c", WRITER, str(target)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     with start() as killed, start() as leaving:
-        names = {process.pid: tmp_path / f".features.npz.{process.pid}.tmp" for process in (killed, leaving)}
         for process in (killed, leaving):
             assert process.stdout.readline() == "writing\n"
+        names = {x.pid: next(tmp_path.glob(f".features.npz.{x.pid}.*.tmp")) for x in (killed, leaving)}
         killed.kill()
         killed.wait()
         assert all(name.read_bytes() == b"half" for name in names.values())
@@ -113,13 +114,35 @@ def test_a_writer_leaves_nothing_and_removes_what_dead_ones_left(tmp_path):
 def test_what_a_dead_process_with_the_same_id_left_is_replaced_without_locks(tmp_path, monkeypatch):
     """In a container, ids start again at 1."""
     without_locks(monkeypatch)
-    mine, other = tmp_path / f".features.npz.{os.getpid()}.tmp", tmp_path / ".features.npz.7.tmp"
+    mine, other = (tmp_path / f".features.npz.{process}.0123abcd.tmp" for process in (os.getpid(), 7))
     mine.touch()
     other.touch()
     with files.replacing(tmp_path / "features.npz") as file:
         file.write(b"whole")
     assert (tmp_path / "features.npz").read_bytes() == b"whole"
     assert not mine.exists() and other.exists()  # it may still write
+
+
+@pytest.mark.parametrize("locks", [True, False])
+def test_two_threads_write_one_file_and_the_last_to_finish_wins(tmp_path, monkeypatch, locks):
+    """They shared one name by their process: one failed, or removed what the other was writing."""
+    if not locks:
+        without_locks(monkeypatch)
+    target, own, removed = tmp_path / "features.npz", files.unfinished, []
+
+    def too_late(path):  # another writer takes the new file for abandoned, before it is owned
+        if not removed:
+            path.unlink()
+            removed.append(path)
+        return own(path)
+
+    monkeypatch.setattr(files, "unfinished", too_late)
+    with files.replacing(target) as first:
+        first.write(b"first")
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(files.write_json, target, "second").result()
+        assert target.read_text() == '"second"\n'
+    assert removed and target.read_bytes() == b"first" and list(tmp_path.iterdir()) == [target]
 
 
 def test_a_folder_is_made_once_and_kept_only_if_it_is_renamed(tmp_path):

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 import inbatch
 from inbatch.apps.cli import app
 from inbatch.errors import ConfigError, Preempted
+from inbatch.models import create_encoder, save_encoder
 from inbatch.training import budget, calibration, evaluation_plan, requested_settings
 from inbatch.training.budget import Keeper, Pace, Timeline, duration, parse_budget
 from inbatch.training.budget_plan import Choice, plan_budget
@@ -270,7 +271,9 @@ def test_what_the_user_gives_stays_and_a_context_is_looked_for_before_a_step(
             _plan(**asked)
 
 
-def test_whole_steps_are_not_made_if_they_would_take_the_budget(monkeypatch: pytest.MonkeyPatch, short: None) -> None:
+def test_whole_steps_are_not_made_if_they_would_take_the_budget(
+    monkeypatch: pytest.MonkeyPatch, short: None, tmp_path: Path
+) -> None:
     def refuse(*args: Any) -> None:
         raise AssertionError("a whole step was made")
 
@@ -279,8 +282,11 @@ def test_whole_steps_are_not_made_if_they_would_take_the_budget(monkeypatch: pyt
     choice = _plan(budget="60s", encoder__name="tiny")  # 60 s allow 12 steps of 4 s, fewer on a busy machine
     assert 5 <= choice.chosen.steps <= 12 and any("steps only" in note for note in choice.notes)
     monkeypatch.setattr(calibration, "step_seconds", lambda built, samples: 100.0)
-    with pytest.raises(ConfigError, match=r"too short for tiny, 16 pixels and batch 16: a step takes about 100\.0 s"):
+    with pytest.raises(ConfigError, match=r"too short for tiny, 16 pixels .* about 100\.0 s\. Leave out encoder and"):
         _plan(budget="15s", encoder__name="tiny")
+    save_encoder(create_encoder("tiny", size=16, channels=IMAGES.shape[1]), tmp_path)
+    with pytest.raises(ConfigError, match=r"The encoder is that of --init: set a smaller batch, or give"):
+        _plan(budget="15s", encoder__name="tiny", encoder__init=str(tmp_path))
 
 
 def test_another_length_or_part_takes_the_place_of_a_files() -> None:

@@ -20,6 +20,7 @@ from inbatch.api import prepare
 from inbatch.errors import ConfigError, Preempted
 from inbatch.methods import METHODS
 from inbatch.methods.simclr import SimCLR
+from inbatch.nn.heads import Head
 from inbatch.runtime import own_parts
 from inbatch.runtime.own_parts import OwnPart
 from inbatch.runtime.source_hash import source_hash
@@ -94,6 +95,9 @@ def test_recipe_with_the_preset_of_an_own_method_is_read_without_it() -> None:
         with pytest.raises(ConfigError, match="preset = 'cifra' is unknown"):
             make({"data": "x", "method.name": name, "preset": "cifra"})
     assert written.preset == "cifar"
+    with inbatch.use_parts(method=OwnMethod):  # it has no presets
+        short = make({"data": "x", "method.name": own_parts.current()["method"].name, "epochs": 2})
+    assert short.preset == "none" and short.schedule.warmup_epochs == 0.2, "a short run must not be all warm-up"
     assert make(read_settings(written.nested())).nested() == written.nested()
 
 
@@ -179,6 +183,18 @@ def test_objects_that_cannot_be_parts_are_refused(tmp_path: Path) -> None:
             super().__init__()
             self.forward = forward
 
+    class Bare(OwnMethod):
+        def heads(self, width: int) -> Any:
+            return {"projection": torch.nn.Identity()}
+
+    class Adrift(OwnMethod):
+        def heads(self, width: int) -> Any:
+            return {"projection": Head(torch.nn.Identity(), "x")}
+
+    class Misnamed(OwnMethod):
+        def heads(self, width: int) -> Any:
+            return {"mlp": Head(torch.nn.Identity())}
+
     cases: list[tuple[dict[str, Any], str]] = [
         ({"method": OwnMethod(act=torch.nn.GELU)}, "holds only numbers, texts"),
         ({"method": Takes(1, 2)}, "give its arguments names"),
@@ -187,6 +203,9 @@ def test_objects_that_cannot_be_parts_are_refused(tmp_path: Path) -> None:
         ({"method": OwnNet}, "pass a name, or a Method"),
         ({"method": OwnMethod, "settings": {"method.s": 1}}, "has no setting 's'"),
         ({"method": OwnMethod, "settings": {"method.t": "x"}}, "method.t = 'x'"),
+        ({"method": Bare}, "returns Identity for 'projection': wrap networks in inbatch.nn.heads.Head"),
+        ({"method": Adrift}, "reads 'x', which is neither 'features' nor an earlier head"),
+        ({"method": Misnamed}, r"online = \('projection',\) must name heads .* returns \['mlp'\]"),
         ({"encoder": 3}, "pass a name, an nn.Module"),
         ({"encoder": lambda: 3}, "must make an nn.Module, not int"),
         ({"encoder": OwnNet, "settings": {"encoder.widt": 3}}, "no setting 'widt': did you mean 'width'"),
@@ -213,6 +232,21 @@ def test_objects_that_cannot_be_parts_are_refused(tmp_path: Path) -> None:
             inbatch.pretrain("digits-canvas", out=tmp_path / "run", subset=40, quiet=True, epochs=1,
                              **({"encoder": "tiny", "batch_size": 20} | fields))  # fmt: skip
         assert not (tmp_path / "run").exists(), message
+
+
+def test_a_loss_of_the_wrong_kind_is_named_at_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    built = prepare("digits-canvas", OwnMethod, encoder="tiny", subset=40, batch_size=8, epochs=1)
+    batch = next(iter(built.loader.epoch(0)))
+    for wrong, message in (
+        (torch.tensor(1.0), "OwnMethod: loss returns Tensor: return a dict with the scalar 'loss'"),
+        ({"los": torch.tensor(1.0)}, "loss returns dict: return a dict with the scalar 'loss'"),
+        ({"loss": torch.ones(8)}, r"loss returns \(8,\) for 'loss': return scalar tensors"),
+        ({"loss": 1.0}, "loss returns float for 'loss': return scalar tensors"),
+        ({"loss": torch.tensor(1.0)}, r"the loss carries no gradient: .* \(inbatch check-method tests all of a method"),
+    ):
+        monkeypatch.setattr(built.method, "loss", lambda *rows, wrong=wrong: wrong)
+        with pytest.raises(ConfigError, match=message):
+            built.step(batch, 0)
 
 
 def test_our_own_objects_keep_their_names() -> None:
@@ -264,6 +298,7 @@ def test_typed_parts_are_imported_from_the_current_folder(
         recipe["views"]["name"] == "my_parts:transform" and recipe["image_size"] == 12 and recipe["replans"] == [[3, 0]]
     )
     assert set(recipe["own"]) == {"method", "encoder", "views", "optimizer"}
+    assert "features.parquet --encoder my_parts:Net\n" in done.stdout, "the next commands must work as printed"
     for words, message in (
         (["evaluate", "run", "--protocol", "knn"], "type --encoder my_parts:Net"),
         (["pretrain", "--config", "run/recipe.json", "--out", "other"], "type --"),
@@ -302,9 +337,13 @@ def test_entry_points_are_found_after_our_own_names(tmp_path: Path, monkeypatch:
     methods = json.loads(listed.stdout)
     origins = {one["name"]: one["origin"] for one in methods["methods"]}
     assert origins["simclr"] == "inbatch" and origins["packed"].endswith("own_code.py, version 1.5")
+    assert {(one["part"], one["name"], one["origin"].split("/")[-1]) for one in methods["parts"]} == {
+        ("encoder", "packed_net", "own_code.py, version 1.5"), ("source", "packed", "pack_source.py, version 1.5"),
+    }  # fmt: skip
     assert "not used: the name is one of inbatch" in methods["broken"]["simclr"]
     assert "cannot be loaded from absent_module:X" in methods["broken"]["bad"]
-    assert "origin" in command("methods").stdout
+    shown = " ".join(command("methods").stdout.split())
+    assert "Of installed packages: part name origin" in shown and "source packed" in shown
     with pytest.raises(ConfigError, match="of the package pack cannot be loaded"):
         inbatch.dry_run("digits-canvas", "bad")
     with pytest.raises(ConfigError, match="did you mean 'packed'"):

@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from command_line import one_object, run
+from safetensors.torch import save_file
 from small_runs import assert_same_state, stop_after, tiny
 
 import inbatch
@@ -345,3 +347,16 @@ def test_the_encoder_of_init_is_that_of_the_weights(tmp_path: Path) -> None:
         assert with_encoder_of_init(given) == given
     with pytest.raises(ConfigError, match="nowhere does not exist"):
         create_encoder("tiny", size=32, init="nowhere")
+
+
+def test_the_encoder_of_a_folder_of_the_hub_is_recognised(tmp_path: Path) -> None:
+    """By the architecture of timm that its config.json states, else by its tensors."""
+    with torch.device("meta"):
+        weights = timm.create_model("resnet18", num_classes=0).state_dict()
+    empty = {name: torch.zeros_like(x, device="cpu") for name, x in weights.items()}
+    save_file(empty, tmp_path / "model.safetensors")
+    for config, name in ((None, "resnet18"), ({"architectures": ["ResNetModel"]}, "resnet18"),
+                         ({"architecture": "resnet10t"}, "resnet10t")):  # fmt: skip
+        if config is not None:
+            (tmp_path / "config.json").write_text(json.dumps(config))
+        assert with_encoder_of_init({"encoder.init": str(tmp_path)})["encoder.name"] == name

@@ -165,3 +165,33 @@ class Method(nn.Module):
         spread: spread(task, n) -> [task(0), ..., task(n - 1)], distributed over the ranks. Returns numbers for the log.
         """
         return {}
+
+
+def check_heads(method: Method, heads: Any, views: int) -> None:
+    """Raise ValueError if the heads of a method, the rows that it reads and its views do not fit each other."""
+    if not isinstance(heads, dict):
+        raise ValueError(f"heads() returns {type(heads).__name__}: return a dict {{name: Head(module, source)}}")
+    known = {"features"}
+    for name, head in heads.items():
+        if not isinstance(head, Head):
+            raise ValueError(
+                f"heads() returns {type(head).__name__} for {name!r}: wrap networks in inbatch.nn.heads.Head"
+            )
+        if head.source not in known:
+            raise ValueError(
+                f"the head {name!r} reads {head.source!r}, which is neither 'features' nor an earlier head"
+            )
+        known.add(name)
+    shared = {name for name, head in heads.items() if not head.online_only} | {"features"}
+    if not method.online or not set(method.online) <= known:
+        raise ValueError(
+            f"online = {method.online} must name heads that the loss reads; heads() returns {sorted(heads)}"
+        )
+    if not set(method.target) <= shared:
+        raise ValueError(
+            f"target = {method.target} must name heads that are not online_only; these are {sorted(shared)}"
+        )
+    for hook in ("online_views", "target_views") if method.target else ("online_views",):
+        numbers = list(getattr(method, hook)(views))
+        if not numbers or not set(numbers) <= set(range(views)):
+            raise ValueError(f"{hook}({views}) returns {numbers}: the views are numbered 0 to {views - 1}")

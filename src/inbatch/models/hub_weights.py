@@ -42,7 +42,7 @@ def read_hub(name: str) -> tuple[Contents, dict[str, Any]]:
 def folder_weights(folder: Path) -> tuple[Contents, dict[str, Any]] | None:
     """Return the weights of a folder in the layout of the hub; None if this library wrote it, or it has none."""
     file = next((folder / one for one in _FILES if (folder / one).is_file()), None)
-    config = _read(folder / "config.json")
+    config = read_config(folder / "config.json")
     if file is None or "inbatch" in config or ((folder / "config.json").exists() and not config):
         return None
     return _with_activation(read_contents(file), config), _published(config)
@@ -65,10 +65,11 @@ def _published(config: dict[str, Any]) -> dict[str, Any]:
 def hub_config(name: str) -> dict[str, Any]:
     """Return config.json of a repository; empty if it has none."""
     file = _file(name, "config.json")
-    return {} if file is None else _read(file)
+    return {} if file is None else read_config(file)
 
 
-def _read(file: Path) -> dict[str, Any]:
+def read_config(file: Path) -> dict[str, Any]:
+    """Return the object in a config.json; empty if there is none that can be read."""
     try:
         content = read_json(file)
     except DataError:

@@ -8,9 +8,9 @@ import torch
 from inbatch.errors import InbatchError
 from inbatch.models.backbones import build
 from inbatch.models.exact_weights import QUICK_GELU, activation, has_biases
-from inbatch.models.hub_weights import hub_config, is_hub, read_hub
+from inbatch.models.hub_weights import folder_weights, hub_config, is_hub, read_config, read_hub
 from inbatch.models.published_weights import counted, match
-from inbatch.models.weight_files import Contents, read_contents
+from inbatch.models.weight_files import Contents, is_sharded, read_contents
 from inbatch.models.weight_names import Tensors, namings
 
 _BLOCK = re.compile(r"(?:^|\.)(?:layer)?(\d)\.(\d+)\.conv\d\.weight$")
@@ -70,17 +70,24 @@ def _guess(tensors: Tensors) -> str | None:
 
 
 def encoder_of_weights(init: str | Path) -> str | None:
-    """Return the encoder of a file of weights or of a repository of the hub; None if it is not one of the usual ones.
+    """Return the encoder of weights of another program; None if it is not one of the usual ones.
 
     Args:
-        init: A path, or a name of `hub_weights`, whose config.json may state the architecture.
+        init: A name of `hub_weights`, a folder in its layout, whose config.json may state the architecture, or a file.
     """
     import timm
 
     try:
+        config = hub_config(str(init)) if is_hub(init) else read_config(Path(init) / "config.json")
+        name = config.get("architecture")
+        if isinstance(name, str) and timm.is_model(name):
+            return name
         if is_hub(init):
-            name = hub_config(str(init)).get("architecture")
-            return name if isinstance(name, str) and timm.is_model(name) else likely_encoder(read_hub(str(init))[0])
-        return likely_encoder(read_contents(Path(init)))
+            return likely_encoder(read_hub(str(init))[0])
+        path = Path(init)
+        if path.is_file() or is_sharded(path):
+            return likely_encoder(read_contents(path))
+        found = folder_weights(path)
+        return None if found is None else likely_encoder(found[0])
     except InbatchError:
         return None  # reported when the weights are loaded

@@ -5,11 +5,12 @@ import json
 import math
 import os
 import re
+import secrets
 import shutil
 import socket
 import stat
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any, BinaryIO
@@ -17,12 +18,18 @@ from typing import Any, BinaryIO
 from inbatch.errors import ConfigError, DataError, InbatchError
 from inbatch.runtime.unfinished import remove_abandoned, unfinished
 
+_TRIES = 10  # to own a new file
+
+_writing: set[Path] = set()
+"""Unfinished files of this process, by which they differ from those of a dead process with the same id."""
+
 
 @contextmanager
 def replacing(path: Path, keep: Path | None = None) -> Iterator[BinaryIO]:
     """Yield a new file that replaces `path` atomically after it is completely on the disk.
 
-    A missing folder is created; if `path` is a link, its target is replaced, not the link.
+    A missing folder is created; if `path` is a link, its target is replaced, not the link. Threads and processes may
+    write the same file at the same time: each has a new file of its own, and the last one to finish replaces `path`.
 
     Files that dead processes left beside it, unfinished versions of the same file, are removed.
 
@@ -34,29 +41,50 @@ def replacing(path: Path, keep: Path | None = None) -> Iterator[BinaryIO]:
         InbatchError: if the file cannot be written, with the path and the free space; `path` is then unchanged.
     """
     place = Path(os.path.realpath(path)) if os.path.islink(path) else path
-    temporary = place.with_name(f".{place.name}.{os.getpid()}.tmp")
     try:
         _replaceable(place)
         for left in _temporaries(place):
-            if remove_abandoned(left) is None and left == temporary:
+            if remove_abandoned(left) is None and left not in _writing and left.name.split(".")[-3] == str(os.getpid()):
                 left.unlink(missing_ok=True)  # without locks: left by a dead process with the same id
-        with open(temporary, "x+b") as file, unfinished(temporary):  # x: never through an existing link
+        with _new_file(place) as (temporary, file):
             yield file
             file.flush()
             os.fsync(file.fileno())
             if os.name != "posix":  # an open file could not be renamed
                 file.close()
-            if keep is not None and place.exists():
-                os.replace(place, keep)
+            if keep is not None:
+                with suppress(FileNotFoundError):
+                    os.replace(place, keep)
             os.replace(temporary, place)
         _sync_folder(place.parent)
     except OSError as error:
         raise cannot_write(path, error) from error
 
 
+@contextmanager
+def _new_file(place: Path) -> Iterator[tuple[Path, BinaryIO]]:
+    """Create a file beside another one, under a name that no other writer has, and own it within the context.
+
+    Another writer may take it for abandoned, and remove it, before it is owned: then another one is created.
+    """
+    with ExitStack() as stack:
+        for left in reversed(range(_TRIES)):
+            temporary = place.with_name(f".{place.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+            _writing.add(temporary)
+            stack.callback(_writing.discard, temporary)
+            file = stack.enter_context(open(temporary, "x+b"))  # x: never through an existing link
+            try:
+                stack.enter_context(unfinished(temporary))
+                break
+            except FileNotFoundError:
+                if not left:
+                    raise
+        yield temporary, file
+
+
 def _temporaries(place: Path) -> list[Path]:
     """Return the unfinished versions of a file, of this and of other processes."""
-    pattern = re.compile(rf"\.{re.escape(place.name)}\.\d+\.tmp")
+    pattern = re.compile(rf"\.{re.escape(place.name)}\.\d+\.[0-9a-f]{{8}}\.tmp")
     with suppress(OSError):
         return [place.with_name(name) for name in os.listdir(place.parent) if pattern.fullmatch(name)]
     return []

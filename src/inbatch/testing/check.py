@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from inbatch.batch import split_state
+from inbatch.batch import loss_fault, split_state
 from inbatch.errors import ConfigError, InbatchError, check_whole, listed, reason
-from inbatch.methods.base import Method
-from inbatch.nn.heads import Head
+from inbatch.methods.base import Method, check_heads
 from inbatch.runtime.isolation import usual_state
 from inbatch.testing import equation, training
 from inbatch.testing.derivative import derivative
@@ -177,23 +176,10 @@ def _made(trial: Trial) -> Finding:
         return Finding("heads", False, sentence)
 
     method, heads = trial.method()
-    views, known = trial.views(method), {"features"}
-    for name, head in heads.items():
-        if not isinstance(head, Head):
-            return fails(f"heads() returns {type(head).__name__} for {name!r}: wrap networks in inbatch.nn.heads.Head")
-        if head.source not in known:
-            return fails(f"the head {name!r} reads {head.source!r}, which is neither 'features' nor an earlier head")
-        known.add(name)
-    shared = {name for name, head in heads.items() if not head.online_only}
-    if not method.online or not set(method.online) - {"features"} <= set(heads):
-        return fails(f"online = {method.online} must name heads that the loss reads; heads() returns {sorted(heads)}")
-    if not set(method.target) <= shared:
-        return fails(f"target = {method.target} must name heads that are not online_only; these are {sorted(shared)}")
-    used = {"online_views": method.online_views(views)} | ({"target_views": method.target_views(views)} if method.target
-                                                          else {})  # fmt: skip
-    for hook, numbers in used.items():
-        if not list(numbers) or not set(numbers) <= set(range(views)):
-            return fails(f"{hook}({views}) returns {list(numbers)}: the views are numbered 0 to {views - 1}")
+    try:
+        check_heads(method, heads, trial.views(method))
+    except ValueError as error:
+        return fails(str(error))
     if method.target:
         momenta = [method.target_momentum(progress / 4) for progress in range(5)]
         if not all(0 <= momentum <= 1 for momentum in momenta):
@@ -221,8 +207,8 @@ def _loss(trial: Trial) -> Finding:
         if "in-place operation" not in str(error):
             raise
         return equation.rows(trial)
-    if not isinstance(losses, dict) or "loss" not in losses:
-        return Finding("loss", False, f"loss returns {type(losses).__name__}: return a dict with the scalar 'loss'")
+    if fault := loss_fault(losses):
+        return Finding("loss", False, fault)
     losses, state = split_state(losses)
     known = dict(method.named_buffers())
     for name, x in state.items():
@@ -236,13 +222,6 @@ def _loss(trial: Trial) -> Finding:
         if x.requires_grad:
             return Finding("loss", False, f"loss returns 'state.{name}' with its graph, which a buffer would keep: "
                            "return it with detach()")  # fmt: skip
-    for name, x in losses.items():
-        if not isinstance(x, Tensor) or x.shape != ():
-            kind = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-            return Finding("loss", False, f"loss returns {kind} for {name!r}: return scalar tensors, for example means")
-    if not losses["loss"].requires_grad:
-        return Finding("loss", False, "the loss carries no gradient: compute it from the rows of the online network, "
-                       "without detach or no_grad")  # fmt: skip
     if not bool(losses["loss"].isfinite()):
         return Finding("loss", False, f"the loss of random rows is {float(losses['loss']):.4g}")
     return Finding("loss", True, "the loss is a finite scalar")

@@ -146,10 +146,12 @@ def calibrate(
         left = distributed.broadcast_object(budget - (time.perf_counter() - began))
         steps = fitting_steps(built, TRAINED * left, seconds, extra)
         if steps < FEWEST and not trials:
+            started = settings.get("encoder.init") is not None
+            advice = "The encoder is that of --init: set" if started else "Leave out encoder and preset, set"
             raise ConfigError(
                 f"budget = {duration(budget)} is too short for {built.encoder.name}, "
                 f"{recipe.image_size} pixels and batch {built.recipe.batch_size}: "
-                f"a step takes about {seconds:,.1f} s. Leave out encoder and preset, set a "
+                f"a step takes about {seconds:,.1f} s. {advice} a "
                 f"smaller batch, or give at least {duration(max(2 * budget, 40 * seconds))}"
             )
         steps = max(1, steps)

@@ -12,7 +12,7 @@ from inbatch.context.mixing import Mixer
 from inbatch.data import Source
 from inbatch.data.views import AnyViews
 from inbatch.errors import ConfigError, reason
-from inbatch.methods.base import Method
+from inbatch.methods.base import Method, check_heads
 from inbatch.models import Encoder, check_side
 from inbatch.models.lora import add_lora
 from inbatch.nn.heads import Head
@@ -67,6 +67,7 @@ def draw_weights(
             classes = int(source.labels.max()) + 1
             method.prepare(images=len(source), classes=classes, batch=recipe.batch_size, views=len(views))
             heads = method.heads(encoder.width)
+            check_heads(method, heads, len(views))
             check_momentum(method)
         if recipe.lora:
             notes.append(_adapted(recipe, encoder))

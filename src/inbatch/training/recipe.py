@@ -67,7 +67,7 @@ class Schedule:
 
     Attributes:
         name: After the warm-up: half a cosine to `end` times the rate, steps at `milestones`, or constant.
-        warmup_epochs: Epochs of linear increase from 0.
+        warmup_epochs: Epochs of linear increase from 0; if it is not set, at most a tenth of the run.
         end: Final rate of the cosine, as a share of the rate.
         milestones: Shares of the run at which "step" multiplies the rate by 0.1.
         freeze_encoder_epochs: Epochs at the start in which only the heads learn: the encoder gets no gradient and keeps
@@ -291,9 +291,9 @@ def make(settings: Mapping[str, Any]) -> Recipe:
     check_known("crops", top.get("crops", "default"), CROPS)
     epochs, schedule = finite_number(top.get("epochs", 100)), options.pop("schedule")
     size = int(finite_number(top.get("image_size", 224)))  # if it is invalid, the validation below names it
-    if "schedule.warmup_epochs" not in settings and "schedule.warmup_epochs" in merged:
-        # A preset's warm-up applies to its own length; in a shorter run it is limited to a tenth.
-        schedule["warmup_epochs"] = min(schedule["warmup_epochs"], epochs / 10)
+    if "schedule.warmup_epochs" not in settings:
+        # That of a preset, or the default, applies to its own length; in a shorter run it is limited to a tenth.
+        schedule["warmup_epochs"] = min(schedule.get("warmup_epochs", Schedule.warmup_epochs), max(epochs, 0) / 10)
     if top.get("evaluate_every") is None:
         top["evaluate_every"] = max(1, int(epochs) // 10)
     parts = {part: make_part(part, chosen, size) for part, chosen in options.items()}

@@ -16,7 +16,6 @@ from inbatch.models.initial_weights import is_named
 from inbatch.models.likely_encoder import encoder_of_weights
 from inbatch.models.lora import merged
 from inbatch.models.shipped_weights import with_shipped
-from inbatch.models.weight_files import is_sharded
 from inbatch.models.weights import fill
 from inbatch.models.whitened_patches import WhitenedPatches
 from inbatch.rng import fold
@@ -129,17 +128,16 @@ def with_encoder_of_init(settings: Settings) -> Settings:
     if is_named(init):
         return _with_name(settings, encoder_of_weights(init))
     folder = with_shipped(path_of(init, "encoder.init"))
+    file = folder / "config.json"
     if (folder / "recipe.json").is_file():
         encoder = make(read_file(folder / "recipe.json")).encoder
         arguments = {"name": encoder.name} | encoder.options
-    elif (folder / "config.json").is_file():
-        file = folder / "config.json"
-        saved = object_in(read_json(file), "inbatch", file)
+    elif saved := object_in(read_json(file), "inbatch", file) if file.is_file() else {}:
         arguments = {"name": saved.get("name")} | object_in(saved, "arguments", file)
         if "readout" in saved:
             arguments["whiten"] = True
     else:
-        return _with_name(settings, encoder_of_weights(folder) if folder.is_file() or is_sharded(folder) else None)
+        return _with_name(settings, encoder_of_weights(folder))
     if arguments["name"] == "fast":  # an encoder saved without this layer must not get it from a preset
         arguments.setdefault("whiten_patches", False)
     saved_settings = {

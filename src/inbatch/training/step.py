@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from inbatch.batch import Batch, Rows, split_state
+from inbatch.batch import Batch, Rows, loss_fault, split_state
 from inbatch.context.curation import Curator
 from inbatch.context.mixing import Mixer
 from inbatch.context.negatives import DropSimilar
-from inbatch.errors import TrainingError
+from inbatch.errors import ConfigError, TrainingError
 from inbatch.methods.base import Method
 from inbatch.models.network import Network, ema_update, running_statistics
 from inbatch.nn import logsumexp
@@ -129,6 +129,8 @@ class Step:
         shares: dict[str, Any] = {"rank": distributed.rank(), "world": distributed.world(), "add": distributed.add_}
         with logsumexp.using(products=self.products, peers=peers, **({} if own else shares)):
             terms = (self.method if mixing is None else mixing).loss(rows, target_rows, samples)
+            if fault := loss_fault(terms):
+                raise ConfigError(f"{type(self.method).__name__}: {fault} (inbatch check-method tests all of a method)")
             losses, state = split_state(terms)
             if self.variance:
                 narrow = torch.stack([variance_hinge(x) for x in rows.values()]).mean()

@@ -241,11 +241,12 @@ def methods(
             told = explain_method(typed("method", name))
             print_json(told) if as_json else print_method(told)
             return
-        every, broken = explain_methods()
+        every, others, broken = explain_methods()
         if as_json:
-            print_json({"methods": every} | ({"broken": broken} if broken else {}))
+            more = {"parts": others, "broken": broken}
+            print_json({"methods": every} | {key: found for key, found in more.items() if found})
             return
-        print_methods(every)
+        print_methods(every, others)
         for sentence in broken.values():
             warn(sentence)
 

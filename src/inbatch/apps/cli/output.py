@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from inbatch.apps.console import print_table, say
 from inbatch.errors import many
+from inbatch.runtime.own_parts import is_own
 
 if TYPE_CHECKING:  # at run time, every --help would import torch
     from inbatch.apps.quickstart import Verdict
@@ -157,9 +158,11 @@ def print_run(result: Mapping[str, Any]) -> None:
     for sentence in result["collapsed"]:
         say(f"Warning:    at the end of the run {sentence}", "")
     say(f"Speed:      {result['images_per_second']:,.0f} images/s, {result['training_seconds']:,.0f} s of training")
-    say(f"Run:        {run}", "", "Next:", "", f"  inbatch embed {folder} {data} -o features.parquet")
+    name = result["recipe"]["encoder"]["name"]
+    typed = f" --encoder {shlex.quote(name)}" if is_own(name) else ""
+    say(f"Run:        {run}", "", "Next:", "", f"  inbatch embed {folder} {data} -o features.parquet{typed}")
     if result["evaluation"]:
-        say(f"  inbatch evaluate {folder} --k 20")
+        say(f"  inbatch evaluate {folder} --k 20{typed}")
 
 
 def print_dry_run(found: Mapping[str, Any]) -> None:

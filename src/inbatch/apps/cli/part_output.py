@@ -9,6 +9,7 @@ from inbatch.apps.console import print_table, say
 
 if TYPE_CHECKING:  # at run time, every --help would import torch
     from inbatch.methods.base import Method
+    from inbatch.runtime.own_parts import OwnPart
 
 
 def explain_method(named: Any) -> dict[str, Any]:
@@ -20,11 +21,15 @@ def explain_method(named: Any) -> dict[str, Any]:
     own = named if isinstance(named, OwnPart) else None if named in METHODS else find("method", named)
     if own is None:
         return explain(named, method_named(named))
-    return explain(own.name, own.maker, f"{own.file or 'memory'}{f', version {own.version}' if own.version else ''}")
+    return explain(own.name, own.maker, _origin(own))
 
 
-def explain_methods() -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """Return every method, ours and those of installed packages, and sentences on those that are left out."""
+def _origin(own: "OwnPart") -> str:
+    return f"{own.file or 'memory'}{f', version {own.version}' if own.version else ''}"
+
+
+def explain_methods() -> tuple[list[dict[str, Any]], list[dict[str, str]], dict[str, str]]:
+    """Return every method, the encoders and sources of installed packages, and sentences on parts that are left out."""
     from inbatch.methods import METHODS
     from inbatch.runtime.own_parts import every_installed
 
@@ -35,9 +40,12 @@ def explain_methods() -> tuple[list[dict[str, Any]], dict[str, str]]:
             broken[name] = f"a method {name} of a package ({own.file}) is not used: the name is one of inbatch"
         else:
             every.append(explain_method(own))
+    others = list[dict[str, str]]()
     for part in ("encoder", "source"):
-        broken |= every_installed(part)[1]
-    return every, broken
+        found, unusable = every_installed(part)
+        others += [{"part": part, "name": name, "origin": _origin(own)} for name, own in found.items()]
+        broken |= unusable
+    return every, others, broken
 
 
 def explain(name: str, kind: "type[Method]", origin: str = "inbatch") -> dict[str, Any]:
@@ -68,16 +76,18 @@ def _default(value: Any) -> Any:
     return value if is_plain(value) else str(value)
 
 
-def print_methods(every: Sequence[Mapping[str, Any]]) -> None:
-    """Print a row per method, with its origin if some are not of inbatch."""
-    others = any(m["origin"] != "inbatch" for m in every)
+def print_methods(every: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, str]]) -> None:
+    """Print a row per method, and the origin of every part that is not of inbatch."""
     rows = [
         (m["name"], m["what"], m["views"], _yes(m["target_network"]), _yes(m["labels"]), ", ".join(m["presets"]))
-        + ((m["origin"],) if others else ())
         for m in every
     ]
-    columns = ("method", "what it is", "views", "target network", "labels", "presets")
-    print_table(columns + (("origin",) if others else ()), rows)
+    print_table(("method", "what it is", "views", "target network", "labels", "presets"), rows)
+    installed = [("method", m["name"], m["origin"]) for m in every if m["origin"] != "inbatch"]
+    installed += [(part["part"], part["name"], part["origin"]) for part in others]
+    if installed:
+        say("", "Of installed packages:", "")
+        print_table(("part", "name", "origin"), installed)
     say("", "Every method also has the preset fast, for a budget of time, and for the embedded data the presets digits")
     say("and digits-colour.")
     say("One method in detail: inbatch methods NAME")
