@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,8 @@ import inbatch
 from inbatch.data import open_data, splits
 from inbatch.errors import DataError
 from inbatch.evaluation import Embeddings, write_embeddings
+from inbatch.evaluation.neighbours import nearest_others
+from inbatch.evaluation.selected_rows import SelectedRows
 
 
 @pytest.fixture(scope="module")
@@ -68,9 +71,17 @@ def test_duplicates_are_grouped_across_splits(photos: Path, tmp_path: Path) -> N
     assert not one["groups"] and one["splits"] == {"train": 6} and one["candidates"]["by"] == ["thumbnails"]
 
 
-def test_candidates_by_features(photos: Path, features: Path) -> None:
+def test_candidates_by_features(photos: Path, features: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = []
+
+    def search(vectors: SelectedRows, *options: Any, **named: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        rows.append(vectors)
+        return nearest_others(vectors, *options, **named)
+
+    monkeypatch.setattr("inbatch.apps.collection.duplicates.nearest_others", search)
     by_features = inbatch.find_duplicates(photos, features, candidates="features", neighbours=8)
     assert by_features["candidates"]["by"] == ["features"] and by_features["duplicates"] == 2
+    assert len(rows[0]) == 8 and len(rows[0].rows) == 9, "a copy of all features without one of the identical images"
     assert inbatch.find_duplicates(photos, features)["candidates"]["by"] == ["thumbnails", "features"]
 
 

@@ -10,6 +10,7 @@ from inbatch.errors import ConfigError, DataError
 from inbatch.evaluation import exact_search
 from inbatch.evaluation.exact_search import unit_rows
 from inbatch.evaluation.neighbours import nearest, nearest_others
+from inbatch.evaluation.selected_rows import SelectedRows
 
 
 def brute(query: torch.Tensor, bank: torch.Tensor, k: int, own: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
@@ -41,13 +42,20 @@ def test_neighbours_are_exact_in_any_tiles_and_ties_are_in_order(
             (nearest(rows[:7], rows, k), brute(rows[:7], rows, k)),
         ):
             assert torch.equal(result[0], wanted[0]) and torch.equal(result[1], wanted[1])
+        some, wanted = torch.arange(0, count, 2), nearest_others(rows[::2], k)
+        result = nearest_others(SelectedRows(rows, some), k)
+        assert torch.equal(result[0], wanted[0]) and torch.equal(result[1], wanted[1])
 
 
-def test_products_of_unit_rows_are_exact_in_any_order_of_their_sum() -> None:
+def test_products_of_unit_rows_are_exact_in_any_order_of_their_sum(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = unit_rows(torch.randn(20, 700) * torch.logspace(-8, 20, 20)[:, None]).double()
     order = torch.randperm(700)
     assert torch.equal(rows @ rows.T, rows[:, order] @ rows[:, order].T)
     assert (rows.norm(dim=1) - 1).abs().max() < 1e-6
+    vectors = torch.randn(20, 700)
+    wanted = unit_rows(vectors)
+    monkeypatch.setattr(exact_search, "_NORMED", 7)
+    assert torch.equal(unit_rows(vectors), wanted)
 
 
 def test_settings_that_cannot_be_used_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,6 +86,9 @@ def test_approximate_neighbours_have_exact_similarities_and_few_are_missed(tmp_p
     rank = (approximate[1][:, :, None] == exact[1][:, None]).nonzero()
     assert torch.equal(approximate[0][rank[:, 0], rank[:, 1]], exact[0][rank[:, 0], rank[:, 2]])
     index, file, key = NeighbourIndex.build(rows), tmp_path / "index.safetensors", fingerprint(rows)
+    some = torch.arange(0, 4000, 3)
+    chosen, copied = (NeighbourIndex.build(part).nearest_others(5) for part in (SelectedRows(rows, some), rows[some]))
+    assert torch.equal(chosen[0], copied[0]) and torch.equal(chosen[1], copied[1])
     index.save(file, key)
     loaded = NeighbourIndex.load(file, key, rows)
     assert loaded is not None and torch.equal(loaded.nearest_others(10)[1], approximate[1])

@@ -144,6 +144,20 @@ def test_threads_that_work_are_not_waited_for():
     assert list(thread_map(lambda number: number**2, range(5), 2)) == [0, 1, 4, 9, 16]
 
 
+def test_results_do_not_accumulate_for_a_slow_consumer():
+    taken = []
+
+    def items():
+        for number in range(100):
+            taken.append(number)
+            yield number
+
+    results = thread_map(lambda number: number**2, items(), 2)
+    for number in range(3):
+        assert next(results) == number**2 and len(taken) < number + 20
+    assert len(list(results)) == 97
+
+
 def test_work_that_may_be_lost_within_work_that_must_be_finished():
     """An evaluation on rank 0, for which the other ranks wait."""
     with stop_on_signals() as stop:

@@ -14,14 +14,17 @@ from torch import Tensor
 
 from inbatch.errors import ConfigError, DataError, check_whole
 from inbatch.evaluation.knn import largest
+from inbatch.evaluation.selected_rows import AnyRows
 from inbatch.nn.cpu_matmul import fast_products
 
 _QUERIES, _BANK = 512, 1 << 15  # similarities in memory at a time: 64 MB
 _MORE = 16  # candidates in addition to k
 _SETTLED = 1 << 23  # numbers of candidates in memory at a time: 96 MB in both precisions
 _GRID = 2.0**26
+_NORMED = 256  # rows whose lengths are computed at a time: float64 doubles their memory
 
 
+@torch.no_grad()
 def unit_rows(vectors: Float[Tensor, "n f"]) -> Float[Tensor, "n f"]:
     """Return the rows divided by their length, rounded to multiples of 2^-26; rows of zeros stay zero.
 
@@ -31,11 +34,14 @@ def unit_rows(vectors: Float[Tensor, "n f"]) -> Float[Tensor, "n f"]:
     rows = vectors.float()
     if not rows.sum().isfinite() and not rows.isfinite().all():
         raise DataError("the features hold NaN or infinity: the encoder has diverged")
-    length = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=torch.float64).clamp_(min=1e-12)
-    return rows.div(length.float()).mul_(_GRID).round_().div_(_GRID)
+    units = torch.empty_like(rows)
+    for some, out in zip(rows.split(_NORMED), units.split(_NORMED), strict=True):
+        length = torch.linalg.vector_norm(some, dim=1, keepdim=True, dtype=torch.float64).clamp_(min=1e-12)
+        torch.div(some, length.float(), out=out).mul_(_GRID).round_().div_(_GRID)
+    return units
 
 
-def check(k: int, most: int, query: Float[Tensor, "q f"], bank: Float[Tensor, "m g"]) -> None:
+def check(k: int, most: int, query: AnyRows, bank: AnyRows) -> None:
     """Raise ConfigError unless k is in 1 to `most`, and DataError if the rows have different widths."""
     check_whole("k", k)
     if query.shape[1] != bank.shape[1]:
@@ -47,7 +53,7 @@ def check(k: int, most: int, query: Float[Tensor, "q f"], bank: Float[Tensor, "m
 
 
 def search(
-    query: Float[Tensor, "q f"], bank: Float[Tensor, "m f"], k: int, own: Int[Tensor, "q"] | None = None
+    query: AnyRows, bank: AnyRows, k: int, own: Int[Tensor, "q"] | None = None
 ) -> tuple[Float[Tensor, "q k"], Int[Tensor, "q k"]]:
     """Return the exact neighbours of `nearest`; `own` is the row of each query in the bank, which is left out."""
     available = len(bank) - (own is not None)
@@ -62,7 +68,7 @@ def search(
     return similarity, place
 
 
-def _tiles(bank: Tensor) -> Iterator[tuple[int, Tensor]]:
+def _tiles(bank: AnyRows) -> Iterator[tuple[int, Tensor]]:
     """Yield the first position and the unit rows of each part of the bank: each row of a mapped bank is read once."""
     for start in range(0, len(bank), _BANK):
         yield start, unit_rows(bank[start : start + _BANK])
@@ -79,7 +85,7 @@ def _products(rows: Tensor, tile: Tensor, start: int, own: Tensor | None) -> Ten
     return products
 
 
-def _candidates(query: Tensor, bank: Tensor, count: int, own: Tensor | None) -> tuple[Tensor, Tensor]:
+def _candidates(query: AnyRows, bank: AnyRows, count: int, own: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return the positions of the `count` nearest rows of each query in float32, in no order, and their smallest."""
     near = torch.full((len(query), count), -torch.inf)
     place = torch.zeros(len(query), count, dtype=torch.long)
@@ -95,7 +101,7 @@ def _candidates(query: Tensor, bank: Tensor, count: int, own: Tensor | None) -> 
 
 
 def ordered(
-    query: Float[Tensor, "q f"], bank: Float[Tensor, "m f"], place: Int[Tensor, "q n"], k: int
+    query: AnyRows, bank: AnyRows, place: Int[Tensor, "q n"], k: int
 ) -> tuple[Float[Tensor, "q k"], Int[Tensor, "q k"]]:
     """Return the similarities and positions of the k nearest of the rows at `place`, in the order of `nearest`.
 
@@ -112,7 +118,7 @@ def ordered(
     return similarity, chosen
 
 
-def _in_float64(query: Tensor, bank: Tensor, k: int, own: Tensor | None) -> tuple[Tensor, Tensor]:
+def _in_float64(query: Tensor, bank: AnyRows, k: int, own: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return the neighbours from exact products with all rows."""
     rows = unit_rows(query).double()
     near, place = torch.empty(len(query), 0), torch.empty(len(query), 0, dtype=torch.long)

@@ -11,6 +11,7 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from inbatch.evaluation.neighbours import nearest
+from inbatch.evaluation.selected_rows import AnyRows
 from inbatch.runtime.isolation import usual_numerics
 
 SIDE = 32
@@ -45,7 +46,7 @@ def thumbnail(image: UInt8[Tensor, "*n c s s"]) -> UInt8[Tensor, "*n s s"]:
 
 
 def descriptors(
-    thumbnails: UInt8[Tensor, "n s s"], window: tuple[float, float, float] = (0.0, 0.0, 1.0), mirrored: bool = False
+    thumbnails: AnyRows, window: tuple[float, float, float] = (0.0, 0.0, 1.0), mirrored: bool = False
 ) -> Float[Tensor, "n 256"]:
     """Return vectors whose product is the correlation of the detail of two images that are not aligned.
 
@@ -56,17 +57,15 @@ def descriptors(
     """
     top, left, side = window
     rows = torch.empty(len(thumbnails), COARSE**2)  # not a list of parts, which would take twice the memory
-    for part, images in zip(rows.split(_CHUNK), thumbnails.split(_CHUNK), strict=True):
-        values = images.float()
+    for start, part in zip(range(0, len(rows), _CHUNK), rows.split(_CHUNK), strict=True):
+        values = thumbnails[start : start + _CHUNK].float()
         part.copy_(described(values.flip(-1) if mirrored else values, [(top, side)], [(left, side)])[:, 0])
     return rows
 
 
 @usual_numerics()
 @torch.no_grad()
-def similar_pairs(
-    thumbnails: UInt8[Tensor, "n s s"], k: int, index: str = "exact"
-) -> tuple[Int[Tensor, "p 2"], Float[Tensor, "p"]]:
+def similar_pairs(thumbnails: AnyRows, k: int, index: str = "exact") -> tuple[Int[Tensor, "p 2"], Float[Tensor, "p"]]:
     """Return pairs of images that may be near duplicates, the lower position first, and their correlation.
 
     Each image, the crops of it at its corners and in its middle, and the mirror images of all of these name the k

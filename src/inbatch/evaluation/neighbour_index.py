@@ -21,6 +21,7 @@ from torch import Tensor
 
 from inbatch.errors import ConfigError
 from inbatch.evaluation.exact_search import check, ordered, search, unit_rows
+from inbatch.evaluation.selected_rows import AnyRows
 from inbatch.runtime.files import replacing
 from inbatch.runtime.isolation import usual_numerics
 
@@ -29,7 +30,7 @@ PROBES = 32
 
 _POINTS, _ITERATIONS = 64, 8  # rows per list from which the centroids are computed, and iterations of k-means
 _BLOCK = 1 << 16  # rows at a time
-_QUERIES = 1 << 18  # queries at a time: 0.5 GB for 512 features
+_QUERIES = 1 << 17  # queries at a time: 0.27 GB for 512 features
 
 
 def _library() -> Any:
@@ -50,13 +51,13 @@ class NeighbourIndex:
         lists: List of each row.
     """
 
-    vectors: Float[Tensor, "n f"]
+    vectors: AnyRows
     centroids: Float[Tensor, "l f"]
     lists: Int[Tensor, "n"]
 
     @classmethod
     @usual_numerics()
-    def build(cls, vectors: Float[Tensor, "n f"]) -> "NeighbourIndex":
+    def build(cls, vectors: AnyRows) -> "NeighbourIndex":
         """Return the index of features, divided into 2 sqrt(N) lists by k-means on a sample.
 
         Raises:
@@ -95,7 +96,7 @@ class NeighbourIndex:
         check(k, len(self.vectors) - 1, self.vectors, self.vectors)
         return self._search(self.vectors, k, torch.arange(len(self.vectors)))
 
-    def _search(self, query: Tensor, k: int, own: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _search(self, query: AnyRows, k: int, own: Tensor | None) -> tuple[Tensor, Tensor]:
         similarity, place = torch.empty(len(query), k), torch.empty(len(query), k, dtype=torch.long)
         for at in torch.arange(len(query)).split(_QUERIES):
             places = self._candidates(unit_rows(query[at[0] : at[-1] + 1]), k + (own is not None))

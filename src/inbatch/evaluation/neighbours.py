@@ -7,6 +7,7 @@ from torch import Tensor
 from inbatch.errors import ConfigError
 from inbatch.evaluation.exact_search import check, search, unit_rows
 from inbatch.evaluation.neighbour_index import NeighbourIndex
+from inbatch.evaluation.selected_rows import AnyRows
 from inbatch.runtime.isolation import usual_numerics
 
 __all__ = ["INDEXES", "NeighbourIndex", "check_index", "nearest", "nearest_others", "unit_rows"]
@@ -51,7 +52,7 @@ def nearest(
 @usual_numerics()
 @torch.no_grad()
 def nearest_others(
-    vectors: Float[Tensor, "n f"], k: int, *, index: str = "exact"
+    vectors: AnyRows, k: int, *, index: str = "exact"
 ) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
     """Return the similarities and positions of the k other rows that are nearest to each row, as `nearest`.
 

@@ -1,7 +1,7 @@
 """Find identical and nearly identical images of a collection, and leaks between its splits (`inbatch duplicates`)."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from inbatch.evaluation.near_duplicates import (
     unique_pairs,
 )
 from inbatch.evaluation.neighbours import check_index, nearest_others
+from inbatch.evaluation.selected_rows import AnyRows, SelectedRows
 from inbatch.evaluation.thumbnail_alignment import THRESHOLD, compare
 from inbatch.runtime.isolation import isolated
 from inbatch.runtime.text import one_line
@@ -89,7 +90,9 @@ def find_duplicates(
     images = read_contents(collection, quiet)
     if not len(images.readable):
         raise DataError(f"{collection.name} has no readable image")
-    pairs = _compared(collection, images, (neighbours, index), limit, ways)
+    places, similarity = _candidates(collection, images, (neighbours, index), ways)
+    collection = replace(collection, vectors=torch.zeros(len(collection), 0))  # frees them, or the pages of their file
+    pairs = _compared(images, places, similarity, limit)
     groups = _groups(collection, images, pairs, limit)
     near = (pairs.check >= limit).nonzero()[:, 0].tolist()
     leaks = [group for group in groups if len(group["splits"]) > 1]
@@ -127,40 +130,44 @@ def _ways(candidates: str | None, features: str | Path | None) -> list[str]:
     return known[candidates]
 
 
-def _compared(
-    collection: Collection, images: ImageContents, search: tuple[int, str], limit: float, ways: list[str]
-) -> _Pairs:
-    """Compare candidates, without the copies of identical images, and images that confirmed pairs connect."""
+def _candidates(
+    collection: Collection, images: ImageContents, search: tuple[int, str], ways: list[str]
+) -> tuple[Int[Tensor, "p 2"], Float[Tensor, "p"]]:
+    """Return pairs of candidates without the copies of identical images, as positions in `readable`, and similarity."""
     copied = torch.zeros(len(images.readable), dtype=torch.bool)
     copied[[i for others in images.copies.values() for i in others]] = True
     distinct = (~copied).nonzero()[:, 0]
-    if len(distinct) < 2:
-        return _Pairs(torch.zeros(0, 2, dtype=torch.long), torch.zeros(0), torch.zeros(0), torch.zeros(0).bool())
-    thumbnails, count = _rows(images.thumbnails, distinct), min(search[0], len(distinct) - 1)
-    places, similarity = torch.zeros(0, 2, dtype=torch.long), torch.zeros(0)
-    if "thumbnails" in ways:
-        places, similarity = similar_pairs(thumbnails, count, search[1])
-    if "features" in ways:
+    places, similarity, count = torch.zeros(0, 2, dtype=torch.long), torch.zeros(0), min(search[0], len(distinct) - 1)
+    if count and "thumbnails" in ways:
+        places, similarity = similar_pairs(_rows(images.thumbnails, distinct), count, search[1])
+    if count and "features" in ways:
         near, place = nearest_others(_rows(collection.vectors, images.readable[distinct]), count, index=search[1])
         own = torch.arange(len(distinct))[:, None].expand_as(place)
         more = torch.stack([own, place], 2).view(-1, 2)
         places, similarity = unique_pairs(torch.cat([places, more]), torch.cat([similarity, near.flatten()]))
-    compared = compare(thumbnails, places)
+    return distinct[places], similarity
+
+
+def _rows(rows: Tensor, places: Tensor) -> AnyRows:
+    """Return the rows at places that are in order, without a copy, which can take gigabytes."""
+    return rows if len(places) == len(rows) else SelectedRows(rows, places)
+
+
+def _compared(
+    images: ImageContents, places: Int[Tensor, "p 2"], similarity: Float[Tensor, "p"], limit: float
+) -> _Pairs:
+    """Compare candidates, and images that confirmed pairs connect."""
+    compared, count = compare(images.thumbnails, places), len(images.readable)
     check, mirrored = compared.check, compared.mirrored
-    more = open_pairs(len(distinct), places[check >= limit])
-    more = more[~torch.isin(*(pairs[:, 0] * len(distinct) + pairs[:, 1] for pairs in (more, places)))]
+    more = open_pairs(count, places[check >= limit])
+    more = more[~torch.isin(*(pairs[:, 0] * count + pairs[:, 1] for pairs in (more, places)))]
     if len(more):
-        compared = compare(thumbnails, more)
+        compared = compare(images.thumbnails, more)
         places, check, mirrored = (
             torch.cat(both) for both in ((places, more), (check, compared.check), (mirrored, compared.mirrored))
         )
         similarity = torch.cat([similarity, torch.full((len(more),), torch.nan)])
-    return _Pairs(distinct[places], similarity, check, mirrored)
-
-
-def _rows(rows: Tensor, places: Tensor) -> Tensor:
-    """Return the rows at places that are in order, without a copy if these are all rows: features may be mapped."""
-    return rows if len(places) == len(rows) else rows[places]
+    return _Pairs(places, similarity, check, mirrored)
 
 
 def _groups(collection: Collection, images: ImageContents, pairs: _Pairs, limit: float) -> list[dict[str, Any]]:
