@@ -60,25 +60,24 @@ def travel(peers: Peers, sizes: Sequence[int], held: Sequence[Tensor], stops: in
         if receive is not None and home is not None:
             receive(own[number], home())
 
-    arrives, home = send(0), None
+    home: Arrival | None = None
+    following = send(0)
     first()
     for number, counts in enumerate(pieces):
-        assert arrives is not None
-        arrived, arrives = arrives(), send(number + 1)
-        before, home = home, _travel_once(peers, counts, arrived, stops, visit, receive is not None)
+        arrives, following = following, send(number + 1)
+        before, home = home, _travel_once(peers, counts, arrives, stops, visit, receive is not None)
         bring_home(number - 1, before)
     bring_home(len(pieces) - 1, home)
 
 
-def _travel_once(peers: Peers, sizes: Sequence[int], block: Sequence[Tensor], stops: int, visit: Visit,
+def _travel_once(peers: Peers, sizes: Sequence[int], arrives: Arrival | None, stops: int, visit: Visit,
                  collects: bool) -> Arrival | None:  # fmt: skip
     """Visit one block of every rank, send it on, and return what waits for what the own one has collected."""
     rank, world = peers.rank, peers.world
-    arrives, results, follows = None, None, None
+    results, follows = None, None
     for stop in range(1, stops + 1):
-        origin = (rank - stop) % world
-        if arrives is not None:
-            block = arrives()
+        assert arrives is not None
+        block, origin = arrives(), (rank - stop) % world
         arrives = peers.exchange(block, 1, sizes[origin - 1]) if stop < stops else None
         results = visit(block, origin, follows() if follows is not None else None)
         del block

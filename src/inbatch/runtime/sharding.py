@@ -51,7 +51,7 @@ def unit_sizes(module: nn.Module) -> list[int]:
         return []
     from torch.distributed.fsdp import FSDPModule
 
-    sizes, counted = list[int](), set[Tensor]()
+    sizes, counted = list[int](), set[nn.Parameter]()
     for unit in reversed(list(module.modules())):  # a unit comes before the one that contains it
         if isinstance(unit, FSDPModule):
             own = set(unit.parameters()) - counted
