@@ -120,7 +120,7 @@ def test_invalid_items_are_data_errors() -> None:
         (Items(lambda i: np.zeros((2, 3, 4, 5), np.uint8)), "its shape is (2, 3, 4, 5)"),
         (Items(lambda i: 1 / 0), "item 0 of the Items cannot be read: ZeroDivisionError"),
         ((list(PIXELS), [1, 2]), "one label each"),
-        ([], "cannot be opened"),
+        ([], "the list of images is empty; data can be"),
     ):
         with pytest.raises(DataError, match=re.escape(message) if "|" not in message else message):
             open_data(data)

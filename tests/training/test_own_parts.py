@@ -201,6 +201,7 @@ def test_objects_that_cannot_be_parts_are_refused(tmp_path: Path) -> None:
         ({"method": "own_code:OwnMethod"}, "type --method own_code:OwnMethod"),
         ({"settings": {"method.name": "own_code:OwnMethod"}}, "never imported because a file or a setting names it"),
         ({"method": OwnNet}, "pass a name, or a Method"),
+        ({"method": run_on_rank}, "method = <function run_on_rank>: pass a name"),
         ({"method": OwnMethod, "settings": {"method.s": 1}}, "has no setting 's'"),
         ({"method": OwnMethod, "settings": {"method.t": "x"}}, "method.t = 'x'"),
         ({"method": Bare}, "returns Identity for 'projection': wrap networks in inbatch.nn.heads.Head"),

@@ -140,6 +140,8 @@ def _find(data: object, reading: Reading) -> dict[str, Callable[[], Source]]:
     data = joined_paths(data)
     if isinstance(data, str) and not data:
         raise DataError(f"the path of the data is empty; data can be {'; '.join(OPENERS)}")
+    if isinstance(data, list | tuple) and not data:
+        raise DataError(f"the {type(data).__name__} of images is empty; data can be {'; '.join(OPENERS)}")
     for find in OPENERS.values():
         if (found := find(data, reading)) is not None:
             if find not in _WITH_COLUMNS:  # a folder has groups by its paths

@@ -3,6 +3,7 @@
 import functools
 import inspect
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, get_type_hints
@@ -209,9 +210,9 @@ def validated(adapter: pydantic.TypeAdapter, values: Mapping[str, Any], where: s
 
 
 def shown(value: Any) -> str:
-    """Return a value as Python writes it, shortened: invalid values come from the user."""
+    """Return a value as Python writes it, shortened and without addresses: invalid values come from the user."""
     try:
-        text = repr(value)
+        text = re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
     except ValueError:  # more digits than Python converts
         return "a number of thousands of digits"
     return text if len(text) <= 200 else f"{text[:200]}..."
