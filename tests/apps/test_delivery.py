@@ -189,7 +189,8 @@ def test_records_of_another_shape_are_refused(tmp_path: Path) -> None:
 
 
 def test_pretrain_shows_the_figures_of_a_result_that_is_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    result = {"run": "runs/x", "recipe": {"data": "photos"}, "evaluation": FOUND, "initial": "untrained encoder"}
+    recipe = {"data": "photos", "encoder": {"name": "tiny"}}
+    result = {"run": "runs/x", "recipe": recipe, "evaluation": FOUND, "initial": "untrained encoder"}
     result |= {"untrained": FOUND, "unlabelled": {}, "collapsed": [], "held_out": "a tenth", "images_per_second": 1.0}
     result |= {"training_seconds": 2.0}
 
