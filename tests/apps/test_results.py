@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 COMPARED = {name: method for name, method in METHODS.items() if not method.teacher}
 """Methods in the tables: a method that needs a trained teacher has figures of its own on its page."""
-WITHOUT_DIGITS = {"align_uniform", "lejepa", "visreg", "tico", "mmcr"}
+WITHOUT_DIGITS: set[str] = set()
 """Methods for which `scripts/measure_methods.py digits` has not run yet; their pages have figures of shorter runs."""
 
 
