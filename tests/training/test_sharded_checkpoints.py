@@ -1,12 +1,14 @@
 """Checkpoints of sharded runs: whole on another number of ranks, never taken half, and without a pickle."""
 
 import copy
+import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from rank_pool import on_ranks
 from small_methods import create, optimizer_of
 from torch import Tensor, nn
@@ -144,3 +146,12 @@ def test_a_crafted_file_of_shards_is_a_value_error(tmp_path: Path) -> None:
     (tmp_path / "a.safetensors").write_bytes(b"\x80\x04crafted")
     with pytest.raises(ValueError, match="cannot be read"):
         shard_files.read(tmp_path, {"a": torch.zeros(2)})
+
+
+def test_reading_shards_without_a_process_group_warns_of_nothing(tmp_path: Path) -> None:
+    dcp.save({"a": torch.ones(2)}, storage_writer=dcp.HuggingFaceStorageWriter(str(tmp_path), save_distributed=True))
+    read = torch.zeros(2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        shard_files.read(tmp_path, {"a": read})
+    assert read.tolist() == [1, 1]

@@ -2,6 +2,7 @@
 
 import pickle
 import re
+import warnings
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -34,7 +35,9 @@ def read_sharded(index_file: Path) -> dict[str, Tensor]:
         if isinstance(entry, metadata.TensorStorageMetadata) and not _OF_TRAINING.fullmatch(name.split(".")[0])
     }
     state: dict[str, Any] = dict(tensors)  # tensors only: of other entries the reader would run pickles
-    checkpoint.load(state, storage_reader=reader, no_dist=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        checkpoint.load(state, storage_reader=reader, no_dist=True)
     return tensors
 
 

@@ -6,6 +6,7 @@ part of which tensor it holds, so that another number of ranks can read them.
 
 import hashlib
 import logging
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -96,11 +97,13 @@ def _first(error: CheckpointException) -> tuple[int, BaseException]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Leave out torch's notes on reading without a process group and on files that are not merged."""
+    """Leave out the warnings of torch on reading without a process group and on files that are not merged."""
     logger = logging.getLogger("torch.distributed.checkpoint")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+            yield
     finally:
         logger.setLevel(level)
