@@ -74,6 +74,8 @@ def test_the_user_reads_what_has_no_effect(tmp_path: Path) -> None:
     alone = said(epochs=1, sampler="neighbours")
     assert idle in alone and unused in alone
     assert idle not in said(epochs=2, sampler="neighbours") and unused in said(epochs=1)
+    late = "Curation has no effect: it begins with epoch 2"
+    assert late in said(epochs=1, curate="redraw") and late not in said(epochs=2, curate="redraw")
     apart = said(epochs=1, sampler="apart")
     assert unused not in apart and idle not in apart and "leaves out 4 images" in apart
     assert unused not in said(epochs=1, negatives="drop-similar")

@@ -48,7 +48,7 @@ def fusion(
     return make_fusion(**arguments, **recipe.fuse.options), fused
 
 
-def without_effect(recipe: Recipe, source: Source, loader: Loader, steps: int) -> list[str]:
+def without_effect(recipe: Recipe, source: Source, loader: Loader, curator: Curator | None, steps: int) -> list[str]:
     """Return a sentence for the user for every plug-in or column that this run of so many steps does not use."""
     notes, sampler = [], loader.sampler
     if recipe.shard and distributed.world() == 1:
@@ -67,6 +67,11 @@ def without_effect(recipe: Recipe, source: Source, loader: Loader, steps: int) -
     if sampler is not None and (sampler.neighbours or sampler.clusters) and steps <= loader.steps:
         notes.append(
             "The sampler has no effect: the first epoch has a random order, and the run has no other one. Train for "
+            "more epochs"
+        )
+    if curator is not None and steps <= curator.starts * loader.steps:
+        notes.append(
+            f"Curation has no effect: it begins with epoch {curator.starts + 1}, after the end of the run. Train for "
             "more epochs"
         )
     return notes
