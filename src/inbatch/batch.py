@@ -26,6 +26,8 @@ def loss_fault(losses: object) -> str | None:
     if not isinstance(losses, dict) or "loss" not in losses:
         return f"loss returns {type(losses).__name__}: return a dict with the scalar 'loss'"
     for name, x in losses.items():
+        if not isinstance(name, str):
+            return f"loss returns a value under {name!r}: names of terms are text"
         if not name.startswith(STATE) and (not isinstance(x, Tensor) or x.shape != ()):
             kind = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
             return f"loss returns {kind} for {name!r}: return scalar tensors, for example means"

@@ -261,3 +261,11 @@ def test_names_of_wrapped_modules_are_found(tmp_path: Path) -> None:
     torch.save({"model": wrapped}, tmp_path / "w.pt")
     again = create_encoder("tiny", size=20, channels=3, init=tmp_path / "w.pt")
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), encoder.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("size", [0x80, 0x280, 0x4B50, 0x8B1F])
+def test_files_of_safetensors_whose_header_length_begins_as_another_format_are_read(tmp_path: Path, size: int) -> None:
+    header = b'{"x":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}'.ljust(size)
+    content = size.to_bytes(8, "little") + header + torch.tensor([1.0, 2.0]).numpy().tobytes()
+    (tmp_path / "model.safetensors").write_bytes(content)
+    assert read_contents(tmp_path / "model.safetensors").tensors["x"].tolist() == [1.0, 2.0]

@@ -174,6 +174,8 @@ def _load(path: Path) -> Any:
         head = file.read(512)
         if not head:
             raise DataError("it is empty")
+        if head[4:9] == b"\0\0\0\0{":  # before all others: the length of its header can begin as a pickle or a zip file
+            return safetensors.torch.load_file(path)
         for offset, beginning, sentence in _BEGINNINGS:
             if head[offset:].startswith(beginning):
                 raise DataError(sentence)
@@ -186,7 +188,7 @@ def _load(path: Path) -> Any:
             return _load_torch(path, _names_in_archive(file))
         if head.startswith(b"\x80"):
             return _load_torch(path, _names_in_pickles(file), mapped=False)
-    if head[8:9] == b"{":
+    if head[8:9] == b"{":  # damaged: no header is this long
         return safetensors.torch.load_file(path)
     if b".data-0" in path.name.encode() or head.startswith(b"model_checkpoint_path:"):
         raise DataError(_OF_TENSORFLOW)
