@@ -1,5 +1,6 @@
 """Data that passes between stages: a batch of images, the rows computed from it, and the losses of the rows."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -21,16 +22,30 @@ updated value. The step stores it after the optimiser and does not log it.
 STATE = "state."
 
 
-def loss_fault(losses: object) -> str | None:
-    """Return a sentence on what a method's `loss` returned if it is not `Losses` with a gradient; None if it is."""
-    if not isinstance(losses, dict) or "loss" not in losses:
+def loss_fault(losses: object, buffers: Mapping[str, Tensor]) -> str | None:
+    """Return a sentence on what a method's `loss` returned if it is not `Losses` with a gradient; None if it is.
+
+    buffers: The buffers of the method, for which it may return next values.
+    """
+    if not isinstance(losses, dict):
         return f"loss returns {type(losses).__name__}: return a dict with the scalar 'loss'"
+    if "loss" not in losses:
+        return f"loss returns a dict of {', '.join(map(repr, losses)) or 'nothing'}: the scalar 'loss' is missing"
     for name, x in losses.items():
         if not isinstance(name, str):
             return f"loss returns a value under {name!r}: names of terms are text"
         if not name.startswith(STATE) and (not isinstance(x, Tensor) or x.shape != ()):
             kind = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
             return f"loss returns {kind} for {name!r}: return scalar tensors, for example means"
+        if name.startswith(STATE):
+            buffer = buffers.get(name.removeprefix(STATE))
+            if buffer is None or not isinstance(x, Tensor) or (x.shape, x.dtype) != (buffer.shape, buffer.dtype):
+                return (
+                    f"loss returns {name!r}, which is not the next value of a buffer: it must have the name, shape and "
+                    "type of a buffer of the method"
+                )
+            if x.requires_grad:
+                return f"loss returns {name!r} with its graph, which a buffer would keep: return it with detach()"
     if not losses["loss"].requires_grad:
         return "the loss carries no gradient: compute it from the rows of the online network, without detach or no_grad"
     return None

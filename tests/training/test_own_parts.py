@@ -240,7 +240,11 @@ def test_a_loss_of_the_wrong_kind_is_named_at_the_first_step(monkeypatch: pytest
     batch = next(iter(built.loader.epoch(0)))
     for wrong, message in (
         (torch.tensor(1.0), "OwnMethod: loss returns Tensor: return a dict with the scalar 'loss'"),
-        ({"los": torch.tensor(1.0)}, "loss returns dict: return a dict with the scalar 'loss'"),
+        ({"los": torch.tensor(1.0)}, "loss returns a dict of 'los': the scalar 'loss' is missing"),
+        (
+            {"loss": torch.tensor(1.0), "state.x": torch.tensor(1.0)},
+            "'state.x', which is not the next value of a buffer",
+        ),
         ({"loss": torch.ones(8)}, r"loss returns \(8,\) for 'loss': return scalar tensors"),
         ({"loss": torch.tensor(1.0, requires_grad=True), 3: torch.tensor(1.0)}, "a value under 3: names"),
         ({"loss": 1.0}, "loss returns float for 'loss': return scalar tensors"),

@@ -7,9 +7,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from inbatch.batch import loss_fault, split_state
+from inbatch.batch import loss_fault
 from inbatch.errors import ConfigError, InbatchError, check_whole, listed, reason
 from inbatch.methods.base import Method, check_heads
 from inbatch.runtime.isolation import usual_state
@@ -207,21 +206,8 @@ def _loss(trial: Trial) -> Finding:
         if "in-place operation" not in str(error):
             raise
         return equation.rows(trial)
-    if fault := loss_fault(losses):
+    if fault := loss_fault(losses, dict(method.named_buffers())):
         return Finding("loss", False, fault)
-    losses, state = split_state(losses)
-    known = dict(method.named_buffers())
-    for name, x in state.items():
-        if (
-            name not in known
-            or not isinstance(x, Tensor)
-            or (x.shape, x.dtype) != (known[name].shape, known[name].dtype)
-        ):
-            return Finding("loss", False, f"loss returns 'state.{name}', which is not the next value of a buffer: it "
-                           "must have the name, shape and type of a buffer of the method")  # fmt: skip
-        if x.requires_grad:
-            return Finding("loss", False, f"loss returns 'state.{name}' with its graph, which a buffer would keep: "
-                           "return it with detach()")  # fmt: skip
     if not bool(losses["loss"].isfinite()):
         return Finding("loss", False, f"the loss of random rows is {float(losses['loss']):.4g}")
     return Finding("loss", True, "the loss is a finite scalar")

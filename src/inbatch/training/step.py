@@ -129,7 +129,7 @@ class Step:
         shares: dict[str, Any] = {"rank": distributed.rank(), "world": distributed.world(), "add": distributed.add_}
         with logsumexp.using(products=self.products, peers=peers, **({} if own else shares)):
             terms = (self.method if mixing is None else mixing).loss(rows, target_rows, samples)
-            if fault := loss_fault(terms):
+            if fault := loss_fault(terms, dict(self.method.named_buffers())):
                 raise ConfigError(f"{type(self.method).__name__}: {fault} (inbatch check-method tests all of a method)")
             losses, state = split_state(terms)
             if self.variance:
