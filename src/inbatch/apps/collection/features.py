@@ -212,7 +212,10 @@ def _from_file(
         table = _only(table, split, path)
     sources = {} if data is None else _images_of(table, data, path, image_column, label_column)
     origin = {"features": str(path), "data": None if data is None else public(str(data)), "file": str(path)}
-    return Collection(**vars(table), name=str(path), sources=sources, origin=origin)
+    lacking = sum(map(len, sources.values())) - len(table.paths)
+    note = f"{path} has no features of {many(lacking, 'image')} of {data}, which were unreadable or are newer: left out"
+    notes = (note,) if lacking > 0 else ()
+    return Collection(**vars(table), name=str(path), sources=sources, origin=origin, notes=notes)
 
 
 def _only(table: FeatureTable, split: str, path: Path) -> FeatureTable:
