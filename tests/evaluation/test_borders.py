@@ -30,7 +30,7 @@ def test_anything_else_is_refused_with_a_sentence() -> None:
     data: list[Any] = [None, 5, object(), (IMAGES,), [], {}, "no such folder", (IMAGES, LABELS, LABELS), float("nan")]
     for wrong in data:
         for call in (embed, evaluate):
-            with pytest.raises(DataError, match=r"cannot be opened|does not exist"):
+            with pytest.raises(DataError, match=r"cannot be opened|does not exist|is empty"):
                 call(*((encoder, wrong) if call is embed else (encoder, IMAGES, wrong)))
     for wrong in (None, "an encoder", torch.nn.Linear(2, 2)):
         with pytest.raises(ConfigError, match="encoder must be an encoder"):
