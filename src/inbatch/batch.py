@@ -34,9 +34,6 @@ def loss_fault(losses: object, buffers: Mapping[str, Tensor]) -> str | None:
     for name, x in losses.items():
         if not isinstance(name, str):
             return f"loss returns a value under {name!r}: names of terms are text"
-        if not name.startswith(STATE) and (not isinstance(x, Tensor) or x.shape != ()):
-            kind = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-            return f"loss returns {kind} for {name!r}: return scalar tensors, for example means"
         if name.startswith(STATE):
             buffer = buffers.get(name.removeprefix(STATE))
             if buffer is None or not isinstance(x, Tensor) or (x.shape, x.dtype) != (buffer.shape, buffer.dtype):
@@ -46,6 +43,9 @@ def loss_fault(losses: object, buffers: Mapping[str, Tensor]) -> str | None:
                 )
             if x.requires_grad:
                 return f"loss returns {name!r} with its graph, which a buffer would keep: return it with detach()"
+        elif not isinstance(x, Tensor) or x.shape != ():
+            kind = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+            return f"loss returns {kind} for {name!r}: return scalar tensors, for example means"
     if not losses["loss"].requires_grad:
         return "the loss carries no gradient: compute it from the rows of the online network, without detach or no_grad"
     return None

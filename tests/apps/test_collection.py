@@ -88,10 +88,10 @@ def test_a_file_of_features_gives_the_same_collection(photos: Path, encoder: Pat
         Image.fromarray(np.zeros((20, 24, 3), np.uint8)).save(tmp_path / "other" / "a.png")
         with pytest.raises(DataError):
             open_collection(file, tmp_path / "other")
-        assert "has no features of 1 image of" in read.notes[0]  # the unreadable one
+        assert "lacks 1 image of the data" in read.notes[0]  # the unreadable one
     rest = Embeddings(part.vectors[1:], part.labels[1:], names[1:], "photos", "pooled", part.index[1:])
     write_embeddings(tmp_path / "fewer.npz", [replace(rest, split="test", classes=computed.classes)])
-    assert "fewer.npz has no features of 2 images of" in open_collection(tmp_path / "fewer.npz", photos).notes[0]
+    assert "fewer.npz lacks 2 images of the data" in open_collection(tmp_path / "fewer.npz", photos).notes[0]
 
 
 def test_a_list_of_images_is_read_by_data(photos: Path, encoder: Path, tmp_path: Path) -> None:

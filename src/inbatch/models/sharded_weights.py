@@ -2,7 +2,6 @@
 
 import pickle
 import re
-import warnings
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch.distributed import checkpoint
 from torch.distributed.checkpoint import filesystem, metadata
 
 from inbatch.errors import DataError
+from inbatch.runtime.shard_files import quiet_checkpoints
 
 _OF_TRAINING = re.compile(r"optim\w*|lr_scheduler|dataloader|train_state")
 """First words of names of what a training program keeps besides the weights."""
@@ -35,8 +35,7 @@ def read_sharded(index_file: Path) -> dict[str, Tensor]:
         if isinstance(entry, metadata.TensorStorageMetadata) and not _OF_TRAINING.fullmatch(name.split(".")[0])
     }
     state: dict[str, Any] = dict(tensors)  # tensors only: of other entries the reader would run pickles
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+    with quiet_checkpoints():
         checkpoint.load(state, storage_reader=reader, no_dist=True)
     return tensors
 

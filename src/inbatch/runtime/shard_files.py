@@ -34,7 +34,7 @@ def write(folder: Path, tensors: Mapping[str, Tensor]) -> Files:
         InbatchError: On every rank, if one of them cannot write, or the ranks do not share the folder.
     """
     writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
-    with _named_failures(folder), _quiet():
+    with _named_failures(folder), quiet_checkpoints():
         dcp.save(dict(tensors), storage_writer=writer)
     mine = {}
     if any(local(x).numel() for x in tensors.values()):
@@ -64,7 +64,7 @@ def read(folder: Path, tensors: Mapping[str, Tensor]) -> None:
         ValueError: If a tensor is missing or has another shape, or a file has other content.
     """
     try:
-        with _quiet():
+        with quiet_checkpoints():
             dcp.load(dict(tensors), storage_reader=dcp.HuggingFaceStorageReader(str(folder)), no_dist=True)
     except CheckpointException as error:
         raise ValueError(f"cannot be read ({reason(_first(error)[1])})") from None
@@ -96,7 +96,7 @@ def _first(error: CheckpointException) -> tuple[int, BaseException]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_checkpoints() -> Iterator[None]:
     """Leave out the warnings of torch on reading without a process group and on files that are not merged."""
     logger = logging.getLogger("torch.distributed.checkpoint")
     level = logger.level

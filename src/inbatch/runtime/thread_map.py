@@ -22,7 +22,7 @@ def thread_map(work: Callable[[Item], Result], items: Iterable[Item], threads: i
     """
     threads = threads or cores()
     pool, complete = ThreadPoolExecutor(threads), False
-    tasks: deque[Future[Result]] = deque()
+    tasks: deque[Future[Result]] = deque()  # Python 3.14 has Executor.map(buffersize=...) for this
     try:
         for item in items:
             tasks.append(pool.submit(work, item))

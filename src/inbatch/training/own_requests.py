@@ -2,7 +2,6 @@
 
 import functools
 import inspect
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,7 +17,7 @@ from inbatch.runtime import own_parts
 from inbatch.runtime.own_parts import OwnPart
 from inbatch.training.callbacks import Callback, named
 from inbatch.training.recipe import Recipe
-from inbatch.training.registry import PARTS, Settings, is_plain, shown
+from inbatch.training.registry import PARTS, Settings, is_plain, shown, without_addresses
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -195,7 +194,7 @@ def _check_kind(part: str, value: Any) -> None:
 
 def _text(value: Any) -> str:
     """Return an object as a recipe describes it, without addresses in memory."""
-    return " ".join(re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value)).split())
+    return " ".join(without_addresses(value).split())
 
 
 def check_own_parts(recipe: Recipe) -> None:

@@ -209,10 +209,15 @@ def validated(adapter: pydantic.TypeAdapter, values: Mapping[str, Any], where: s
         raise ConfigError(problem if fault["type"] != "missing" else f"{key} must be given") from None
 
 
+def without_addresses(value: Any) -> str:
+    """Return a value as Python writes it, without addresses in memory."""
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
+
+
 def shown(value: Any) -> str:
     """Return a value as Python writes it, shortened and without addresses: invalid values come from the user."""
     try:
-        text = re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
+        text = without_addresses(value)
     except ValueError:  # more digits than Python converts
         return "a number of thousands of digits"
     return text if len(text) <= 200 else f"{text[:200]}..."

@@ -213,7 +213,7 @@ def _from_file(
     sources = {} if data is None else _images_of(table, data, path, image_column, label_column)
     origin = {"features": str(path), "data": None if data is None else public(str(data)), "file": str(path)}
     lacking = sum(map(len, sources.values())) - len(table.paths)
-    note = f"{path} has no features of {many(lacking, 'image')} of {data}, which were unreadable or are newer: left out"
+    note = f"{path} lacks {many(lacking, 'image')} of the data: unreadable when it was written, or added later"
     notes = (note,) if lacking > 0 else ()
     return Collection(**vars(table), name=str(path), sources=sources, origin=origin, notes=notes)
 
@@ -247,7 +247,9 @@ def _images_of(
     for name, split, i in zip(table.paths, table.splits, table.index.tolist(), strict=True):
         source = sources[split]
         if i >= len(source) or _stored(source.identity(i)) != name:
-            raise DataError(f"{path} holds features of other images than {data}: image {i:,} is not {name!r} there")
+            raise DataError(
+                f"{path} holds features of other images than {public(str(data))}: image {i:,} is not {name!r} there"
+            )
     return sources
 
 
