@@ -38,6 +38,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     """Prepare the process that runs tests; the one that only distributes them to others need not import torch."""
     if getattr(session.config.option, "dist", "no") != "no" and "PYTEST_XDIST_WORKER" not in os.environ:
         return
+    gc.disable()  # until all tests are collected: each collection would scan everything imported so far
     import torch
     from jaxtyping import install_import_hook
 
@@ -94,6 +95,14 @@ def few_views_for_lidar() -> None:
 
 
 @pytest.fixture(autouse=True, scope="session")
+def no_look_at_the_load() -> None:
+    """Spare every run the tenth of a second in which it looks for other busy processes, to advise fewer threads."""
+    from inbatch.training import advice
+
+    advice.others_busy = lambda: None
+
+
+@pytest.fixture(autouse=True, scope="session")
 def commands_built_once() -> None:
     """Keep the commands that typer builds from all signatures; it would build them anew for every command line."""
     import typer.testing
@@ -143,16 +152,22 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
     A selection of few tests does not import them here, because it may not need them.
     """
-    if len(session.items) > 500 and "torch" in sys.modules:
+    many = len(session.items) > 500 and "torch" in sys.modules
+    if many:
         for name in LATE:
             importlib.import_module(name)
     gc.collect()
     gc.freeze()
+    gc.enable()
+    if many:
+        import rank_pool
+
+        rank_pool.start_server()
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark as slow all but some cases of a test with the marker `grid(n)`, and put tests of ranks first.
+    """Mark as slow all but some cases of a test with the marker `grid(n)`.
 
     The n cases that stay are chosen greedily: each next one has the most values of parameters that none before has.
     """
@@ -165,17 +180,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         assert marker is not None
         for case in set(cases) - set(_spread(cases, *marker.args)):
             case.add_marker(pytest.mark.slow)
-    # Tests that start ranks come first, so that one worker gets them: each worker would import everything again for the
-    # server of its ranks.
-    items.sort(key=lambda item: "rank_pool" not in _imports(item))
-
-
-def _imports(item: pytest.Item) -> set[str]:
-    """Return the modules whose functions and values the module of a test uses."""
-    names = vars(item.module).values()  # type: ignore[attr-defined]
-    ranks = sys.modules.get("rank_pool")
-    own = {value.__module__ for value in names if callable(value) and hasattr(value, "__module__")}
-    return own | ({"rank_pool"} if ranks is not None and any(value is ranks._context for value in names) else set())
 
 
 def _spread(cases: list[pytest.Item], count: int) -> list[pytest.Item]:

@@ -88,6 +88,7 @@ ALLOWED = {
     ("apps/bench/worker.py", "importlib.util.spec_from_file_location"): "files of the same run",
     ("apps/bench/peer_workloads.py", "importlib.import_module"): "a file of the same run",
     ("apps/bench/peer_workloads.py", "importlib.util.spec_from_file_location"): "files of the installed solo-learn",
+    ("training/settings_file.py", "yaml.load"): "a safe loader, compiled where PyYAML has it",
     ("runtime/own_parts.py", "importlib.import_module"): "code that the user types on the command line",
     ("testing/ranks.py", "importlib.import_module"): "the class that is checked, in another process",
     ("models/backbones.py", "socket.create_connection"): "if the hub answers when weights are requested",

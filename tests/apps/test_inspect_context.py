@@ -39,7 +39,7 @@ def shown(path: Path) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def full(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def full(tmp_path_factory: pytest.TempPathFactory, narrow: None) -> Path:
     """Return the directory of a finished run with every kind of plug-in, ba2m for attention."""
     out = tmp_path_factory.mktemp("runs") / "full"
     settings = {"curate.name": "redraw", "curate.budget": None, "fuse.name": "conv", "attend.name": "ba2m"}

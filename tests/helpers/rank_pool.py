@@ -1,12 +1,17 @@
 """Run a function on several ranks (gloo, this machine) and return the result of each."""
 
+import itertools
 import multiprocessing
+import multiprocessing.forkserver
+import multiprocessing.resource_tracker
+import multiprocessing.util
 import os
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -18,6 +23,29 @@ _context.set_forkserver_preload([
     "torch.distributed", "inbatch.api", "inbatch.apps.cli", "timm", "sklearn.datasets", "numba", "pytest", "hypothesis",
     "small_methods",
 ])  # fmt: skip
+
+
+def start_server() -> None:
+    """Start the fork server as a fork of this process, which has imported everything; a new process takes seconds.
+
+    The libraries may not have started threads yet. Where Python starts its server in another way, it is a new process.
+    """
+    multiprocessing.resource_tracker.ensure_running()  # a process of its own
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(multiprocessing.util, "spawnv_passfds", _fork, raising=False)
+        multiprocessing.forkserver.ensure_running()
+
+
+def _fork(program: bytes, arguments: Sequence[str], files: Sequence[int]) -> int:
+    """Run the Python code of a command line in a fork of this process, which keeps only these open files."""
+    if child := os.fork():
+        return child
+    try:
+        for below, above in itertools.pairwise([2, *sorted({*files} - {0, 1, 2}), os.sysconf("SC_OPEN_MAX")]):
+            os.closerange(below + 1, above)
+        exec(arguments[-1], {})
+    finally:
+        os._exit(1)
 
 
 def _child(rank: int, world: int, rendezvous: str, function: Callable[..., Any], args: tuple, answers: Any) -> None:

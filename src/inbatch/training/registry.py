@@ -73,7 +73,7 @@ def make_part(part: str, options: Settings, size: int) -> Part | None:
     if own_parts.is_own(name) and own_parts.find(part, name) is None:
         return Part(name, options)  # of a finished run, which may be read without its code; `build` needs it
     if PARTS[part] is None:
-        allowed = set(inspect.signature(create_encoder).parameters) - {"check", "kwargs"}
+        allowed = own_parts.signature(create_encoder).parameters.keys() - {"check", "kwargs"}
         of_recipe = {
             "size": "image_size",
             "channels": "channels",
@@ -91,9 +91,9 @@ def make_part(part: str, options: Settings, size: int) -> Part | None:
         for key in options.keys() - {"sizes", "object"}:
             raise ConfigError(f"{part}.{key}: {name} is an object that exists, without settings")
         return Part(name, options)
-    if part == "views" and "size" in inspect.signature(maker).parameters:
-        options.setdefault("size", size)
     adapter, known = _schema(part, name, maker)
+    if part == "views" and "size" in known:
+        options.setdefault("size", size)
     for key in options:
         if key not in known:
             if RENAMED.get(f"{part}.{key}", ".").split(".")[1] in known:
