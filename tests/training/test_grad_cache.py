@@ -10,6 +10,7 @@ from step_states import N, assert_same
 
 from inbatch import api
 from inbatch.data.views import Views
+from inbatch.methods import METHODS
 from inbatch.training import grad_cache
 from inbatch.training.monitors.context_leak import leak
 
@@ -38,6 +39,20 @@ def train_one(variant: str, groups: int, synced: bool, dropout: float) -> dict:
 def test_ranks_equal_plain_autograd(variant: str, world: int, groups: int) -> None:
     for found in on_ranks(world, train_one, variant, groups, False, 0.2):
         assert_same(found, expected(variant, world * groups))
+
+
+def train_gathered(variants: tuple[str, ...], groups: int) -> list[dict]:
+    """Train as a rank whose methods read the rows of all ranks, which is the default of a user's own method."""
+    for variant in variants:
+        METHODS[VARIANTS[variant][0]].own_rows = False  # this process ends with the test
+    return [train_one(variant, groups, False, 0.2) for variant in variants]
+
+
+@pytest.mark.parametrize("variants", [("simclr", "moco", "vicreg"), pytest.param((*VARIANTS,), marks=pytest.mark.slow)])
+def test_gathered_rows_equal_plain_autograd(variants: tuple[str, ...]) -> None:
+    for rank in on_ranks(2, train_gathered, variants, 2):
+        for variant, found in zip(variants, rank, strict=True):
+            assert_same(found, expected(variant, 4))
 
 
 @pytest.mark.grid(2)
