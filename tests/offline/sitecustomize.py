@@ -10,6 +10,7 @@ import sys
 
 LOCAL = {None, "", "localhost", "127.0.0.1", "::1", "0.0.0.0", "::", socket.gethostname(), socket.getfqdn()}
 """Names of this machine."""
+LOCAL |= {*os.environ.get("INBATCH_TEST_ADDRESSES", "").split()}  # more of its addresses, for one test
 LOOKED_UP = ("socket.getaddrinfo", "socket.gethostbyname", "socket.gethostbyaddr", "socket.getnameinfo")
 ADDRESSED = ("socket.connect", "socket.sendto", "socket.sendmsg")
 

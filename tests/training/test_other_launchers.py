@@ -45,6 +45,9 @@ def test_a_run_under_ray_goes_on_after_a_lost_worker(tmp_path: Path) -> None:
     pytest.importorskip("ray")
     lost, whole = tmp_path / "lost", tmp_path / "whole"
     patient = {"RAY_worker_niceness": "0", "RAY_raylet_start_wait_time_s": "300"}  # on a machine with other work
+    # Ray's processes talk to each other by the machine's own address.
+    own = subprocess.run(["hostname", "-I"], capture_output=True, text=True, check=True).stdout
+    patient["INBATCH_TEST_ADDRESSES"] = own
     process = Started(sys.executable, str(RAY), "--out", str(lost), "--epochs", "3", **patient)
     with ended(process):
         after(process, lost / "checkpoints" / "last.pt", 600)
