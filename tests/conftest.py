@@ -159,7 +159,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     gc.collect()
     gc.freeze()
     gc.enable()
-    if many:
+    if many and sys.platform == "linux":  # elsewhere it is not safe to fork a process with these libraries
         import rank_pool
 
         rank_pool.start_server()
