@@ -193,7 +193,7 @@ def test_a_stopped_run_keeps_its_trackers_and_a_failure_does_not_stop_it(tmp_pat
 def test_failures_are_reported_once_and_kept(tmp_path, monkeypatch, offered):
     write_run(tmp_path, range(3))
     notes, untracked = [], {}
-    monkeypatch.setattr(followers, "_WAIT", {True: 20.0, False: 3.0})
+    monkeypatch.setattr(followers, "_WAIT", {True: 20.0, False: 1.0})
     running = Followers(tmp_path, Selection("id", ("failing", "removed", "hanging")), untracked)
     running.start(0, notes.append)
     for name in ("failing", "removed"):
