@@ -37,6 +37,11 @@ def load(file: Path) -> ModuleType:
 # Command-line options
 
 
+def test_section_network_is_the_tower_of_the_results() -> None:
+    Options(("network",)).check()
+    assert Options(("network", "step")).chosen == Options(("step", "tower")).chosen == ("tower", "step")
+
+
 @pytest.mark.parametrize(
     ("asked", "said"),
     [

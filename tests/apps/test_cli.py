@@ -21,7 +21,7 @@ from small_runs import judge_by_few_images, leave_out_comparison
 
 import inbatch
 from inbatch import api
-from inbatch.apps.cli.app import with_values
+from inbatch.apps.cli.app import Program, app, with_values
 from inbatch.apps.cli.part_output import explain
 from inbatch.errors import InbatchError, Preempted, TrainingError
 from inbatch.methods import METHODS
@@ -90,7 +90,7 @@ def test_help_teaches_by_example_and_stays_short(command: str) -> None:
     assert examples.count(f"inbatch {command}") >= 2
     flags = set(re.findall(r"^\W*(--[a-z-]+)", shown, re.MULTILINE)) - {"--help"}
     second = {"--out", "--backbone", "--model", "--size", "--batch", "--learning-rate", "--num-workers", "--share"}
-    second |= {"--draws", "--most", "--on", "--work", "--again"}  # further names of an option
+    second |= {"--draws", "--most", "--on", "--work", "--again", "--amp"}  # further names of an option
     assert "--json" in flags and len(flags - second) <= {"pretrain": 47, "adapt": 21}.get(command, 20), sorted(flags)
     shows = ("quickstart", "pretrain", "adapt", "embed", "table", "compare")
     assert ("--quiet" in flags) == (command in shows), "--quiet only applies to commands that show progress"
@@ -98,7 +98,10 @@ def test_help_teaches_by_example_and_stays_short(command: str) -> None:
 
 def test_the_overview_names_every_command_and_exit_code() -> None:
     shown = run("--help").stdout
-    assert all(command in shown for command in COMMANDS) and "75 stopped by a signal" in shown
+    names = {info.name or info.callback.__name__.replace("_", "-") for info in app.registered_commands}
+    assert set(Program.ORDER) == names
+    places = [re.search(rf"^\W*{command} ", shown, re.MULTILINE).start() for command in Program.ORDER]  # type: ignore[union-attr]
+    assert places == sorted(places) and "75 stopped by a signal" in shown
     assert run("--version").stdout.strip()
 
 
@@ -108,11 +111,13 @@ def test_the_overview_names_every_command_and_exit_code() -> None:
         ("pretrain --resume", "pretrain --resume auto"),
         ("pretrain --resume --epochs 3", "pretrain --resume auto --epochs 3"),
         ("pretrain --resume RUN", "pretrain --resume RUN"),
+        ("pretrain --amp", "pretrain --amp bf16"),
+        ("pretrain --amp float32", "pretrain --amp float32"),
         ("pretrain", "pretrain"),
         ("", ""),
     ],
 )
-def test_resume_without_a_value_is_automatic(typed: str, read: str) -> None:
+def test_options_without_a_value_get_their_usual_one(typed: str, read: str) -> None:
     assert with_values(typed.split()) == read.split()
 
 
@@ -131,9 +136,12 @@ def test_usual_names_of_options_are_taken_or_answered_with_ours(monkeypatch: pyt
         "batch_size": 8, "encoder": "tiny", "workers": 0, "image_size": 20, "optimizer": "sgd", "precision": "bf16",
     }  # fmt: skip
     assert asked["settings"] == {"optimizer.lr": 0.5}
-    for option, answer in (("--amp", "--precision"), ("--max-epochs 3", "--epochs"), ("--gpus 1", "--device")):
+    answers = {"--fp16": "--precision", "--max-epochs 3": "--epochs", "--gpus 1": "--device", "--bs 8": "--batch-size"}
+    answers |= {"--warmup-epochs 1": "--set", "--img-size 32": "(Possible options: --image-size)"}
+    for option, answer in answers.items():
         found = run(f"pretrain --data x {option}")
         assert found.exit_code == 2 and answer in found.stderr
+    assert "Possible" not in run("crops --fp16").stderr, "no option of this command"
     monkeypatch.undo()
     found = run("pretrain --data digits-canvas --set lr=0.1 --dry-run")
     assert found.exit_code == 2 and "did you mean 'optimizer.lr'?" in found.stderr

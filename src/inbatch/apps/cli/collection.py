@@ -41,13 +41,16 @@ def explore(
     ] = None,
     out: Annotated[Path, Option("--out", "-o", help="HTML file to write; replaced if it exists.")] = Path("map.html"),
     projection: Annotated[
-        str, Option(metavar="auto|pca|tsne|umap|pacmap", help="How features become two coordinates.")
+        str, Option(metavar="auto|pca|tsne|umap|pacmap", help="Projection of the features to two dimensions.")
     ] = "auto",
     thumbnails: Annotated[
         int | None, Option(min=0, help="Side in pixels, 0 for none; default 64, and 32 for over 10,000 images.")
     ] = None,
     inside: Annotated[
-        float, Option(metavar="MB", min=0, help="Thumbnails of more megabytes are written to a folder beside the file.")
+        float,
+        Option(
+            metavar="MB", min=0, help="Largest size of thumbnails in the file; larger ones go to a folder next to it."
+        ),
     ] = 30.0,
     index: Index = "exact",
     split: Split = None,
