@@ -202,3 +202,16 @@ def test_line_counts_are_counted() -> None:
     assert max(stated.values()) < 100, "a method is one small file"
     (smallest,) = [code for code in blocks(page, "python") if "class Spectral" in code]
     assert f"of {len(smallest.splitlines())} lines" in page.read_text()
+
+
+def test_files_that_pages_name_exist() -> None:
+    root = DOCS.parent
+    pages = [*root.glob("*.md"), root / "llms.txt", *DOCS.rglob("*.md"), root / "examples" / "README.md"]
+    named = re.compile(r"(?<![\w/.-])(?:tests|scripts|src/inbatch|benchmarks)/[\w/]+\.(?:py|md|json)\b")
+    missing = {
+        f"{page.relative_to(root)}: {file}"
+        for page in pages
+        for file in named.findall(page.read_text())
+        if not (root / file).is_file() and page.name != "CHANGELOG.md"
+    }
+    assert not missing - {"docs/add-a-method.md: src/inbatch/methods/spectral.py"}  # the reader writes it
