@@ -90,7 +90,7 @@ def test_options_of_plug_ins_are_the_code_s(name: str) -> None:
             assert found[row][column].split(", ")[place] == str(default), option
 
 
-def test_every_option_of_a_plug_in_is_told() -> None:
+def test_every_option_of_a_plug_in_is_explained() -> None:
     for plugin in explain_plugins():
         silent = [name for name, told in plugin["options"].items() if not told["what"]]
         assert not silent, plugin["name"]
@@ -163,7 +163,9 @@ def test_the_method_of_the_page_trains(spectral: type[Method], groups: int) -> N
     assert found["loss"][0] != found["loss"][1]
 
 
-def test_the_method_of_the_page_keeps_every_promise(spectral: type[Method], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_method_of_the_page_passes_the_tests_of_all_methods(
+    spectral: type[Method], monkeypatch: pytest.MonkeyPatch
+) -> None:
     promises = [
         promise for name, promise in vars(test_methods).items()
         if name.startswith("test_") and "variant" in inspect.signature(promise).parameters

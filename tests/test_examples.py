@@ -100,7 +100,7 @@ def test_own_loop_saves_an_encoder_that_loads() -> None:
 
 
 @pytest.mark.slow
-def test_monitor_tells_collapse_from_learning() -> None:
+def test_monitor_distinguishes_collapse_from_learning() -> None:
     spread = [float(x) for x in re.findall(r"feature std ([\d.]+)", run_script("monitor.py"))]
     assert len(spread) == 6 and max(spread[:3]) < 0.5 * min(spread[3:])
 

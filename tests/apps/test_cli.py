@@ -84,7 +84,7 @@ def test_help_imports_nothing_heavy() -> None:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_help_teaches_by_example_and_stays_short(command: str) -> None:
+def test_help_has_examples_and_stays_short(command: str) -> None:
     shown = run(f"{command} --help").stdout
     examples = shown.partition("Examples:")[2]
     assert examples.count(f"inbatch {command}") >= 2
@@ -121,7 +121,7 @@ def test_options_without_a_value_get_their_usual_one(typed: str, read: str) -> N
     assert with_values(typed.split()) == read.split()
 
 
-def test_usual_names_of_options_are_taken_or_answered_with_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_usual_names_of_options_are_accepted_or_get_a_hint(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: dict[str, Any] = {}
 
     def dry_run(data: Any, method: Any, **given: Any) -> None:
@@ -192,7 +192,7 @@ def test_every_example_in_the_help_is_a_valid_command_line(command: str, monkeyp
 # Every command, end to end
 
 
-def test_pretrain_says_what_it_does_and_what_came_of_it(elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pretrain_prints_its_recipe_and_results(elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     judge_by_few_images(monkeypatch)
     found = run(f"pretrain moco {TINY} --set method.queue_size=80 --context 20")
     assert found.exit_code == 0
@@ -243,7 +243,7 @@ def test_evaluate_writes_figures_and_protocol(finished: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_head_that_assigns_clusters_is_judged_beside_k_means(elsewhere: Path) -> None:
+def test_head_that_assigns_clusters_is_evaluated_in_addition_to_k_means(elsewhere: Path) -> None:
     """The encoder file and the run give the same metrics of the clusters that the head assigns, for any images."""
     assert "head ACC" in run(f"pretrain cc {TINY} --set method.num_clusters=7 --out run").stdout
     found = run("evaluate run --protocol clustering --from head")
@@ -270,7 +270,7 @@ def test_a_head_that_assigns_clusters_is_judged_beside_k_means(elsewhere: Path) 
     assert "head" not in inbatch.evaluate_run("run", protocols=["clustering"])
 
 
-def test_what_has_no_head_to_judge_is_refused(finished: Path, elsewhere: Path) -> None:
+def test_clusters_of_a_head_need_a_head_that_assigns_them(finished: Path, elsewhere: Path) -> None:
     for line, words in (
         ("--from head", "simclr has no head that assigns clusters"),
         ("--from head --protocol knn", "need the protocol clustering"),
@@ -335,7 +335,7 @@ def test_every_option_that_methods_shows_is_explained_and_can_be_set(name: str) 
 
 
 @pytest.mark.slow
-def test_quickstart_keeps_its_promise_or_says_so(elsewhere: Path) -> None:
+def test_quickstart_below_its_margin_exits_with_4(elsewhere: Path) -> None:
     found = run("quickstart --epochs 1 --margin 101 --json")
     assert found.exit_code == TrainingError.exit_code == 4
     told = one_object(found.stdout)
@@ -365,7 +365,7 @@ def test_json_is_one_object_and_quiet_is_silent(elsewhere: Path) -> None:
     assert failed.exit_code == told["exit_code"] == 2 and failed.stderr == f"error: {told['error']}\n"
 
 
-def test_only_the_first_process_speaks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_rank_0_prints(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")
     assert run("methods").stdout == run("methods --json").stdout == ""
     refused = run("methods nosuch --json")
@@ -446,7 +446,7 @@ def test_a_dry_run_writes_nothing_and_prints_a_recipe_that_repeats_itself(method
     assert told["steps"] == 5 and told["context"] == 20
 
 
-def test_a_dry_run_is_refused_for_what_the_run_would_be(elsewhere: Path) -> None:
+def test_dry_run_is_refused_for_the_same_reasons_as_the_run(elsewhere: Path) -> None:
     assert run(f"pretrain {TINY} --dry-run --context 7").exit_code == 2
     assert run("pretrain --data nowhere --dry-run").exit_code == 3
     assert run(f"pretrain {TINY} --dry-run --resume auto --out run").exit_code == 2
@@ -496,7 +496,7 @@ def test_a_dry_run_is_refused_for_what_the_run_would_be(elsewhere: Path) -> None
         ("quickstart --epochs 0", 2, "greater than or equal to 1"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_is_refused(line: str, code: int, words: str, elsewhere: Path) -> None:
+def test_invalid_command_lines_are_refused(line: str, code: int, words: str, elsewhere: Path) -> None:
     (elsewhere / "broken.yaml").write_text("a: [1, 2\nb: {")
     (elsewhere / "typo.yaml").write_text("epohcs: 3\n")
     (elsewhere / "empty").mkdir()
@@ -524,5 +524,5 @@ def test_a_finished_run_is_not_overwritten_nor_resumed_as_another(finished: Path
     assert run(f"embed {finished} digits-canvas -o {tmp_path / 'f.npz'} --split valid").exit_code == 3
 
 
-def test_what_is_printed_cannot_command_a_terminal() -> None:
+def test_printed_text_has_no_control_characters() -> None:
     assert printable("a\x1b[2J\x9b\u202eb\udcff\r\nc é 图") == "a\\x1b[2J\\x9b\\u202eb\\udcff\\r\nc é 图"

@@ -135,7 +135,7 @@ def test_a_plain_run_has_its_views_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_batchformer_shows_whom_samples_attend_to(tmp_path: Path) -> None:
+def test_batchformer_shows_attention_between_samples(tmp_path: Path) -> None:
     settings = {"attend.name": "batchformer", "fuse.name": "set", "fuse.views": [0, 1]}
     tiny("byol", tmp_path / "run", settings=settings, subset=80, epochs=1, precision="float32")
     found = inbatch.inspect_run(tmp_path / "run", count=COUNT)

@@ -126,7 +126,7 @@ def test_data_without_columns_have_no_groups(tmp_path: Path) -> None:
             open_data(data, group_column="video")
 
 
-def test_values_that_are_no_groups_are_refused() -> None:
+def test_values_that_cannot_be_groups_are_refused() -> None:
     with pytest.raises(DataError, match=r"The groups are numbers such as 0\.5: a group is a whole number or a name"):
         groups_of_values([0.5, 1.5], "The groups")
     with pytest.raises(DataError, match="The groups are list: a group is"):

@@ -67,7 +67,7 @@ def test_order_parts_and_unknown_labels_change_nothing(monkeypatch: pytest.Monke
     assert same["map"] == pytest.approx(0.4) and same["recall"] == pytest.approx({"1": 0.4, "9": 1.0})
 
 
-def test_what_cannot_be_measured_is_one_sentence() -> None:
+def test_invalid_input_gives_one_sentence() -> None:
     rows = torch.eye(4)
     with pytest.raises(DataError, match="no two images of it have the same class"):
         retrieval(embeddings(rows, [0, 1, 2, -1]))

@@ -47,7 +47,7 @@ def _rows(n: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(n, 6, generator=g) @ torch.randn(6, 6, generator=torch.Generator().manual_seed(9)) + 3
 
 
-def test_fast_works_on_about_32_pixels_whatever_the_images_are() -> None:
+def test_fast_reduces_any_image_to_about_32_pixels() -> None:
     for size, side in ((20, 20), (32, 32), (64, 32), (96, 48), (128, 32)):
         encoder = create_encoder("fast", size=size, width=8)
         assert encoder.width == 64

@@ -116,7 +116,7 @@ def test_ranks_that_disagree_are_refused(tmp_path: Path) -> None:
         assert "rank 1 has a different one from rank 0" in found
 
 
-def test_a_launcher_that_starts_too_few_is_noticed(tmp_path: Path) -> None:
+def test_too_few_processes_are_an_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="2 processes were expected, 1 started"):
         job(str(tmp_path / "run"), {"expect_world_size": 2})
 
@@ -157,7 +157,7 @@ def torchrun(out: Path, *words: str) -> subprocess.Popen:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_torchrun_saves_when_told_to_stop_and_goes_on_alone(number: int, tmp_path: Path) -> None:
+def test_torchrun_saves_after_a_signal_and_one_process_continues(number: int, tmp_path: Path) -> None:
     """A signal to the launcher: both ranks stop at one step, with one checkpoint; one process can finish the run."""
     out = tmp_path / "run"
     process = torchrun(out, "--epochs", "400", "--set", "evaluate_every=400")

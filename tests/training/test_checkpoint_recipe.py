@@ -88,7 +88,7 @@ def stored(recipe: Recipe, step: int) -> checkpoint.Checkpoint:
     return checkpoint.Checkpoint({}, step, Path("last.pt"), None, run_facts(recipe, 8, 1))
 
 
-def test_what_a_resume_may_change_is_accepted() -> None:
+def test_changes_that_a_resume_may_make_are_accepted() -> None:
     recipe, file = recipe_with(), Path("recipe.json")
     check_recipe(stored(recipe, 5), replace(recipe, data="/elsewhere/photos"), file)
     # The context follows from the number of ranks, and a resumed run keeps it.
@@ -150,7 +150,7 @@ def test_an_emptied_optimiser_is_refused(copy: Path) -> None:
     assert caught.value.exit_code == 1
 
 
-def test_more_epochs_name_the_way_to_train_for_longer(copy: Path) -> None:
+def test_more_epochs_are_refused_with_the_remedy(copy: Path) -> None:
     with pytest.raises(ConfigError, match=rf"epochs = 5 \(the run has 2\).*--init {copy} instead of --resume"):
         inbatch.pretrain(resume=copy, epochs=5, quiet=True)
     (copy / "encoder").mkdir()

@@ -46,7 +46,7 @@ def test_a_path_is_kept_as_absolute_and_relative_to_the_run(tmp_path: Path, monk
     assert located(Path(moved, "runs", "one"), RECIPE).data == "photos"
 
 
-def test_images_that_are_gone_are_named_with_the_way_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_images_are_named_with_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     run = Path("run")
     write_json(run / "recipe.json", RECIPE.nested())

@@ -108,7 +108,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIONS)
-def test_an_option_beside_shards(tmp_path: Path, name: str) -> None:
+def test_options_work_with_shards(tmp_path: Path, name: str) -> None:
     on_ranks(2, run, tmp_path, "simclr", None, OPTIONS[name])
     assert inbatch.load(tmp_path).width > 0
 
@@ -123,7 +123,7 @@ def run_for_a_minute(out: Path) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_a_budget_beside_shards(tmp_path: Path) -> None:
+def test_budget_works_with_shards(tmp_path: Path) -> None:
     """All ranks time the same steps; rank 0 alone times evaluations, of the gathered encoder."""
     first, second = on_ranks(2, run_for_a_minute, tmp_path)
     assert first == second and first["world"] == 2 and first["recipe"]["shard"]
