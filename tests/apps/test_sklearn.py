@@ -129,7 +129,7 @@ def test_invalid_input_is_refused(untrained):
     with pytest.raises(NotFittedError):
         made.transform(RGB)
     for images, words in (
-        (np.zeros((9, 10)), "no square image"),
+        (np.zeros((9, 10)), "cannot form a square image"),
         (RGB[:1], "minimum of 2"),
         ("photos", "not one path"),
         (np.full((9, 9), np.nan), "NaN"),

@@ -140,7 +140,7 @@ def test_truncated(cut, tmp_path):
     root = ten(tmp_path)
     whole = (root / "data_batch_5").read_bytes()
     (root / "data_batch_5").write_bytes(whole[:cut])
-    with pytest.raises(DataError, match="data_batch_5' is not a CIFAR file, or damaged"):
+    with pytest.raises(DataError, match="data_batch_5' is not a CIFAR file, or is damaged"):
         open_data(root)
 
 

@@ -29,7 +29,7 @@ def tiff(values, **how) -> bytes:
 
 
 def bands(values, planar="contig", photometric="minisblack", extra=None) -> bytes:
-    """Encode (h, w, k) as a TIFF; `extra` is the meaning of each sample that is no colour."""
+    """Encode (h, w, k) as a TIFF; `extra` is the meaning of each sample that is not a colour."""
     k, colours = values.shape[2], 3 if photometric == "rgb" else 1
     stored = values[..., 0] if k == 1 else values if planar == "contig" else np.moveaxis(values, -1, 0)
     more = [extra or "unspecified", *["unspecified"] * (k - colours - 1)][: k - colours]

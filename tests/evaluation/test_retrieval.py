@@ -78,7 +78,7 @@ def test_invalid_input_gives_one_sentence() -> None:
 
 
 def test_the_user_reads_recall_and_how_many_images_count() -> None:
-    """Under the table, which has the mean average precision: an image alone in its class is no query."""
+    """Under the table, which has the mean average precision: an image alone in its class is not a query."""
     rows = torch.eye(5)[:, :4] + 1
     found = {"test": {"labelled": 5}, "retrieval": retrieval(embeddings(rows, [0, 0, 1, 1, 2]), (1, 5))}
     assert any(

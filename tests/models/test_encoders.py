@@ -138,7 +138,7 @@ def test_weights_without_a_network(monkeypatch):
 def test_weights_in_the_hubs_cache_need_no_network(tmp_path, monkeypatch):
     name = "mobilenetv3_small_050"
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(ConfigError, match=r"in no cache, and https://.* does not answer.*safetensors"):
+    with pytest.raises(ConfigError, match=r"not in a cache, and https://.* does not answer.*safetensors"):
         create_encoder(name, size=224, init="timm")
     repository = tmp_path / f"models--{timm.get_pretrained_cfg(name).hf_hub_id.replace('/', '--')}"
     (repository / "snapshots" / "abc").mkdir(parents=True)

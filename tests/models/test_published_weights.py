@@ -471,7 +471,7 @@ def test_weights_of_the_hub_come_from_its_cache(tmp_path: Path, monkeypatch: pyt
     hub_cache(tmp_path, "owner/large", {"model.safetensors.index.json": index} | parts)
     encoder = create_encoder("test_resnet", size=64, init="hub:owner/large")
     assert_holds(encoder.backbone, dict(published.backbone.state_dict()))
-    with pytest.raises(ConfigError, match="hub:owner/other are in no cache, and HF_HUB_OFFLINE is set"):
+    with pytest.raises(ConfigError, match="hub:owner/other are not in a cache, and HF_HUB_OFFLINE is set"):
         create_encoder("test_resnet", size=64, init="hub:owner/other")
     with pytest.raises(ConfigError, match=r"there is no such repository; write hub:OWNER/NAME"):
         create_encoder("test_resnet", size=64, init="hub:a b/c/d")

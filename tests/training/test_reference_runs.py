@@ -133,7 +133,7 @@ def test_sentences_say_what_is_outside_and_where() -> None:
     ]
     for loss, words in {math.nan: "loss nan is not a number", math.inf: "loss inf is above"}.items():
         (sentence,) = reference.outside(inside | {"loss": loss})
-        assert sentence.startswith(words), "what is no number is not masked"
+        assert sentence.startswith(words), "what is not a number is not masked"
 
 
 def test_leaving_and_entering_the_band_are_reported_once() -> None:

@@ -71,7 +71,7 @@ class Step:
         variance: Weight of VICReg's variance term over all rows that the loss reads, added to the loss of any method.
         scale: Return the scale of the image side at a share of the run, for progressive resizing.
         frozen: Number of steps at the start in which the encoder does not learn.
-        similar: Find the samples that are near duplicates, which are no negatives.
+        similar: Find the samples that are near duplicates, which are not negatives.
         commit: Called before anything except buffers of the networks and the curator changes; the step then completes.
     """
 
