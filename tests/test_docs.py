@@ -3,6 +3,7 @@
 import importlib.util
 import inspect
 import re
+import runpy
 import shlex
 from pathlib import Path
 
@@ -217,3 +218,10 @@ def test_files_that_pages_name_exist() -> None:
         if not (root / file).is_file() and page.name != "CHANGELOG.md"
     }
     assert not missing - {"docs/add-a-method.md: src/inbatch/methods/spectral.py"}  # the reader writes it
+
+
+def test_lines_of_pages_are_at_most_100_characters_long() -> None:
+    script = runpy.run_path(str(DOCS.parent / "scripts" / "wrap_markdown.py"))
+    pages = {page: page.read_text() for page in script["pages"]()}
+    long = [str(page) for page, text in pages.items() if script["wrap"](text) != text]
+    assert len(pages) > 80 and not long, "run: python scripts/wrap_markdown.py"
