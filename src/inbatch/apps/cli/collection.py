@@ -85,7 +85,7 @@ def _show_map(result: dict[str, Any]) -> None:
     duplicates, pictures = result["near_duplicates"], result["thumbnails"]
     say(f"Map:         {result['out']} ({result['bytes'] / 1e6:,.1f} MB)")
     if pictures and pictures["folder"]:
-        say(f"Thumbnails:  {pictures['folder']} ({pictures['bytes'] / 1e6:,.1f} MB); keep it beside the map")
+        say(f"Thumbnails:  {pictures['folder']} ({pictures['bytes'] / 1e6:,.1f} MB); keep it next to the map")
     elif not pictures:
         say("Thumbnails:  none" + ("" if result["features"][0].get("data") else ": pass DATA to show the images"))
     say(f"Images:      {result['images']:,}, {many(result['clusters'], 'cluster')}, by {result['projection']}")
