@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from rank_pool import on_ranks
-from small_runs import judge_by_few_images
+from small_runs import evaluate_on_few_images
 from torch import distributed
 
 import inbatch
@@ -107,7 +107,7 @@ def test_monitor_distinguishes_collapse_from_learning() -> None:
 
 def test_own_method_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """With few images; what it learns from all of them is checked by the slow test below."""
-    judge_by_few_images(monkeypatch)
+    evaluate_on_few_images(monkeypatch)
     small = {"subset": 64, "encoder": "tiny"}
     monkeypatch.setattr(inbatch, "pretrain", lambda *given, **fields: pretrain(*given, **(fields | small)))
     before = dict(METHODS)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from command_line import one_object, run
 from scipy.stats import t as student
-from small_runs import judge_by_few_images, stop_after
+from small_runs import evaluate_on_few_images, stop_after
 
 import inbatch
 from inbatch.apps.adaptation import adapt as adaptation
@@ -267,7 +267,7 @@ def test_the_shares_of_a_budget_are_kept(
 
 @pytest.mark.slow
 def test_a_whole_adaptation_continues_after_an_interruption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    judge_by_few_images(monkeypatch)
+    evaluate_on_few_images(monkeypatch)
     small: dict[str, Any] = {"subset": 80, "batch_size": 40, "quiet": True, "device": "cpu"}
     inbatch.pretrain("digits-canvas", out=tmp_path / "start", epochs=1, **small)
     given: dict[str, Any] = small | {"epochs": 2, "seeds": 2, "evaluate_every": 2}

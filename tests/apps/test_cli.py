@@ -17,7 +17,7 @@ import torch
 import yaml
 from command_line import one_object, run
 from PIL import Image
-from small_runs import judge_by_few_images, leave_out_comparison
+from small_runs import evaluate_on_few_images, leave_out_comparison
 
 import inbatch
 from inbatch import api
@@ -193,7 +193,7 @@ def test_every_example_in_the_help_is_a_valid_command_line(command: str, monkeyp
 
 
 def test_pretrain_prints_its_recipe_and_results(elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    judge_by_few_images(monkeypatch)
+    evaluate_on_few_images(monkeypatch)
     found = run(f"pretrain moco {TINY} --set method.queue_size=80 --context 20")
     assert found.exit_code == 0
     for words in (

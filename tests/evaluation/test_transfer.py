@@ -9,7 +9,7 @@ import torch
 from bars_data import bars_file, command
 from feature_sets import pictures
 from PIL import Image
-from small_runs import leave_out_judgement
+from small_runs import leave_out_evaluation
 
 import inbatch
 from inbatch.errors import DataError
@@ -29,7 +29,7 @@ def run(tmp_path_factory):
     settings = {"test": str(folder / "own"), "classes": str(folder / "classes.txt"), "image_size": 20, "channels": 3}
     settings |= {"encoder": "tiny", "views": "simclr_cifar", "batch_size": 8, "epochs": 1, "quiet": True}
     with pytest.MonkeyPatch.context() as patch:
-        leave_out_judgement(patch)
+        leave_out_evaluation(patch)
         inbatch.pretrain(str(folder / "own"), "simclr", out=folder / "run", **settings)
     return folder / "run"
 

@@ -430,7 +430,7 @@ def _same(
     same = list(range(n + (0 if bank is None else bank.size)))
     for i, j in pairs * n:
         same[i] = same[j] = min(same[i], same[j])
-    assert 0 < len(set(same[:n])) < n, "the plug does nothing"
+    assert 0 < len(set(same[:n])) < n, "the plug-in has no effect"
     return torch.tensor(same[:n]), None if bank is None else BankGroups(torch.tensor(same[n:]), tags)
 
 

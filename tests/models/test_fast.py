@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small_runs import assert_same_state, leave_out_judgement
+from small_runs import assert_same_state, leave_out_evaluation
 
 import inbatch
 from inbatch.api import embed_run, prepare
@@ -218,7 +218,7 @@ def test_a_first_layer_of_whitened_patches_stays_as_the_images_made_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is computed from the images, is not trained, and is part of the untrained encoder, resume, init and files."""
-    leave_out_judgement(monkeypatch)
+    leave_out_evaluation(monkeypatch)
     settings = {"encoder.width": 8}
     run = inbatch.pretrain(IMAGES, "byol", out=tmp_path / "run", preset="fast", epochs=1, batch_size=16, quiet=True,
                            settings=settings)  # fmt: skip

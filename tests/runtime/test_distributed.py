@@ -13,7 +13,7 @@ import pytest
 import torch
 from rank_pool import on_ranks
 from safetensors.torch import load_file
-from small_runs import leave_out_judgement, use_narrow_encoder
+from small_runs import leave_out_evaluation, use_narrow_encoder
 
 import inbatch
 import inbatch.training.checkpoint
@@ -27,7 +27,7 @@ RUN = {"subset": 200, "batch_size": 40, "context": 20, "epochs": 2, "precision":
 def job(out: str, extra: dict[str, Any]) -> dict[str, Any]:
     """Make a whole run on ranks with an existing process group, as under Ray Train or in a user's script."""
     with pytest.MonkeyPatch.context() as patch:
-        leave_out_judgement(patch)
+        leave_out_evaluation(patch)
         use_narrow_encoder(patch)
         run = inbatch.pretrain("digits-canvas", "moco", out=out, settings={"method.queue_size": 64}, **(RUN | extra))
     return run.result

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_runs import assert_same_state, leave_out_judgement, saved, stop_after
+from small_runs import assert_same_state, leave_out_evaluation, saved, stop_after
 from typer.testing import CliRunner
 
 import inbatch
@@ -236,7 +236,7 @@ def test_a_budget_is_planned_kept_and_repeated_without_calibrating(
         raise AssertionError("calibrated again")
 
     monkeypatch.setattr(calibration, "_costs", refuse)
-    leave_out_judgement(monkeypatch)
+    leave_out_evaluation(monkeypatch)
     inbatch.pretrain(
         IMAGES, config=tmp_path / "run/recipe.json", out=tmp_path / "again", quiet=True, settings={"budget": None}
     )

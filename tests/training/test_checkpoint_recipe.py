@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_runs import leave_out_judgement, stop_after, tiny, use_few_images
+from small_runs import leave_out_evaluation, stop_after, tiny, use_few_images
 
 import inbatch
 from inbatch.errors import ConfigError, InbatchError, Preempted
@@ -27,7 +27,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     out = tmp_path_factory.mktemp("stopped") / "run"
     with pytest.MonkeyPatch.context() as patch:
         use_few_images(patch)
-        leave_out_judgement(patch)
+        leave_out_evaluation(patch)
         with patch.context() as at, pytest.raises(Preempted):
             stop_after(at, 3)
             tiny("moco", out)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from command_line import run
 from PIL import Image
-from small_runs import leave_out_judgement
+from small_runs import leave_out_evaluation
 
 import inbatch
 from inbatch.errors import ConfigError, DataError
@@ -44,7 +44,7 @@ def animals(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def learned(animals: Path, tmp_path_factory: pytest.TempPathFactory) -> inbatch.Run:
     """Return a finished run without labels: those of the default column are not classes."""
     with pytest.MonkeyPatch.context() as patch:
-        leave_out_judgement(patch)
+        leave_out_evaluation(patch)
         return inbatch.pretrain(animals, out=tmp_path_factory.mktemp("runs") / "a", image_column="photo", **SMALL)
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from small_runs import leave_out_judgement, stop_after, use_few_images
+from small_runs import leave_out_evaluation, stop_after, use_few_images
 
 import inbatch
 from inbatch.data import open_data, write_folder
@@ -86,7 +86,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     write_folder(open_data("digits-canvas", subset=40), folder / "photos")
     with pytest.MonkeyPatch.context() as patch:
         use_few_images(patch)
-        leave_out_judgement(patch)
+        leave_out_evaluation(patch)
         patch.setenv("INBATCH_CACHE", "off")
         patch.chdir(folder)
         with pytest.raises(Preempted):

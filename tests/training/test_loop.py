@@ -14,7 +14,7 @@ import pytest
 import torch
 from rank_pool import on_ranks
 from small_methods import SMALL
-from small_runs import assert_same_state, leave_out_judgement, saved, stop_after, tiny
+from small_runs import assert_same_state, leave_out_evaluation, saved, stop_after, tiny
 
 import inbatch
 from inbatch.errors import ConfigError, DataError, Preempted, TrainingError
@@ -95,7 +95,7 @@ def test_a_run_leaves_everything_that_repeats_it(tmp_path: Path, monkeypatch: py
     left = {p.name for p in (tmp_path / "run").iterdir()}
     assert {"recipe.json", "run.json", "result.json", "metrics.jsonl", "curves.png", "checkpoints", "encoder"} <= left
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "finished"
-    leave_out_judgement(monkeypatch)
+    leave_out_evaluation(monkeypatch)
     again = inbatch.pretrain(config=tmp_path / "run" / "recipe.json", out=tmp_path / "again", quiet=True)
     assert again.recipe == run.recipe and again.recipe.method.options["temperature"] == 0.3
     assert_same_state(saved(tmp_path / "again"), saved(tmp_path / "run"))

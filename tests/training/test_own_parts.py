@@ -12,7 +12,7 @@ import torch
 from command_line import run as run_line
 from own_code import Momentum, OwnMethod, OwnNet, OwnViews
 from rank_pool import on_ranks
-from small_runs import assert_same_state, leave_out_judgement, saved, stop_after, tiny, use_few_images
+from small_runs import assert_same_state, leave_out_evaluation, saved, stop_after, tiny, use_few_images
 from torchvision.transforms import v2
 
 import inbatch
@@ -123,7 +123,7 @@ def test_options_of_an_inherited_preset_must_be_arguments_of_the_constructor() -
 def run_on_rank(out: str, world: int) -> None:
     patch = pytest.MonkeyPatch()
     use_few_images(patch)
-    leave_out_judgement(patch)
+    leave_out_evaluation(patch)
     try:
         own_run(Path(out), precision="float32", context=8, callbacks=[own_code.Count], epochs=1)
     finally:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small_runs import assert_same_state, judge_by_few_images, saved, stop_after, tiny
+from small_runs import assert_same_state, evaluate_on_few_images, saved, stop_after, tiny
 from typer.testing import CliRunner, Result
 
 from inbatch import api
@@ -41,7 +41,7 @@ def unjudged() -> Iterator[None]:
         nothing = {"comparison_seconds": 0.0, "initial": "untrained encoder", "untrained": {}, "unlabelled": {}}
         patch.setattr("inbatch.training.run_result.compare_with_initial", lambda *_: nothing)
         patch.setattr("inbatch.training.run_result.plot_curves", lambda *_: None)
-        judge_by_few_images(patch)
+        evaluate_on_few_images(patch)
         yield
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from rank_pool import on_ranks
-from small_runs import leave_out_judgement, tiny
+from small_runs import leave_out_evaluation, tiny
 from test_sharded_checkpoints import leaves
 
 import inbatch
@@ -52,7 +52,7 @@ def run(
     callbacks = [StopAt(stop)] if stop else []
     settings = SMALL | fields.pop("settings", {}) if fields.get("encoder", "vit").startswith("vit") else {}
     with pytest.MonkeyPatch.context() as patch, contextlib.suppress(*([Preempted] if stop else [])):
-        leave_out_judgement(patch)
+        leave_out_evaluation(patch)
         tiny(method, out, settings=settings, callbacks=callbacks, **(VIT | {"shard": True} | fields))
 
 
@@ -115,7 +115,7 @@ def test_options_work_with_shards(tmp_path: Path, name: str) -> None:
 
 def run_for_a_minute(out: Path) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch:
-        leave_out_judgement(patch)
+        leave_out_evaluation(patch)
         return inbatch.pretrain(
             "digits-canvas", out=out, encoder="tiny", shard=True, budget="1m", subset=80, batch_size=16, image_size=20,
             workers=0, quiet=True,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from small_runs import assert_same_state, leave_out_judgement, saved, stop_after, tiny, use_few_images
+from small_runs import assert_same_state, leave_out_evaluation, saved, stop_after, tiny, use_few_images
 
 from inbatch.errors import Preempted
 from inbatch.training.metric_logger import Log, spent
@@ -103,7 +103,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("stopped") / "run"
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Preempted):
         use_few_images(patch)
-        leave_out_judgement(patch)
+        leave_out_evaluation(patch)
         stop_after(patch, 3)
         tiny("simclr", out)
     return out
