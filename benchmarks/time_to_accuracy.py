@@ -132,7 +132,7 @@ class Lightly:
         self.data = Encoded(self.train[0], peer_workloads.TRANSFORMS["lightly"](32))
         self.steps = len(self.data) // RECIPE["batch"]
         if not self.steps:
-            raise DataError(f"{len(self.data)} images are no batch of {RECIPE['batch']}: give more images")
+            raise DataError(f"{len(self.data)} images are fewer than a batch of {RECIPE['batch']}: give more images")
         self.total = self.steps * RECIPE["epochs"]
         self.told = {"recipe": RECIPE, "images": len(self.data), "threads": self.threads}
 

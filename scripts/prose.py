@@ -5,8 +5,8 @@ python scripts/prose.py --worst 20               # also the 20 worst lines, with
 python scripts/prose.py --max 4                  # exit code 1 if a folder exceeds 4
 python scripts/prose.py docs src/inbatch/nn      # only these files or folders
 
-Prose is the text of Markdown pages, without code, formulas and generated tables, and the docstrings, comments and
-message strings of Python files, without quoted code.
+Prose is the text of Markdown pages, without code, formulas and generated tables, and the docstrings, comments,
+message strings and names of tests in Python files, without quoted code.
 """
 
 import argparse
@@ -20,9 +20,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-DEFAULT = ("README.md", "SECURITY.md", "docs", "src/inbatch", "tests", "benchmarks", "results", "scripts")
+DEFAULT = (
+    "README.md", "SECURITY.md", "CONTRIBUTING.md", "CODE_OF_CONDUCT.md", "AGENTS.md", "CHANGELOG.md", "docs",
+    "src/inbatch", "tests", "benchmarks", "examples", "results", "scripts", "weights", "web",
+)  # fmt: skip
 QUOTES_IDIOMS = {"docs/contributing/style.md", "scripts/prose.py"}
-GENERATED = {"docs/results", "docs/drill.md"}
+GENERATED = {"docs/results", "docs/fault-injection.md"}
 
 # Each entry is a regular expression that must match whole words, ignoring case.
 IDIOMS = (
@@ -66,8 +69,10 @@ def markdown(text: str) -> Iterator[tuple[int, str]]:
 
 
 def python(text: str) -> Iterator[tuple[int, str]]:
-    """Yield docstrings, comments and strings of at least four words, with their first line numbers."""
+    """Yield docstrings, comments, strings of at least four words and names of tests, with their first line numbers."""
     for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
+            yield node.lineno, node.name.removeprefix("test_").replace("_", " ")
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and len(WORD.findall(node.value)) >= 4:
             yield node.lineno, CODE.sub(blank, node.value)
     for token in tokenize.generate_tokens(io.StringIO(text).readline):

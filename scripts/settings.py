@@ -212,7 +212,7 @@ def options() -> dict[str, str]:
     """Return the command-line options of `inbatch pretrain` by the setting that they set."""
     callback = next(info.callback for info in app.registered_commands if info.callback.__name__ == "pretrain")
     hints = typing.get_type_hints(callback, include_extras=True)
-    found = {}
+    found = {"optimizer.lr": "--lr"}
     for field in dataclasses.fields(Recipe):
         information = typing.get_args(hints[field.name])[1] if field.name in hints else None
         if information is not None and type(information).__name__ == "OptionInfo":
@@ -230,10 +230,12 @@ def page() -> str:
         "",
         "<!-- Written by scripts/settings.py from the code; do not edit. -->",
         "",
-        "A recipe is the complete configuration of a run. Every setting below can be set by `--set KEY=VALUE`,",
-        "by a file (`--config`), or in Python (`inbatch.pretrain(..., settings={KEY: VALUE})`). The order of",
-        "precedence, from the lowest: the defaults of this page, the preset, the file, the command line.",
-        "`inbatch pretrain ... --dry-run` prints the resolved recipe. `null` means that a setting is not set.",
+        "A recipe is the complete configuration of a run. Every setting below can be set by",
+        "`--set KEY=VALUE`, by a file (`--config`), or in Python",
+        "(`inbatch.pretrain(..., settings={KEY: VALUE})`). The order of precedence, from the lowest: the",
+        "defaults of this page, the preset, the file, the command line.",
+        "`inbatch pretrain ... --dry-run` prints the resolved recipe. `null` (in a meaning: None) means that a",
+        "setting is not set.",
         "",
         "## The run",
         "",
@@ -242,7 +244,9 @@ def page() -> str:
         *table(dataclass_settings(Recipe)),
         "These settings have their own option on the command line:",
         "",
-        *textwrap.wrap(", ".join(f"`{option}` (`{key}`)" for key, option in options().items()) + ".", 100),
+        *textwrap.wrap(
+            ", ".join(f"`{option}` (`{key}`)" for key, option in options().items()) + ".", 100, break_on_hyphens=False
+        ),
         "",
         "The parts below are chosen by name: `method.name`, `views.name`, `encoder.name`, `optimizer.name`,",
         "`schedule.name`, and, if they are used, the plug-ins `fuse.name`, `curate.name`, `attend.name`,",

@@ -132,9 +132,9 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def unjudged(monkeypatch: pytest.MonkeyPatch) -> None:
     """End the narrow runs of this test without protocols, pictures and the comparison with the untrained encoder."""
-    from small_runs import leave_out_judgement, use_narrow_encoder
+    from small_runs import leave_out_evaluation, use_narrow_encoder
 
-    leave_out_judgement(monkeypatch)
+    leave_out_evaluation(monkeypatch)
     use_narrow_encoder(monkeypatch)
 
 

@@ -4,6 +4,7 @@ import importlib.util
 import inspect
 import re
 import shlex
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -90,7 +91,7 @@ def test_options_of_plug_ins_are_the_code_s(name: str) -> None:
             assert found[row][column].split(", ")[place] == str(default), option
 
 
-def test_every_option_of_a_plug_in_is_told() -> None:
+def test_every_option_of_a_plug_in_is_explained() -> None:
     for plugin in explain_plugins():
         silent = [name for name, told in plugin["options"].items() if not told["what"]]
         assert not silent, plugin["name"]
@@ -163,7 +164,9 @@ def test_the_method_of_the_page_trains(spectral: type[Method], groups: int) -> N
     assert found["loss"][0] != found["loss"][1]
 
 
-def test_the_method_of_the_page_keeps_every_promise(spectral: type[Method], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_method_of_the_page_passes_the_tests_of_all_methods(
+    spectral: type[Method], monkeypatch: pytest.MonkeyPatch
+) -> None:
     promises = [
         promise for name, promise in vars(test_methods).items()
         if name.startswith("test_") and "variant" in inspect.signature(promise).parameters
@@ -202,3 +205,46 @@ def test_line_counts_are_counted() -> None:
     assert max(stated.values()) < 100, "a method is one small file"
     (smallest,) = [code for code in blocks(page, "python") if "class Spectral" in code]
     assert f"of {len(smallest.splitlines())} lines" in page.read_text()
+
+
+def test_files_that_pages_name_exist() -> None:
+    root = DOCS.parent
+    pages = [*root.glob("*.md"), root / "llms.txt", *DOCS.rglob("*.md"), root / "examples" / "README.md"]
+    named = re.compile(r"(?<![\w/.-])(?:tests|scripts|src/inbatch|benchmarks)/[\w/]+\.(?:py|md|json)\b")
+    missing = {
+        f"{page.relative_to(root)}: {file}"
+        for page in pages
+        for file in named.findall(page.read_text())
+        if not (root / file).is_file() and page.name != "CHANGELOG.md"
+    }
+    assert not missing - {"docs/add-a-method.md: src/inbatch/methods/spectral.py"}  # the reader writes it
+
+
+KEPT = re.compile(r"^(?:```.*?^```|~~~.*?^~~~|\$\$.*?\$\$ *$|<!-- (?!end).*?<!-- end -->)", re.M | re.S)
+"""Code, formulas and generated parts of a page."""
+UNBROKEN = re.compile(r"(?:!?\[[^\]]*\]\([^)]*\)|`[^`]*`|\$[^$]*\$|\S)+")
+"""Words, links, code and formulas: a line with one of them cannot be broken."""
+GENERATED = {"settings.md", "fault-injection.md", "mutations.md", "cli.md"}
+
+
+def test_lines_of_pages_are_at_most_100_characters_long() -> None:
+    root = DOCS.parent
+    pages = [*root.glob("*.md"), *DOCS.rglob("*.md"), *root.glob("examples/*.md"), *root.glob("tests/golden/*.md")]
+    pages = [page for page in pages if page.name not in GENERATED and not {"results", "_build"} & {*page.parts}]
+    long = [
+        f"{page.relative_to(root)}: {line}"
+        for page in pages
+        for line in KEPT.sub("", page.read_text()).splitlines()
+        if len(line) > 100 and not line.startswith(("|", "#", ">")) and len(UNBROKEN.findall(line)) > 1
+    ]
+    assert len(pages) > 80 and not long
+
+
+def test_the_long_description_of_the_package_has_absolute_links_only() -> None:
+    root = DOCS.parent
+    made = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["hatch"]["metadata"]["hooks"]
+    (change,) = made["fancy-pypi-readme"]["substitutions"]
+    text = re.sub(change["pattern"], change["replacement"], readme := (root / "README.md").read_text())
+    assert all(target.startswith(("https://", "#")) for target in re.findall(r"\]\(([^)]+)\)", text))
+    assert len(readme) / 2 < len(text) < len(readme)
+    assert text.index("pip install inbatch") < text.index("pip install .")

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from rank_pool import on_ranks
-from small_runs import judge_by_few_images
+from small_runs import evaluate_on_few_images
 from torch import distributed
 
 import inbatch
@@ -100,14 +100,14 @@ def test_own_loop_saves_an_encoder_that_loads() -> None:
 
 
 @pytest.mark.slow
-def test_monitor_tells_collapse_from_learning() -> None:
+def test_monitor_distinguishes_collapse_from_learning() -> None:
     spread = [float(x) for x in re.findall(r"feature std ([\d.]+)", run_script("monitor.py"))]
     assert len(spread) == 6 and max(spread[:3]) < 0.5 * min(spread[3:])
 
 
 def test_own_method_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """With few images; what it learns from all of them is checked by the slow test below."""
-    judge_by_few_images(monkeypatch)
+    evaluate_on_few_images(monkeypatch)
     small = {"subset": 64, "encoder": "tiny"}
     monkeypatch.setattr(inbatch, "pretrain", lambda *given, **fields: pretrain(*given, **(fields | small)))
     before = dict(METHODS)

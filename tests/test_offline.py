@@ -46,7 +46,7 @@ def test_a_child_of_torchrun_cannot_get_out(tmp_path: Path) -> None:
     assert done.stdout.strip() == "[]", done.stderr
 
 
-def test_processes_of_this_machine_may_meet() -> None:
+def test_processes_of_one_machine_can_connect() -> None:
     with http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler) as server:
         thread = threading.Thread(target=server.handle_request)
         thread.start()
@@ -87,7 +87,7 @@ print("done")
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_no_command_asks_for_a_network_or_needs_one(tmp_path: Path) -> None:
+def test_no_command_needs_a_network(tmp_path: Path) -> None:
     """Commands run in a network namespace without a network if this system allows one."""
     call = [*apart(), sys.executable, "-c", PROGRAM, *LINES]
     done = subprocess.run(call, capture_output=True, text=True, cwd=tmp_path)

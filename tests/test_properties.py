@@ -212,7 +212,7 @@ def test_warm_up_and_cosine(
 
 @examples(60)
 @given(size=st.integers(1, 9), width=st.integers(1, 3), pushes=st.lists(st.integers(0, 20), max_size=8), seed=seeds)
-def test_queue_is_a_list_that_forgets(size: int, width: int, pushes: list[int], seed: int) -> None:
+def test_queue_equals_a_list_without_its_oldest_rows(size: int, width: int, pushes: list[int], seed: int) -> None:
     queue = MemoryBank(size, width)
     rows = queue.rows.tolist()
     for i, n in enumerate(pushes):
@@ -466,7 +466,7 @@ def test_a_damaged_parquet_file_gives_images_or_is_refused(
 
 @examples(25)
 @given(seed=seeds, which=st.sampled_from(["entry.json", "images.u8", "sizes.i32"]))
-def test_a_damaged_cache_is_decoded_anew(tmp_path_factory: pytest.TempPathFactory, seed: int, which: str) -> None:
+def test_damaged_cache_is_replaced(tmp_path_factory: pytest.TempPathFactory, seed: int, which: str) -> None:
     base = tmp_path_factory.getbasetemp()
     photos = base / "photos"
     if not photos.is_dir():

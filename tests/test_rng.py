@@ -36,7 +36,7 @@ def test_every_part_of_the_key_gives_an_independent_stream(part):
     assert stats.pearsonr(a.flatten(), b.flatten()).pvalue > 1e-3
 
 
-def test_parts_of_the_key_do_not_stand_in_for_each_other():
+def test_parts_of_the_key_are_not_interchangeable():
     streams = [rng.uniform(s, e, INDEX[:50], v, 4, a) for s, e, v, a in itertools.product(range(3), repeat=4)]
     assert len({tuple(row) for stream in streams for row in stream.tolist()}) == 81 * 50
 

@@ -195,7 +195,7 @@ def test_an_absurd_number_is_refused(setting: str, elsewhere: Path) -> None:
 @pytest.mark.parametrize(
     "line", ["evaluate RUN --seed 4294967296", f"inspect RUN --seed {10**22}", "views digits-canvas --seed -1"]
 )
-def test_seeds_that_nobody_takes(line: str, finished: Path) -> None:
+def test_seeds_out_of_range_are_refused(line: str, finished: Path) -> None:
     assert run(line.replace("RUN", str(finished))).exit_code == 2
 
 
@@ -224,7 +224,7 @@ def test_hostile_weights_are_refused(name: str, weights: Path) -> None:
 
 
 @pytest.mark.parametrize("key", ["pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "pretrained"])
-def test_timms_own_ways_to_files_are_closed(key: str, weights: Path) -> None:
+def test_settings_of_timm_for_files_are_refused(key: str, weights: Path) -> None:
     refused(f"pretrain {TINY} --encoder resnet18 --set encoder.{key}=evil.pth --dry-run", 2, "init")
 
 
@@ -291,7 +291,7 @@ def test_a_crafted_encoder_is_refused(name: str, finished: Path, elsewhere: Path
     assert found.exit_code in (2, 3) and found.stderr.startswith("error: ") and not Path("f.npz").exists(), found.output
 
 
-def test_an_encoder_of_pickles_is_no_encoder(finished: Path, elsewhere: Path) -> None:
+def test_encoder_folder_of_pickles_is_refused(finished: Path, elsewhere: Path) -> None:
     """Other libraries fall back to pytorch_model.bin; inbatch does not."""
     shutil.copytree(finished / "encoder", "encoder")
     os.remove("encoder/model.safetensors")
@@ -364,7 +364,7 @@ def test_a_crafted_checkpoint_is_refused(what: object, finished: Path, elsewhere
         assert found.exit_code == 1 and found.stderr.startswith("error: "), found.output
 
 
-def test_a_crafted_cache_is_decoded_anew(elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_crafted_cache_is_replaced(elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("INBATCH_CACHE", str(elsewhere / "cache"))
     monkeypatch.setattr("inbatch.data.decoded_cache.WORTH", 0)
     for i in range(12):
@@ -515,13 +515,13 @@ def test_outputs_are_whole_or_not_there(line: str, finished: Path, elsewhere: Pa
     assert not [path for path in elsewhere.rglob("*") if path.name.endswith(".tmp")]
 
 
-def test_nothing_takes_the_place_of_a_device(tmp_path: Path) -> None:
+def test_devices_are_not_replaced(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")  # like /dev/null, not a regular file
     refused(f"crops --pairs 100 -o {tmp_path / 'pipe'}", 1, "not a regular file")
     assert (tmp_path / "pipe").is_fifo()
 
 
-def test_a_link_laid_where_a_file_is_begun_is_not_followed(tmp_path: Path) -> None:
+def test_link_at_the_temporary_name_is_not_followed(tmp_path: Path) -> None:
     victim = tmp_path / "victim"
     victim.write_text("mine")
     (tmp_path / f".out.json.{os.getpid()}.tmp").symlink_to(victim)

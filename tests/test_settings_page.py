@@ -18,6 +18,7 @@ def test_page_is_current_and_complete() -> None:
     rows = [line for line in text.splitlines() if line.startswith("| `")]
     assert len(rows) > 100
     assert not [row for row in rows if row.endswith("|  |")], "a setting has no meaning: explain it in its docstring"
+    assert "`--image-size` (`image_size`)" in " ".join(text.split()) and "`--lr` (`optimizer.lr`)" in text
 
 
 @pytest.mark.parametrize(

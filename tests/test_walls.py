@@ -309,6 +309,25 @@ def test_only_what_reads_recipes_needs_typer_and_pydantic() -> None:
     python(_WITHOUT, "typer,pydantic", *sorted(FILES.keys() - what_reads_recipes() - {"inbatch.__main__"}))
 
 
+LONG = {"data.views.numba_kernel._draw", "nn.triton_kernels.logistic"}
+"""Functions of more than 60 lines: each is compiled as one."""
+
+
+def test_functions_have_at_most_60_lines() -> None:
+    """Lines of the body are counted, without signature and docstring; `build` has at most 40."""
+
+    def check(module: str) -> Iterator[str]:
+        for node in nodes(module):
+            if isinstance(node, ast.FunctionDef):
+                body = node.body[1:] if ast.get_docstring(node) else node.body
+                lines = body[-1].end_lineno - body[0].lineno + 1 if body else 0  # type: ignore[operator]
+                name = f"{short(module)}.{node.name}"
+                if lines > (40 if name == "training.build.build" else 60) and name not in LONG:
+                    yield f"{name} has {lines} lines"
+
+    assert not problems(check)
+
+
 def test_help_needs_no_torch() -> None:
     python(_WITHOUT, "torch", *sorted(name for name in FILES if inside(name, TORCHLESS)))
 

@@ -115,7 +115,7 @@ def pretrain(
         compare: a run directory or a folder of results; its curve is shown with that of this run during training and
             does not affect it. "auto": the shipped reference runs of the same recipe.
         track: names of experiment trackers, such as "wandb,mlflow", besides TensorBoard, which is used if it is
-            installed; "none" for no tracker at all. They do not affect the run and are no part of its recipe. A resumed
+            installed; "none" for no tracker. They do not affect the run and are not part of its recipe. A resumed
             run keeps its trackers, to which this adds.
         callbacks: `Callback` objects or classes, called after steps, epochs and evaluations.
         **fields: any setting of the recipe (epochs=100, batch_size=256, encoder="resnet18", seed=1, ...).

@@ -62,7 +62,7 @@ class BankGroups:
     """Near duplicates of the samples of a batch among the rows of a memory bank; equal on all ranks.
 
     Attributes:
-        same: (L,) int64; a row of the bank is no negative of the samples whose `Batch.same` is equal to its number.
+        same: (L,) int64; a row of the bank is not a negative of the samples whose `Batch.same` is equal to its number.
         tags: (N,) or (N, F), what the bank keeps of the samples of the whole batch to find theirs in later steps.
     """
 

@@ -178,7 +178,7 @@ class BatchEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
             return shape
         side = round(features**0.5)
         if side**2 != features or side < 2:
-            raise ValueError(f"{features} feature(s) are no square image: pass image_shape=(H, W) or (H, W, C)")
+            raise ValueError(f"{features} feature(s) cannot form a square image: pass image_shape=(H, W) or (H, W, C)")
         return side, side
 
     def _levels(self, images: np.ndarray) -> Levels | None:

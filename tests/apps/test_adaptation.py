@@ -13,7 +13,7 @@ import pytest
 import torch
 from command_line import one_object, run
 from scipy.stats import t as student
-from small_runs import judge_by_few_images, stop_after
+from small_runs import evaluate_on_few_images, stop_after
 
 import inbatch
 from inbatch.apps.adaptation import adapt as adaptation
@@ -57,7 +57,7 @@ def test_the_interval_counts_seeds_and_images() -> None:
 
 
 @pytest.mark.parametrize("seeds", [2, pytest.param(3, marks=pytest.mark.slow), pytest.param(8, marks=pytest.mark.slow)])
-def test_the_interval_covers_the_gain_as_often_as_it_says(seeds: int) -> None:
+def test_interval_covers_the_true_gain_in_95_percent_of_the_cases(seeds: int) -> None:
     """Seeds and images both random, few of either: at least 95 % of the intervals cover the true gain of 0."""
     g = torch.Generator().manual_seed(0)
     covered, times = 0, 250
@@ -91,7 +91,7 @@ def test_verdicts(knn: tuple, linear: tuple, kind: str, words: str) -> None:
     assert words in verdict.sentence()
 
 
-def test_without_labels_nothing_is_shown_but_a_collapse() -> None:
+def test_without_labels_only_a_collapse_is_shown() -> None:
     assert Verdict({}, {"rankme": gain(5.0, 1.0)}, [], 3).kind == NOT_SHOWN
     collapsed = Verdict({"knn": gain(0.03, 0.02), "linear": gain(0.03, 0.02)}, {}, [0, 2], 3, 60)
     assert collapsed.kind == NO_HELP and "the outputs of seed 0, seed 2 collapsed" in collapsed.sentence()
@@ -267,7 +267,7 @@ def test_the_shares_of_a_budget_are_kept(
 
 @pytest.mark.slow
 def test_a_whole_adaptation_continues_after_an_interruption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    judge_by_few_images(monkeypatch)
+    evaluate_on_few_images(monkeypatch)
     small: dict[str, Any] = {"subset": 80, "batch_size": 40, "quiet": True, "device": "cpu"}
     inbatch.pretrain("digits-canvas", out=tmp_path / "start", epochs=1, **small)
     given: dict[str, Any] = small | {"epochs": 2, "seeds": 2, "evaluate_every": 2}

@@ -77,7 +77,7 @@ def test_select_chooses_what_is_not_labelled(photos: Path, features: Path, tmp_p
     assert "1 labelled image of" in uncertain.stderr
 
 
-def test_labels_of_some_images_count_unless_told_otherwise(photos: Path, features: Path, tmp_path: Path) -> None:
+def test_labels_of_some_images_are_used_unless_disabled(photos: Path, features: Path, tmp_path: Path) -> None:
     partly = written(photos, tmp_path / "partly.npz", 0.3)
     for file, labelled, count in (
         (partly, None, 18), (partly, "none", 0), (partly, "data", 18), (features, None, 0), (features, "none", 0),
@@ -108,7 +108,7 @@ def test_labels_finds_images_in_the_wrong_folder(photos: Path, features: Path, t
     assert "separate the classes badly" in run(f"labels {clean}").stderr
 
 
-def test_what_cannot_be_used_is_one_sentence(photos: Path, features: Path, tmp_path: Path) -> None:
+def test_invalid_input_gives_one_sentence(photos: Path, features: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "else.csv").write_text("path\nelse.png\n")
     (tmp_path / "file").write_text("")

@@ -37,6 +37,11 @@ def load(file: Path) -> ModuleType:
 # Command-line options
 
 
+def test_section_network_is_the_tower_of_the_results() -> None:
+    Options(("network",)).check()
+    assert Options(("network", "step")).chosen == Options(("step", "tower")).chosen == ("tower", "step")
+
+
 @pytest.mark.parametrize(
     ("asked", "said"),
     [
@@ -51,7 +56,7 @@ def load(file: Path) -> ModuleType:
         ({"out": Path("/nowhere/bench.json")}, "/nowhere"),
     ],
 )
-def test_what_cannot_be_measured_is_refused_in_a_sentence(asked: dict[str, Any], said: str) -> None:
+def test_invalid_options_are_refused(asked: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         Options(**asked).check()
 
@@ -64,7 +69,7 @@ def test_the_command_repeats_the_run_and_names_no_place() -> None:
 @pytest.mark.grid(5)
 @pytest.mark.parametrize("size", [32, 224])
 @pytest.mark.parametrize("section", SECTIONS)
-def test_every_section_has_ours_first_and_makers_that_exist(section: str, size: int, tmp_path: Path) -> None:
+def test_every_section_has_inbatch_first_and_existing_workloads(section: str, size: int, tmp_path: Path) -> None:
     options = Options((section,), size, quick=True, encoder="resnet18", compile=True)
     for race in MAKERS[section](Field(options, section, "cpu", tmp_path)):
         assert race.contestants[0].who == runner.OURS
@@ -97,7 +102,7 @@ def test_all_read_the_same_files(tmp_path: Path) -> None:
         synthetic_data.encoded(str(tmp_path / "empty"), 9)
 
 
-def test_the_literal_loss_is_ours() -> None:
+def test_literal_loss_equals_that_of_inbatch() -> None:
     z = torch.randn(2, 8, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     assert reference_workloads.literal_nt_xent(z).item() == pytest.approx(nt_xent(z, 0.1).item(), rel=1e-6)
 
@@ -116,7 +121,7 @@ def test_evaluations_of_the_same_features_agree(make: str, tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-def test_operations_of_a_tower_are_those_of_its_layers(tmp_path: Path) -> None:
+def test_operations_of_a_network_are_those_of_its_layers(tmp_path: Path) -> None:
     np.save(tmp_path / "images.npy", synthetic_data.draw_images(4, 32))
     run = inbatch_workloads.built(JOB | {"folder": str(tmp_path), "size": 32, "batch": 4}, cache_on_device=True)
     layers = [(3, 32, 32), (32, 64, 16), (64, 96, 16)]  # channels in and out, side of the output
@@ -127,7 +132,7 @@ def test_operations_of_a_tower_are_those_of_its_layers(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("make", ["views", "tower", "step"])
-def test_ours_counts_what_it_did(make: str, tmp_path: Path) -> None:
+def test_workloads_of_inbatch_count_their_operations(make: str, tmp_path: Path) -> None:
     np.save(tmp_path / "images.npy", synthetic_data.draw_images(8, 32))
     job = JOB | {"folder": str(tmp_path), "size": 32, "batch": 4, "unit": "views"}
     call, told = getattr(inbatch_workloads, make)(job)
@@ -166,7 +171,7 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return make
 
 
-def test_contestants_take_turns_and_are_told_by_their_median(fake: Any, tmp_path: Path) -> None:
+def test_implementations_alternate_and_report_their_median(fake: Any, tmp_path: Path) -> None:
     both = [fake("inbatch", seconds=[1, 2, 5]), fake("other", seconds=[10, 5, 20])]
     found = runner.BenchmarkRounds("work", "images/s", both).run(3, {"copy": 100}, show_missing=False)
     assert (tmp_path / "log").read_text() == "iooiio"
@@ -177,7 +182,7 @@ def test_contestants_take_turns_and_are_told_by_their_median(fake: Any, tmp_path
     assert told[1][:5] == ("other", "1", "0.5", "2", "5.00")
 
 
-def test_what_cannot_run_says_why(fake: Any) -> None:
+def test_implementations_that_fail_state_the_reason(fake: Any) -> None:
     others = [
         fake("lost", True, failed="not installed"),
         fake("mute", True, dies=1),
@@ -191,7 +196,7 @@ def test_what_cannot_run_says_why(fake: Any) -> None:
     assert [row[-1] for row in report.table_rows(shown)][1] == "not installed"
 
 
-def test_libraries_that_are_missing_are_left_out_unless_asked_for(fake: Any) -> None:
+def test_missing_libraries_are_left_out_unless_requested(fake: Any) -> None:
     race = runner.BenchmarkRounds(
         "work", "ms", [fake("inbatch", seconds=[1]), fake("lost", True, failed="not installed")]
     )
@@ -206,7 +211,7 @@ def test_our_own_refusal_is_the_user_s_error(fake: Any, kind: str, error: type[E
         )
 
 
-def test_milliseconds_are_the_other_way_round() -> None:
+def test_less_time_is_better_if_the_unit_is_ms() -> None:
     row = {"rate": 100.0, "low": 50.0, "high": 200.0}
     race = {"unit": "ms", "title": "", "threads": [1], "contestants": {"inbatch": row, "other": row | {"rate": 50.0}}}
     told = list(report.table_rows(race))
@@ -214,7 +219,7 @@ def test_milliseconds_are_the_other_way_round() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the state of a process is read from /proc")
-def test_workers_stand_still_between_the_rounds() -> None:
+def test_workers_are_stopped_between_rounds() -> None:
     child = multiprocessing.get_context("fork").Process(target=_busy, daemon=True)
     child.start()
 
@@ -266,7 +271,7 @@ def test_guards_run() -> None:
     assert load(ROOT / "benchmarks" / "guards.py").main(["--quick"]) == 0
 
 
-def test_a_guard_below_its_floor_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_guard_below_its_floor_is_reported(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     guards = load(ROOT / "benchmarks" / "guards.py")
     monkeypatch.setattr(guards, "ratio", lambda guard, seconds, rounds: (guard.floor - 0.01, 1.0, 1.0))
     monkeypatch.setattr(guards, "lay_out", lambda folder, quick: None)

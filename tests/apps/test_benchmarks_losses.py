@@ -25,7 +25,7 @@ LINUX = pytest.mark.skipif(sys.platform != "linux", reason="limits of memory are
 
 
 @pytest.mark.parametrize("loss", BENCHMARK.LOSSES)
-def test_all_of_ours_are_the_literal_version(loss: str) -> None:
+def test_losses_of_inbatch_equal_the_literal_version(loss: str) -> None:
     """Check values and gradients, in tiles, with the whole matrix and by default; bf16 products to their rounding."""
 
     def found(who: str) -> dict[str, Any]:
@@ -109,7 +109,7 @@ def test_the_page_is_what_the_files_make() -> None:
         assert all(f"<!-- losses-{threads} {name} -->" in page.read_text() for name in ("where", "nt_xent", "all"))
 
 
-def test_who_differs_is_named() -> None:
+def test_differing_libraries_are_named() -> None:
     row = {"seconds": 1.0, "value": 2.0, "gradient": 0.5}
     block = {"literal": {"ships": dict(row)}, "inbatch": {"ships": row | {"value": 2.001}},
              "lightly": {"ships": row | {"gradient": 0.50001}, "kept": {"failed": "out of memory"}}}  # fmt: skip
@@ -122,7 +122,7 @@ def test_who_differs_is_named() -> None:
 @pytest.mark.slow
 @LINUX
 @pytest.mark.parametrize("limit, memory, failed", [(60, 10**9, "out of memory"), (1, 10**10, "over 1 s")])
-def test_who_takes_too_much_is_told_so(limit: int, memory: int, failed: str) -> None:
+def test_excessive_memory_or_time_is_reported(limit: int, memory: int, failed: str) -> None:
     job = {"loss": "nt_xent", "who": "literal", "rows": 16384, "queue": 1, "dim": 16, "threads": 1, "memory": memory}
     contestant = BENCHMARK.Contestant(job | {"limit": limit, "allocator": "ships"}, sys.executable).start()
     contestant.meet()
@@ -132,7 +132,7 @@ def test_who_takes_too_much_is_told_so(limit: int, memory: int, failed: str) -> 
         assert row["asked_bytes"] == 4 * 16384**2
 
 
-def test_mistakes_are_told(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+def test_invalid_options_are_reported(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
     for words, said in (
         (["--rows", "63"], "even numbers"),
         (["--repeat", "0"], "positive"),

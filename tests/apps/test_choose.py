@@ -85,7 +85,7 @@ def test_the_command_prints_table_reliability_and_json(runs: list[Path], tmp_pat
     assert {one["run"] for one in result["runs"]} == set(map(str, runs))
 
 
-def test_what_limits_a_comparison_is_said(runs: list[Path], tmp_path: Path) -> None:
+def test_limits_of_a_comparison_are_stated(runs: list[Path], tmp_path: Path) -> None:
     (tmp_path / "d").mkdir()
     other = recorded_run(tmp_path / "d", entry(), "vicreg", subset=50)
     result = inbatch.choose_run([*runs, other])
@@ -218,7 +218,7 @@ def test_page_and_quoted_figures_are_what_the_records_give(study: ModuleType) ->
     assert study.QUOTING.read_text() == study.source(runs), again
 
 
-def test_equal_runs_are_said_to_have_no_order() -> None:
+def test_runs_with_equal_measures_have_an_undefined_order() -> None:
     from inbatch.apps.cli.choosing import _taus
 
     assert _taus({"loss": 0.5, "rankme": None}) == "Kendall's tau with k-NN here: loss +0.50"

@@ -17,11 +17,11 @@ import torch
 import yaml
 from command_line import one_object, run
 from PIL import Image
-from small_runs import judge_by_few_images, leave_out_comparison
+from small_runs import evaluate_on_few_images, leave_out_comparison
 
 import inbatch
 from inbatch import api
-from inbatch.apps.cli.app import with_values
+from inbatch.apps.cli.app import Program, app, with_values
 from inbatch.apps.cli.part_output import explain
 from inbatch.errors import InbatchError, Preempted, TrainingError
 from inbatch.methods import METHODS
@@ -84,13 +84,13 @@ def test_help_imports_nothing_heavy() -> None:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_help_teaches_by_example_and_stays_short(command: str) -> None:
+def test_help_has_examples_and_stays_short(command: str) -> None:
     shown = run(f"{command} --help").stdout
     examples = shown.partition("Examples:")[2]
     assert examples.count(f"inbatch {command}") >= 2
     flags = set(re.findall(r"^\W*(--[a-z-]+)", shown, re.MULTILINE)) - {"--help"}
     second = {"--out", "--backbone", "--model", "--size", "--batch", "--learning-rate", "--num-workers", "--share"}
-    second |= {"--draws", "--most", "--on", "--work", "--again"}  # further names of an option
+    second |= {"--draws", "--most", "--on", "--work", "--again", "--amp"}  # further names of an option
     assert "--json" in flags and len(flags - second) <= {"pretrain": 47, "adapt": 21}.get(command, 20), sorted(flags)
     shows = ("quickstart", "pretrain", "adapt", "embed", "table", "compare")
     assert ("--quiet" in flags) == (command in shows), "--quiet only applies to commands that show progress"
@@ -98,7 +98,10 @@ def test_help_teaches_by_example_and_stays_short(command: str) -> None:
 
 def test_the_overview_names_every_command_and_exit_code() -> None:
     shown = run("--help").stdout
-    assert all(command in shown for command in COMMANDS) and "75 stopped by a signal" in shown
+    names = {info.name or info.callback.__name__.replace("_", "-") for info in app.registered_commands}
+    assert set(Program.ORDER) == names
+    places = [re.search(rf"^\W*{command} ", shown, re.MULTILINE).start() for command in Program.ORDER]  # type: ignore[union-attr]
+    assert places == sorted(places) and "75 stopped by a signal" in shown
     assert run("--version").stdout.strip()
 
 
@@ -108,15 +111,17 @@ def test_the_overview_names_every_command_and_exit_code() -> None:
         ("pretrain --resume", "pretrain --resume auto"),
         ("pretrain --resume --epochs 3", "pretrain --resume auto --epochs 3"),
         ("pretrain --resume RUN", "pretrain --resume RUN"),
+        ("pretrain --amp", "pretrain --amp bf16"),
+        ("pretrain --amp float32", "pretrain --amp float32"),
         ("pretrain", "pretrain"),
         ("", ""),
     ],
 )
-def test_resume_without_a_value_is_automatic(typed: str, read: str) -> None:
+def test_options_without_a_value_get_their_usual_one(typed: str, read: str) -> None:
     assert with_values(typed.split()) == read.split()
 
 
-def test_usual_names_of_options_are_taken_or_answered_with_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_usual_names_of_options_are_accepted_or_get_a_hint(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: dict[str, Any] = {}
 
     def dry_run(data: Any, method: Any, **given: Any) -> None:
@@ -131,9 +136,12 @@ def test_usual_names_of_options_are_taken_or_answered_with_ours(monkeypatch: pyt
         "batch_size": 8, "encoder": "tiny", "workers": 0, "image_size": 20, "optimizer": "sgd", "precision": "bf16",
     }  # fmt: skip
     assert asked["settings"] == {"optimizer.lr": 0.5}
-    for option, answer in (("--amp", "--precision"), ("--max-epochs 3", "--epochs"), ("--gpus 1", "--device")):
+    answers = {"--fp16": "--precision", "--max-epochs 3": "--epochs", "--gpus 1": "--device", "--bs 8": "--batch-size"}
+    answers |= {"--warmup-epochs 1": "--set", "--img-size 32": "(Possible options: --image-size)"}
+    for option, answer in answers.items():
         found = run(f"pretrain --data x {option}")
         assert found.exit_code == 2 and answer in found.stderr
+    assert "Possible" not in run("crops --fp16").stderr, "no option of this command"
     monkeypatch.undo()
     found = run("pretrain --data digits-canvas --set lr=0.1 --dry-run")
     assert found.exit_code == 2 and "did you mean 'optimizer.lr'?" in found.stderr
@@ -184,8 +192,8 @@ def test_every_example_in_the_help_is_a_valid_command_line(command: str, monkeyp
 # Every command, end to end
 
 
-def test_pretrain_says_what_it_does_and_what_came_of_it(elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    judge_by_few_images(monkeypatch)
+def test_pretrain_prints_its_recipe_and_results(elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluate_on_few_images(monkeypatch)
     found = run(f"pretrain moco {TINY} --set method.queue_size=80 --context 20")
     assert found.exit_code == 0
     for words in (
@@ -235,7 +243,7 @@ def test_evaluate_writes_figures_and_protocol(finished: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_head_that_assigns_clusters_is_judged_beside_k_means(elsewhere: Path) -> None:
+def test_head_that_assigns_clusters_is_evaluated_in_addition_to_k_means(elsewhere: Path) -> None:
     """The encoder file and the run give the same metrics of the clusters that the head assigns, for any images."""
     assert "head ACC" in run(f"pretrain cc {TINY} --set method.num_clusters=7 --out run").stdout
     found = run("evaluate run --protocol clustering --from head")
@@ -262,7 +270,7 @@ def test_a_head_that_assigns_clusters_is_judged_beside_k_means(elsewhere: Path) 
     assert "head" not in inbatch.evaluate_run("run", protocols=["clustering"])
 
 
-def test_what_has_no_head_to_judge_is_refused(finished: Path, elsewhere: Path) -> None:
+def test_clusters_of_a_head_need_a_head_that_assigns_them(finished: Path, elsewhere: Path) -> None:
     for line, words in (
         ("--from head", "simclr has no head that assigns clusters"),
         ("--from head --protocol knn", "need the protocol clustering"),
@@ -327,7 +335,7 @@ def test_every_option_that_methods_shows_is_explained_and_can_be_set(name: str) 
 
 
 @pytest.mark.slow
-def test_quickstart_keeps_its_promise_or_says_so(elsewhere: Path) -> None:
+def test_quickstart_below_its_margin_exits_with_4(elsewhere: Path) -> None:
     found = run("quickstart --epochs 1 --margin 101 --json")
     assert found.exit_code == TrainingError.exit_code == 4
     told = one_object(found.stdout)
@@ -357,7 +365,7 @@ def test_json_is_one_object_and_quiet_is_silent(elsewhere: Path) -> None:
     assert failed.exit_code == told["exit_code"] == 2 and failed.stderr == f"error: {told['error']}\n"
 
 
-def test_only_the_first_process_speaks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_rank_0_prints(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")
     assert run("methods").stdout == run("methods --json").stdout == ""
     refused = run("methods nosuch --json")
@@ -438,7 +446,7 @@ def test_a_dry_run_writes_nothing_and_prints_a_recipe_that_repeats_itself(method
     assert told["steps"] == 5 and told["context"] == 20
 
 
-def test_a_dry_run_is_refused_for_what_the_run_would_be(elsewhere: Path) -> None:
+def test_dry_run_is_refused_for_the_same_reasons_as_the_run(elsewhere: Path) -> None:
     assert run(f"pretrain {TINY} --dry-run --context 7").exit_code == 2
     assert run("pretrain --data nowhere --dry-run").exit_code == 3
     assert run(f"pretrain {TINY} --dry-run --resume auto --out run").exit_code == 2
@@ -488,7 +496,7 @@ def test_a_dry_run_is_refused_for_what_the_run_would_be(elsewhere: Path) -> None
         ("quickstart --epochs 0", 2, "greater than or equal to 1"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_is_refused(line: str, code: int, words: str, elsewhere: Path) -> None:
+def test_invalid_command_lines_are_refused(line: str, code: int, words: str, elsewhere: Path) -> None:
     (elsewhere / "broken.yaml").write_text("a: [1, 2\nb: {")
     (elsewhere / "typo.yaml").write_text("epohcs: 3\n")
     (elsewhere / "empty").mkdir()
@@ -516,5 +524,5 @@ def test_a_finished_run_is_not_overwritten_nor_resumed_as_another(finished: Path
     assert run(f"embed {finished} digits-canvas -o {tmp_path / 'f.npz'} --split valid").exit_code == 3
 
 
-def test_what_is_printed_cannot_command_a_terminal() -> None:
+def test_printed_text_has_no_control_characters() -> None:
     assert printable("a\x1b[2J\x9b\u202eb\udcff\r\nc é 图") == "a\\x1b[2J\\x9b\\u202eb\\udcff\\r\nc é 图"

@@ -197,7 +197,7 @@ def compared(a: tuple[float, ...], b: tuple[float, ...], metric: str = "knn", **
     return _comparison(variation("A", *a), variation("B", *b), one, p, count, METRICS[metric], options.get("detect"))
 
 
-def test_a_sentence_says_what_was_shown() -> None:
+def test_sentence_states_what_was_shown() -> None:
     clear = compared((50.0, 52.0, 51.0), (70.0, 72.5, 71.2))
     assert clear["shown"] and clear["sentence"].startswith("Shown: B is better than A by +20.2 points of k-NN (95 %")
     assert (
@@ -210,7 +210,7 @@ def test_a_sentence_says_what_was_shown() -> None:
     assert many["shown"] and "sign-flip" not in many["sentence"]
 
 
-def test_a_sentence_says_what_more_seeds_would_show() -> None:
+def test_sentence_states_the_effect_of_more_seeds() -> None:
     unclear = compared((50.0, 52.0, 51.0), (51.0, 51.5, 52.5), detect=1.0)
     plan, words = unclear["planning"], unclear["sentence"]
     assert not unclear["shown"] and words.startswith("Not shown: B against A is +0.7 points of k-NN")
@@ -224,7 +224,7 @@ def test_a_sentence_says_what_more_seeds_would_show() -> None:
     assert corrected["planning"]["observed"]["seeds"] > plan["observed"]["seeds"]
 
 
-def test_what_cannot_be_tested_is_said() -> None:
+def test_sentence_states_why_no_test_is_possible() -> None:
     assert "One seed shows nothing" in compared((50.0,), (60.0,))["sentence"]
     assert "no seed has both runs" in compared((), ())["sentence"]
     equal = compared((50.0, 51.0), (51.0, 52.0))

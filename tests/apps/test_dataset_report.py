@@ -42,7 +42,7 @@ def photos(tmp_path: Path) -> Path:
     return root
 
 
-def test_what_is_found(photos: Path) -> None:
+def test_report_lists_splits_classes_and_damage(photos: Path) -> None:
     found = survey_data(photos)
     assert found["splits"] == {"train": 9, "val": 2} and found["images"] == found["looked_at"] == 9
     assert found["classes"] == [{"name": "cat", "images": 6}, {"name": "dog", "images": 3}] and found["imbalance"] == 2
@@ -87,7 +87,7 @@ def test_sums_are_exact_however_large() -> None:
 
 
 @pytest.mark.parametrize("sample", [1, 4, 9, 50])
-def test_a_sample_says_so(photos: Path, sample: int) -> None:
+def test_report_of_a_sample_states_its_size(photos: Path, sample: int) -> None:
     found = survey_data(photos, sample=sample)
     assert found["looked_at"] == min(sample, 9) and sum(found["formats"].values()) == min(sample, 9)
     assert sum(one["images"] for one in found["classes"]) == 9  # of all
@@ -98,7 +98,7 @@ def test_a_sample_says_so(photos: Path, sample: int) -> None:
 
 
 @pytest.mark.slow
-def test_in_a_terminal(photos: Path, tmp_path: Path) -> None:
+def test_report_as_text(photos: Path, tmp_path: Path) -> None:
     found = run(f"data {shlex.quote(str(photos))} -o {tmp_path}/samples.png")
     assert found.exit_code == 0 and not found.stderr
     for words in (
@@ -168,13 +168,13 @@ def test_hostile_names(tmp_path: Path) -> None:
     assert told["skipped"] == {".\\xff\\x1b": 1} and told["duplicates"]["images"] == 2
 
 
-def test_nothing_there(tmp_path: Path) -> None:
+def test_empty_or_missing_folder_exits_with_3(tmp_path: Path) -> None:
     for line in (f"data {tmp_path}", f"data {tmp_path} --json", f"data {tmp_path}/nowhere"):
         assert run(line).exit_code == 3
     assert "No image under" in run(f"data {tmp_path}").stderr
 
 
-def test_all_the_same(tmp_path: Path) -> None:
+def test_identical_images_exit_with_3(tmp_path: Path) -> None:
     data = put(tmp_path / "0.png")
     for i in range(1, 5):
         (tmp_path / f"{i}.png").write_bytes(data)
@@ -241,13 +241,13 @@ def test_settings_and_pictures_that_cannot_be(photos: Path, tmp_path: Path) -> N
     assert run(f"data {where} -o {tmp_path}/no/such/folder/sheet.png").exit_code == 0
 
 
-def test_a_long_look_tells_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_survey_prints_its_progress(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("inbatch.runtime.terminal.counted.__defaults__", (0.0, False))
     found = run("data digits-canvas --json")
     assert "of 1,297 images looked at" in found.stderr and one_object(found.stdout)["images"] == 1297
 
 
-def test_more_than_8_bits_are_told_with_the_levels_that_keep_them(tmp_path: Path) -> None:
+def test_images_of_more_than_8_bits_are_reported_with_levels(tmp_path: Path) -> None:
     for i, top in enumerate((300, 4095, 1000)):
         scan = RANDOM.integers(0, top + 1, (9, 12)).astype(np.uint16)
         scan[0, 0] = top

@@ -68,7 +68,7 @@ def test_evaluate_prints_before_it_writes(tmp_path: Path, monkeypatch: pytest.Mo
     assert not list(tmp_path.iterdir())
 
 
-def test_other_commands_print_what_they_cannot_write(
+def test_other_commands_print_results_that_cannot_be_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full: None
 ) -> None:
     images = write_folder(open_data("digits-canvas", subset=12), tmp_path / "images")

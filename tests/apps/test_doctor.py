@@ -40,7 +40,7 @@ def quiet(monkeypatch: pytest.MonkeyPatch) -> Change:
     return change
 
 
-def test_nothing_to_say(quiet: Change) -> None:
+def test_no_advice_if_all_settings_are_in_use(quiet: Change) -> None:
     assert advice.advice(CPU, 32, 0) == ""
     assert not [finding for finding in doctor.examine("cpu") if finding.advice]
 
@@ -57,7 +57,7 @@ def test_threads(quiet: Change, monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["threads"].found == "4 threads on 16 cores of 64, by quota"
 
 
-def test_others_keep_cores_busy(quiet: Change, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_busy_cores_are_reported(quiet: Change, monkeypatch: pytest.MonkeyPatch) -> None:
     quiet(others_busy=lambda: 1.2)
     said = advice.advice(CPU, 32, 0)
     assert "other processes keep 1.2 cores busy" in said and "OMP_NUM_THREADS=3" in said
@@ -82,7 +82,7 @@ def test_missing_libraries_and_small_shared_memory(quiet: Change, monkeypatch: p
     assert "inbatch[fast]" in said and "pip install simplejpeg" in said and "67 MB" in said and "\n" not in said
 
 
-def test_a_script_of_ones_own_is_told_how_to_keep_memory(quiet: Change, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_own_script_is_advised_to_call_tune(quiet: Change, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "keeps_memory", False)
     monkeypatch.setattr(tuning, "tuned", False)
     assert "inbatch.tune()" in advice.advice(CPU, 32, 0)
@@ -172,7 +172,7 @@ def test_bf16_is_measured_only_where_it_is_multiplied(fake: Callable[..., None])
     assert ("products in bf16", "80 GFLOP/s", "2.00") in doctor.measurement_rows(found)
 
 
-def test_beside_a_busy_process_it_measures_with_the_threads_of_a_run(
+def test_measurement_uses_the_threads_of_a_run_on_a_busy_machine(
     quiet: Change, fake: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake(torch.float32)
@@ -185,7 +185,7 @@ def test_beside_a_busy_process_it_measures_with_the_threads_of_a_run(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("limit", ["LIMIT", "BUDGET", "until"])
-def test_what_takes_too_long_is_named_and_the_rest_is_measured(
+def test_slow_measurement_is_named_and_the_others_are_made(
     fake: Callable[..., None], monkeypatch: pytest.MonkeyPatch, limit: str
 ) -> None:
     fake(torch.float32, "hangs")

@@ -264,7 +264,7 @@ def test_two_runs(webgl: chromium.Page, photos: tuple[Path, Path, Path], tmp_pat
     assert not webgl.errors and webgl.requests == [out.as_uri()]
 
 
-def test_without_webgl(photos: tuple[Path, Path, Path], tmp_path: Path) -> None:
+def test_page_without_webgl_shows_a_message(photos: tuple[Path, Path, Path], tmp_path: Path) -> None:
     folder, features, _ = photos
     out = tmp_path / "map.html"
     inbatch.explore_features(features, folder, out=out, projection="pca")

@@ -175,7 +175,7 @@ def test_pca_finds_the_plane_of_the_largest_variance() -> None:
     assert torch.allclose(torch.linalg.vector_norm(places, dim=1), torch.tensor(1.0), atol=0.1)
 
 
-def test_projection_is_chosen_by_what_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_projection_is_chosen_by_installed_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
     installed: set[str] = set()
     monkeypatch.setattr(
         "inbatch.apps.reports.explorer.projection.find_spec", lambda name: name if name in installed else None
@@ -270,7 +270,7 @@ def test_map_of_a_folder(photos: tuple[Path, Path], tmp_path: Path) -> None:
     assert out.read_text().count("</script>") == 2
 
 
-def test_thumbnails_beside_the_map(photos: tuple[Path, Path], tmp_path: Path) -> None:
+def test_thumbnails_in_a_folder_next_to_the_file(photos: tuple[Path, Path], tmp_path: Path) -> None:
     features, folder = photos
     out = tmp_path / "a map#1.html"
     result = inbatch.explore_features(features, folder, out=out, projection="pca", thumbnails=16, inside=0)

@@ -5,16 +5,16 @@ from pathlib import Path
 
 import pytest
 from fault_injection.__main__ import differs, escaped
-from fault_injection.faults import DRILLS
+from fault_injection.faults import INJECTIONS
 
-QUICK = [drill for drill in DRILLS if drill.quick]
-
-
-def test_every_fault_has_a_drill() -> None:
-    assert {drill.number for drill in DRILLS} == set(range(1, 25))
+QUICK = [injection for injection in INJECTIONS if injection.quick]
 
 
-def test_the_page_of_promises_names_tests_of_every_fault() -> None:
+def test_every_fault_is_injected() -> None:
+    assert {injection.number for injection in INJECTIONS} == set(range(1, 25))
+
+
+def test_page_names_tests_of_every_fault() -> None:
     """The page names existing tests for every fault."""
     here = Path(__file__).parents[1]
     rows = re.findall(r"^\| (\d+) \|.*\| (.*) \|$", (here.parent / "docs" / "faults.md").read_text(), re.MULTILINE)
@@ -30,12 +30,12 @@ def test_the_page_of_promises_names_tests_of_every_fault() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("drill", QUICK, ids=[f"{drill.number}: {drill.fault}" for drill in QUICK])
-def test_drill(drill, tmp_path: Path) -> None:
-    assert differs(drill.expected, drill.act(tmp_path)) == drill.expected
+@pytest.mark.parametrize("injection", QUICK, ids=[f"{injection.number}: {injection.fault}" for injection in QUICK])
+def test_injected_fault_has_the_expected_result(injection, tmp_path: Path) -> None:
+    assert differs(injection.expected, injection.act(tmp_path)) == injection.expected
 
 
-def test_what_was_not_seen_differs() -> None:
+def test_missing_observation_is_a_difference() -> None:
     expected = {"exit": 3, "says": ("one", "two")}
     assert differs(expected, {"exit": 3, "says": "one,\n two and three", "more": 1}) == expected
     assert differs(expected, {"exit": 3, "says": "one"}) != expected

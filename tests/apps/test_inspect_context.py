@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small_runs import leave_out_judgement, stop_after, tiny
+from small_runs import leave_out_evaluation, stop_after, tiny
 from typer.testing import CliRunner, Result
 
 import inbatch
@@ -44,7 +44,7 @@ def full(tmp_path_factory: pytest.TempPathFactory, narrow: None) -> Path:
     out = tmp_path_factory.mktemp("runs") / "full"
     settings = {"curate.name": "redraw", "curate.budget": None, "fuse.name": "conv", "attend.name": "ba2m"}
     with pytest.MonkeyPatch.context() as patch:
-        leave_out_judgement(patch)
+        leave_out_evaluation(patch)
         tiny("simclr", out, settings=settings, subset=80, precision="float32")
     return out
 
@@ -135,7 +135,7 @@ def test_a_plain_run_has_its_views_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_batchformer_shows_whom_samples_attend_to(tmp_path: Path) -> None:
+def test_batchformer_shows_attention_between_samples(tmp_path: Path) -> None:
     settings = {"attend.name": "batchformer", "fuse.name": "set", "fuse.views": [0, 1]}
     tiny("byol", tmp_path / "run", settings=settings, subset=80, epochs=1, precision="float32")
     found = inbatch.inspect_run(tmp_path / "run", count=COUNT)
@@ -167,7 +167,7 @@ def test_violators_and_their_redraws(
 ) -> None:
     """If all pairs keep the margin, there is a sentence instead of a picture; if none does, all are redrawn."""
     settings = {"curate.name": "redraw", "curate.margin": margin, "curate.rounds": 2, "curate.warmup": 0.9}
-    leave_out_judgement(monkeypatch)
+    leave_out_evaluation(monkeypatch)
     tiny("simclr", tmp_path / "run", settings=settings, subset=80, epochs=1)
     told = run(f"inspect {tmp_path / 'run'} --count 2")
     assert told.exit_code == 0 and f"{100 * count / 40:.1f}% of 40" in told.stdout

@@ -106,7 +106,7 @@ def test_every_system_of_the_sources_is_reachable() -> None:
     }
 
 
-def test_what_tells_runs_apart() -> None:
+def test_identity_of_a_run_depends_on_its_recipe() -> None:
     recipe = make({"data": "digits-canvas", "method.name": "simclr", "image_size": 32, "preset": "none"})
     same = make(
         {
@@ -148,7 +148,7 @@ def test_a_record_is_checked(tmp_path: Path) -> None:
         read_records(tmp_path)
 
 
-def test_a_run_serves_whoever_asks_for_no_more_than_it_has(tmp_path: Path) -> None:
+def test_run_is_reused_for_cells_that_need_no_more_evaluation(tmp_path: Path) -> None:
     cell = next(cells(TABLE, "smoke"))
     write_record(tmp_path, cell, record(cell, 0.5))
     runner = Runner(tmp_path, tmp_path / "work")
@@ -219,7 +219,7 @@ def test_the_expected_time_is_that_of_similar_runs() -> None:
     assert expected_time(counted, [simclr], 1) == ""
 
 
-def test_what_failed_and_what_is_missing_is_shown() -> None:
+def test_failed_and_missing_runs_are_shown() -> None:
     some = list(cells(TABLE, "smoke"))[:2]
     failure = {"exit_code": 4, "sentence": "the loss is nan", "log": "..."}
     ended = record(some[0], 0.0, status="failed", evaluation=None, failure=failure)
@@ -249,7 +249,7 @@ def test_a_protocol_that_fails_is_a_gap_and_not_the_run_s_end(tmp_path: Path) ->
     assert runner.missing(asked) == [] and replace(runner, again=True).missing(asked) == asked
 
 
-def test_ours_stands_beside_the_paper_s_column_that_it_stands_for() -> None:
+def test_column_of_inbatch_is_next_to_that_of_the_paper() -> None:
     table = TABLES["ba-ssl-2"]
     headings, rows = render.grid(fill(table, "paper", {}))
     assert headings[:9] == [
@@ -261,7 +261,7 @@ def test_ours_stands_beside_the_paper_s_column_that_it_stands_for() -> None:
     assert headings.index("digits, linear") == 1 + 2 * len(table.headings)
 
 
-def test_columns_that_do_not_fit_stand_below() -> None:
+def test_columns_that_do_not_fit_are_printed_below() -> None:
     headings, rows = ["", "aaaa", "gain", "bbbb", "gain"], [["row", "1", "+1", "2", "+2"]]
     assert render.column_groups(headings, rows, 100) == [[1, 2, 3, 4]]
     assert render.column_groups(headings, rows, 17) == [[1, 2], [3, 4]]  # row___aaaa___gain is 17
@@ -269,7 +269,7 @@ def test_columns_that_do_not_fit_stand_below() -> None:
     assert render.column_groups(headings, rows, 10, together=2) == [[1, 2], [3, 4]]
 
 
-def test_latex_s_tables_are_no_wider_than_a_page() -> None:
+def test_latex_tables_fit_on_a_page() -> None:
     losing = replace(TABLE, rows=(TABLE.rows[0], replace(TABLE.rows[1], against=TABLE.rows[2].name), *TABLE.rows[2:]))
     text = render.latex(fill(losing, "smoke", filled()))
     assert all(line.count(" & ") <= 8 for line in text.splitlines())
@@ -289,7 +289,7 @@ class Page(html.parser.HTMLParser):
 
 
 @pytest.mark.slow
-def test_pages_need_nothing_else_and_take_any_name() -> None:
+def test_pages_are_self_contained_and_escape_names() -> None:
     evil = "<script>alert(1)</script> | a & b_c $x$ *y*"
     row = Row(evil, TABLE.rows[0].settings, {"Top1": 1.0})
     table = replace(TABLE, rows=(row, *TABLE.rows[1:]), title=evil)
@@ -309,7 +309,7 @@ def test_pages_need_nothing_else_and_take_any_name() -> None:
 
 
 @pytest.mark.slow
-def test_the_curve_is_of_what_every_seed_has() -> None:
+def test_curve_covers_the_epochs_that_all_seeds_have() -> None:
     assert curves(fill(TABLE, "smoke", filled())).startswith(b"\x89PNG")
     assert curves(fill(TABLE, "smoke", {})) is None
 
@@ -339,7 +339,7 @@ class Fake(Runner):
         return {k: v for k, v in made.items() if k not in ("schema", "status", "data", "source", "seed", "protocols")}
 
 
-def test_what_is_known_is_not_run_again(tmp_path: Path) -> None:
+def test_existing_results_are_not_computed_again(tmp_path: Path) -> None:
     said: list[str] = []
     asked = list(cells(TABLE, "smoke", (0,)))
     runner = Fake(tmp_path / "results", tmp_path / "work", tell=said.append)
@@ -386,7 +386,7 @@ def test_how_far_a_table_is(tmp_path: Path) -> None:
     assert shown[0][:3] == (0.5, len(asked), f"0 of {len(asked)} runs") and "left" in shown[0][3]
 
 
-def test_missing_images_are_told_once(tmp_path: Path) -> None:
+def test_missing_data_set_is_reported_once(tmp_path: Path) -> None:
     runner = Fake(tmp_path / "results", tmp_path / "work", tell=lambda text: None)
     table = TABLES["ba-ssl-4"]
     problems = runner.run(list(cells(table, "gpu", (0,))))
@@ -453,7 +453,7 @@ def test_a_table_is_shown_without_running_anything(table: Table, run_cli: Any, t
         ),
     ],
 )
-def test_what_is_wrong_is_said(words: list[str], code: int, says: str, run_cli: Any) -> None:
+def test_invalid_requests_are_refused(words: list[str], code: int, says: str, run_cli: Any) -> None:
     found = run_cli(*words)
     assert found.exit_code == code and says in found.output and "Traceback" not in found.output
     told = json.loads(run_cli(*words, "--json", "--quiet").stdout)
@@ -485,7 +485,7 @@ def test_one_cell_is_run_and_not_run_again(run_cli: Any, tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-def test_a_signal_stops_the_table_and_it_goes_on(tmp_path: Path) -> None:
+def test_table_stopped_by_a_signal_can_be_continued(tmp_path: Path) -> None:
     """SIGTERM: the running runs save a checkpoint, no result is partial, and the same command completes them."""
     base = TABLE.rows[2]
     table = replace(TABLE, rows=(replace(base, settings={**(base.settings or {}), "epochs": 12}),))
@@ -522,7 +522,7 @@ def shipped_records() -> Records:
     return read_records(shipped())
 
 
-def test_results_that_come_along_are_of_the_tables() -> None:
+def test_shipped_results_belong_to_the_tables() -> None:
     """Every committed file is a record, and belongs to the run of a cell of some table."""
     known = shipped_records()
     asked = {(c.key, c.data, c.seed) for table in TABLES.values() for scale in SCALES for c in cells(table, scale)}
@@ -532,7 +532,7 @@ def test_results_that_come_along_are_of_the_tables() -> None:
         assert not re.search(r"\s/\w+/", json.dumps(one.file())), "the way to somebody's folder"
 
 
-def test_results_that_come_along_are_called_what_they_are() -> None:
+def test_shipped_results_are_named_as_such() -> None:
     """Pages link to the records by file name."""
     stems = {(c.key, c.data, c.seed): c.stem for table in TABLES.values() for s in SCALES for c in cells(table, s)}
     names = {stems[identity] for identity in shipped_records()}
@@ -547,7 +547,7 @@ def test_images_that_one_run_lacks_are_not_lacking_to_others(tmp_path: Path) -> 
     assert len(runner.run(asked)) == 1 and len(read_records(tmp_path / "results")) == len(asked) - 1
 
 
-def test_a_table_cut_down_wants_fewer_runs() -> None:
+def test_reduced_table_needs_fewer_runs() -> None:
     found = run_table_command(
         TABLES, TABLE.name, "cpu", runner=None, from_=shipped(), selection=Selection(["SimCLR + BA"], ["digits"], [0])
     )

@@ -22,7 +22,7 @@ def test_the_page_is_what_the_entries_make(record: ModuleType) -> None:
     assert record.PAGE.read_text() == record.render(), "python benchmarks/record.py render writes it again"
 
 
-def test_entries_are_ordered_and_judged_by_their_means(record: ModuleType) -> None:
+def test_entries_are_ordered_by_their_means(record: ModuleType) -> None:
     def entry(name: str, target: float, knn: float, seconds: float) -> dict[str, Any]:
         seed = {"knn": knn, "seconds": seconds, "cpu_seconds": 2 * seconds, "operations": 93.6e12, "load_before": 0.3}
         where = {"processor": "one", "versions": {"torch": "2"}, "commit": "abc"}

@@ -56,7 +56,7 @@ SAID = [(table, scale) for table in TABLES.values() for scale in table.holds]
 
 @pytest.mark.grid(4)
 @pytest.mark.parametrize(("table", "scale"), SAID, ids=[f"{table.name} {scale}" for table, scale in SAID])
-def test_what_holds_says_figures_of_its_table(table: Table, scale: str) -> None:
+def test_summary_of_a_table_states_its_figures(table: Table, scale: str) -> None:
     """The paragraph is written by hand and its figures come from the records: both must be updated together."""
     sheet = fill(table, scale, committed_records())
     figures = re.compile(r"\d+\.\d+")

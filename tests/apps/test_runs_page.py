@@ -88,7 +88,7 @@ def test_records_and_single_runs(folder: Path, tmp_path: Path) -> None:
     assert [point["time"] for point in runs[0]["curve"]] == [0.0, 10.0, 20.0]
 
 
-def test_what_is_no_run_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folder_without_a_run_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "empty").mkdir()
     for place, says in (("nowhere", "is not a folder"), ("empty", "holds no run")):
         with pytest.raises(ConfigError, match=says):

@@ -56,9 +56,7 @@ def test_neighbours_are_those_of_the_features_and_the_query_is_marked(
     assert len(inbatch.search_images(encoder, query, photos, k=99)["queries"][0]["neighbours"]) == 10
 
 
-def test_the_command_says_what_is_reused_and_reads_features_of_a_file(
-    photos: Path, encoder: Path, tmp_path: Path
-) -> None:
+def test_command_reports_reused_features_and_reads_a_file(photos: Path, encoder: Path, tmp_path: Path) -> None:
     words = ["search", str(encoder), str(photos / "cats" / "01.png"), "-k", "2", "--json", "--data", str(photos)]
     first = CliRunner().invoke(app, words)
     again = CliRunner().invoke(app, words)
@@ -74,7 +72,7 @@ def test_the_command_says_what_is_reused_and_reads_features_of_a_file(
     assert table.exit_code == 0 and "01.png" in table.stdout and "itself" in table.stdout
 
 
-def test_what_cannot_be_searched_is_refused(photos: Path, encoder: Path, tmp_path: Path) -> None:
+def test_invalid_searches_are_refused(photos: Path, encoder: Path, tmp_path: Path) -> None:
     query = photos / "cats" / "01.png"
     search = inbatch.search_images
     file = Path(search(encoder, query, photos)["origin"]["file"])

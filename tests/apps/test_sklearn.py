@@ -102,7 +102,7 @@ def test_levels_of_numbers(untrained):
     assert other.levels == (-255, 255) and untrained[-1][0].min() >= 127
 
 
-def test_in_a_pipeline_and_a_search(untrained):
+def test_works_in_a_pipeline_and_a_grid_search(untrained):
     grey, labels = RGB[..., 0].reshape(24, -1), np.arange(24) % 2
     model = make_pipeline(BatchEncoder(image_shape=(12, 10), **FAST), LogisticRegression())
     search = GridSearchCV(model, {"batchencoder__method": ["simclr", "supcon"]}, cv=2).fit(grey, labels)
@@ -124,12 +124,12 @@ def test_a_search_trains(brief, tmp_path):
     assert torch.equal(next(started.encoder_.parameters()), next(made.encoder_.parameters()))
 
 
-def test_what_is_refused(untrained):
+def test_invalid_input_is_refused(untrained):
     made = BatchEncoder(**FAST)
     with pytest.raises(NotFittedError):
         made.transform(RGB)
     for images, words in (
-        (np.zeros((9, 10)), "no square image"),
+        (np.zeros((9, 10)), "cannot form a square image"),
         (RGB[:1], "minimum of 2"),
         ("photos", "not one path"),
         (np.full((9, 9), np.nan), "NaN"),

@@ -136,7 +136,7 @@ def test_terminals_without_colours_or_movement(env: dict[str, str], tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_in_the_background(tmp_path: Path) -> None:
+def test_run_in_the_background_has_no_progress_bar(tmp_path: Path) -> None:
     """A background job is not stopped by its terminal (SIGTTOU, SIGTTIN)."""
     code, sent = on_a_terminal(f"{TINY} --out run", tmp_path, 80, background=True)
     assert code == 0 and "k-NN" in sent, code
@@ -159,13 +159,13 @@ def test_closed_ends(closed: tuple[str, ...], tmp_path: Path) -> None:
 
 @pytest.mark.grid(1)
 @pytest.mark.parametrize("line", ["crops --pairs 100", "crops --pairs 100 --json", "--help", "methods"])
-def test_a_result_that_cannot_be_written_is_no_success(line: str, tmp_path: Path) -> None:
+def test_result_that_cannot_be_written_is_a_failure(line: str, tmp_path: Path) -> None:
     assert ended(line, tmp_path, stdout="/dev/full", stderr=str(tmp_path / "err")) == 1
     assert "the result cannot be written to stdout: No space left on device\n" in (tmp_path / "err").read_text()
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_where_its_progress_cannot_be_shown(tmp_path: Path) -> None:
+def test_run_continues_if_its_progress_cannot_be_shown(tmp_path: Path) -> None:
     assert ended(f"{TINY} --out run", tmp_path, stderr="/dev/full", stdout=str(tmp_path / "out")) == 0
     assert "k-NN" in (tmp_path / "out").read_text()
     assert ended("methods nosuch", tmp_path, stderr="/dev/full") == 2
@@ -185,7 +185,7 @@ def test_any_encoding(encoding: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("home", ["", "/proc/nowhere"])
 def test_a_home_that_is_none(home: str, tmp_path: Path) -> None:
-    """The child's libraries were loaded with a home directory; test_as_a_shell_starts_it loads them without one."""
+    """The child's libraries were loaded with a home directory, unlike in test_run_as_a_background_job_of_a_shell."""
     ends = {"stdout": str(tmp_path / "out"), "stderr": str(tmp_path / "err")}
     env = {"HOME": home, "DISPLAY": "", "INBATCH_CACHE": "", "XDG_CACHE_HOME": ""}
     assert ended("views digits-canvas -o v.png", tmp_path, env=env, **ends) == 0
@@ -206,14 +206,14 @@ def test_a_home_that_is_none(home: str, tmp_path: Path) -> None:
         ("nosuch 2>&-", 2, ""),
     ],
 )
-def test_as_a_shell_starts_it(words: str, code: int, told: str) -> None:
+def test_run_as_a_background_job_of_a_shell(words: str, code: int, told: str) -> None:
     call = f"{shlex.quote(sys.executable)} -m inbatch {words}"
     done = subprocess.run(["sh", "-c", call], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (code, told)
 
 
 @pytest.mark.slow
-def test_a_plain_environment_says_nothing_but_the_result(tmp_path: Path) -> None:
+def test_minimal_environment_prints_only_the_result(tmp_path: Path) -> None:
     """Without home directory, locale, terminal and input, warnings of libraries about these are not shown to users."""
     kept = {name: os.environ[name] for name in ("PATH", "PYTHONPATH", "VIRTUAL_ENV") if name in os.environ}
     env = kept | {"HOME": "/nonexistent", "LC_ALL": "C", "PYTHONIOENCODING": "ascii", "INBATCH_CACHE": "off"}
@@ -223,7 +223,7 @@ def test_a_plain_environment_says_nothing_but_the_result(tmp_path: Path) -> None
     assert done.stdout.decode("ascii") and (tmp_path / "c.png").is_file()
 
 
-def test_a_reader_that_leaves_is_no_news(tmp_path: Path) -> None:
+def test_closed_pipe_prints_no_message(tmp_path: Path) -> None:
     """`inbatch methods | head -1` closes the pipe before the first line is written."""
     read, write = os.pipe()
     os.close(read)

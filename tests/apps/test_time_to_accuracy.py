@@ -83,7 +83,7 @@ EVERY = ("--every-seconds", "0", "--target", "2")  # evaluate after every step, 
 
 
 @pytest.mark.slow
-def test_a_curve_goes_on_where_it_was_killed(
+def test_curve_of_a_killed_benchmark_is_continued(
     data: Path, tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = run(data, tmp_path / "whole.json", *EVERY)
@@ -109,30 +109,28 @@ def test_a_curve_goes_on_where_it_was_killed(
 
 
 @pytest.mark.slow
-def test_out_of_time_it_saves_and_goes_on(data: Path, tmp_path: Path, small: None) -> None:
+def test_benchmark_at_its_time_limit_saves_and_can_be_continued(data: Path, tmp_path: Path, small: None) -> None:
     whole = run(data, tmp_path / "whole.json", *EVERY)
     found = run(data, tmp_path / "cut.json", *EVERY, "--hours", "0")
     assert found["step"] == 0 and not found["curve"]
     assert learned(run(data, tmp_path / "cut.json", *EVERY)["curve"]) == learned(whole["curve"])
 
 
-def test_another_recipe_is_refused(data: Path, tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_changed_recipe_is_refused(data: Path, tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch) -> None:
     run(data, tmp_path / "curve.json", *EVERY, "--hours", "0")
     with pytest.raises(ConfigError, match="holds another run"):
         run(data, tmp_path / "curve.json", *EVERY, "--threads", "7")
 
 
 @pytest.mark.slow
-def test_it_ends_at_the_target(data: Path, tmp_path: Path, small: None) -> None:
+def test_benchmark_ends_at_the_target(data: Path, tmp_path: Path, small: None) -> None:
     found = run(data, tmp_path / "curve.json", "--every-seconds", "0", "--target", "0")
     assert found["step"] == 1 and found["reached"]["cpu_seconds"] == found["cpu_seconds"]
     found = run(data, tmp_path / "curve.json", "--every-seconds", "0", "--target", "0", "--past-target")
     assert found["step"] == 10 and found["reached"]["images"] == 8
 
 
-def test_a_look_asks_the_whole_bank_only_near_the_target(
-    data: Path, small: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_whole_bank_is_used_only_near_the_target(data: Path, small: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(SCRIPT, "FIRST", 10)
     train, test = (SCRIPT.labelled(data / f"{split}.parquet") for split in ("train", "test"))
     encoder = nn.Sequential(nn.AvgPool2d(8), nn.Flatten())
@@ -195,7 +193,7 @@ def test_a_log_without_costs_is_refused(tmp_path: Path) -> None:
         entries(tmp_path, 10)
 
 
-def test_a_whole_evaluation_takes_the_place_of_a_look_at_a_part(tmp_path: Path) -> None:
+def test_evaluation_of_all_images_replaces_that_of_a_part(tmp_path: Path) -> None:
     cost = {"training_seconds": 5, "cpu_seconds": 9, "images": 20}
     lines = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 4.0}, {"step": 2, "bank": 10, "queries": 5} | cost]
     lines.append({"step": 2, "knn": 0.5})

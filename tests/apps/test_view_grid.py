@@ -22,7 +22,7 @@ def drawn(channels: int = 3) -> Drawn:
     return Drawn(images, boxes, torch.zeros(2, 2, dtype=torch.bool))
 
 
-def test_images_boxes_and_views_stand_where_they_should():
+def test_images_boxes_and_views_are_in_their_cells():
     picture = grid(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), drawn(), [0.5] * 3, [0.25] * 3)
     assert picture.dtype == np.uint8 and picture.shape == (2 * STEP + _GAP, 3 * STEP + _GAP, 3)
     for top in (_GAP, _GAP + STEP):
@@ -54,7 +54,7 @@ def test_the_file_holds_the_picture(tmp_path):
     assert np.array_equal(np.asarray(Image.open(tmp_path / "views.png")), grid(images, drawn(), [0.5] * 3, [0.25] * 3))
 
 
-def test_a_sheet_of_a_kind_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+def test_unsupported_file_format_is_refused(tmp_path: Path) -> None:
     """Pillow reads PSD files and writes none."""
     with pytest.raises(ConfigError, match="unknown file extension"):
         save_sheet(tmp_path / "sheet.psd", [[torch.zeros(3, 4, 4, dtype=torch.uint8)]])

@@ -187,7 +187,7 @@ def test_the_order_of_samples_does_not_matter() -> None:
         assert torch.allclose(block(x[order]), block(x)[order], rtol=1e-10)
 
 
-def test_samples_meet_in_training_and_where_a_group_is_declared() -> None:
+def test_samples_interact_in_training_and_in_a_declared_group() -> None:
     for block, x in blocks_of():
         met = block(x)
         assert not torch.allclose(met[:1], block(x[:1]), rtol=1e-3)
@@ -326,7 +326,9 @@ BACKBONES = [
 @pytest.mark.grid(3)
 @EVERY
 @pytest.mark.parametrize(("backbone", "size", "more", "count"), BACKBONES)
-def test_evaluation_knows_no_neighbours(name: str, backbone: str, size: int, more: dict, count: int) -> None:
+def test_evaluation_does_not_depend_on_other_samples(
+    name: str, backbone: str, size: int, more: dict, count: int
+) -> None:
     encoder = stirred(create_encoder(backbone, size=size, channels=1, attend=name, **more)).eval()
     assert len(blocks(encoder)) == (1 if name == "batchformer" else count)
     assert not encoder.training and not any(block.training for block in blocks(encoder))
@@ -393,7 +395,7 @@ def test_saved_and_loaded(tmp_path: Path, name: str, backbone: str, size: int, o
 
 @pytest.mark.grid(2)
 @EVERY
-def test_what_is_saved_has_the_plain_names(tmp_path: Path, name: str) -> None:
+def test_saved_weights_have_the_names_of_the_backbone(tmp_path: Path, name: str) -> None:
     """The backbone loads into any model of the library; timm's part of config.json, which implies more, is left out."""
     encoder = create_encoder("resnet10", size=96, attend=name)
     save_encoder(encoder, tmp_path)
@@ -468,7 +470,7 @@ def test_wrong_settings(arguments: dict, words: str) -> None:
 
 @pytest.mark.grid(1)
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "seresnet18", "torchvision/mobilenet_v3_small"])
-def test_batchformer_stands_behind_any_encoder(name: str) -> None:
+def test_batchformer_works_with_any_encoder(name: str) -> None:
     more = {"patch_size": 8, "depth": 1} if name.startswith("vit") else {}
     encoder = stirred(create_encoder(name, size=32, attend="batchformer", **more)).eval()
     x = torch.randn(3, 3, 32, 32)

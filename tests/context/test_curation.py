@@ -121,11 +121,13 @@ def test_only_violating_samples_are_drawn_again_and_at_most_so_often(
     assert asked == expected and told["curate_rounds"] == len(expected) > 0
     assert told["curate_violating_before"] == shares[0] and told["curate_violating"] == shares[-1]
     assert told["curate_redrawn"] == pytest.approx(sum(map(len, expected)) / 6)
-    assert torch.equal(seen(answers, views)[1], second), "what is left is learned from as it was drawn last"
+    assert torch.equal(seen(answers, views)[1], second), (
+        "the step uses the last draw of samples that still violate the rule"
+    )
     assert batch.attempt is None, "the batch that came in is not changed"
 
 
-def test_it_stops_when_nothing_violates() -> None:
+def test_curation_stops_if_no_sample_violates_the_rule() -> None:
     answers = {0: [0.0], 1: [25.0, 12.0], 2: [20.5]}
     made, asked = curator(answers, rounds=9)
     views, told = made(drawn(answers))
@@ -267,7 +269,7 @@ def test_streamed_data_are_curated_as_resident_ones(tmp_path: Path) -> None:
         assert torch.isfinite(torch.as_tensor(streamed.step(other, 3)["curate_violating"]))
 
 
-def test_what_cannot_be_curated() -> None:
+def test_invalid_options_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"curate\.warmup"):
         Curator(warmup=1.0)
     with pytest.raises(ConfigError, match=r"curate\.budget = 0"):

@@ -93,7 +93,7 @@ def test_before_normalisation_means_on_the_images_own_values(kind: str, relu: bo
     torch.testing.assert_close(before(some()), expected)
 
 
-def test_a_set_is_fused_whatever_its_order_and_size() -> None:
+def test_fusion_of_a_set_does_not_depend_on_order_or_size() -> None:
     fusion, images = make("set"), some(6)
     order = torch.tensor([3, 1, 5, 0, 2, 4])
     torch.testing.assert_close(fusion(images[order]), fusion(images)[order])
@@ -103,14 +103,14 @@ def test_a_set_is_fused_whatever_its_order_and_size() -> None:
     assert not torch.equal(fusion(moved)[:5], fusion(images)[:5]), "no sample saw another"
 
 
-def test_conv_knows_the_order_and_set_does_not() -> None:
+def test_conv_depends_on_the_order_and_set_does_not() -> None:
     fusion, images = make("conv", bottleneck=2), some(6)
     order = torch.tensor([3, 1, 5, 0, 2, 4])
     assert not torch.allclose(fusion(images[order]), fusion(images)[order])
 
 
 @KINDS
-def test_in_evaluation_nothing_happens_unless_a_group_is_declared(kind: str) -> None:
+def test_evaluation_mode_is_the_identity_without_a_declared_group(kind: str) -> None:
     fusion, images = make(kind, **({"bottleneck": 2} if kind == "conv" else {})), some()
     trained = fusion(images)
     fusion.eval()
@@ -151,7 +151,7 @@ def test_a_group_in_two_parts_is_the_group(kind: str) -> None:
 
 
 @KINDS
-def test_bfloat16_stays_near_and_comes_out_as_it_went_in(kind: str) -> None:
+def test_bfloat16_is_close_and_keeps_its_type(kind: str) -> None:
     fusion = make(kind, **({"bottleneck": 2} if kind == "conv" else {})).float()
     exact = fusion(some().float())
     with torch.autocast("cpu", torch.bfloat16):
@@ -170,7 +170,7 @@ def test_patches_that_divide_the_side(size: int, patch: int) -> None:
     lambda: make("conv", bottleneck=7), lambda: make("conv", bottleneck=0), lambda: make("set", heads=3),
     lambda: make("set", heads=0),
 ])  # fmt: skip
-def test_what_cannot_be_fused(wrong: Callable[[], object]) -> None:
+def test_invalid_options_are_refused(wrong: Callable[[], object]) -> None:
     with pytest.raises(ConfigError):
         wrong()
 
@@ -183,7 +183,7 @@ def network(kind: str = "set", **options: object) -> Network:
     return Network(encoder, heads, ("projection",), fuse=fuse, fused=(1,))
 
 
-def test_the_tower_fuses_the_views_it_is_told_by_their_numbers() -> None:
+def test_network_fuses_the_views_with_the_given_numbers() -> None:
     one, plain = network(), network()
     plain.fuse = None
     a, b = some(6).float(), some(6).float().flip(0)
@@ -195,7 +195,7 @@ def test_the_tower_fuses_the_views_it_is_told_by_their_numbers() -> None:
 
 
 @pytest.mark.parametrize("joined", [False, True])
-def test_norm_statistics_are_of_plain_views_where_there_are_some(joined: bool) -> None:
+def test_norm_statistics_come_from_plain_views_if_there_are_any(joined: bool) -> None:
     a, b = some(6).float(), some(6).float().flip(0)
 
     def left(views: list[Tensor], numbers: list[int], **options: object) -> Tensor:
@@ -206,11 +206,11 @@ def test_norm_statistics_are_of_plain_views_where_there_are_some(joined: bool) -
 
     torch.testing.assert_close(left([a, b], [0, 1]), left([a], [0]))
     assert not torch.equal(left([a, b], [0, 1], remember="all"), left([a], [0]))
-    assert not torch.equal(left([b], [1]), torch.zeros(5)), "a view that is alone is remembered"
+    assert not torch.equal(left([b], [1]), torch.zeros(5)), "a single view updates the running statistics"
 
 
 @pytest.mark.parametrize("target", ["copy", "shared", "none"])
-def test_the_momentum_tower_fuses_as_it_is_told(target: str) -> None:
+def test_target_network_fuses_as_its_option_states(target: str) -> None:
     one = network(target=target)
     slow = make_target_network(one, {"projection": Head(one.heads["projection"])}, ("projection",))
     before = copy.deepcopy(slow)

@@ -1,4 +1,4 @@
-"""Mixing: pure draws, the step over groups and ranks, resume, every method, and what is refused."""
+"""Mixing: pure draws, the step over groups and ranks, resume, every method, and refused combinations."""
 
 import functools
 import math
@@ -137,7 +137,7 @@ def test_resuming_is_bit_exact(method: str, name: str, tmp_path: Path, monkeypat
 
 
 def test_a_step_mixes_by_its_number_only() -> None:
-    """Mixed images and targets are the same, whichever steps were made before, and others at another step."""
+    """Mixed images and targets depend on the number of the step, not on the steps before."""
     method, x = create("simclr"), torch.randn(8, 3, 5, 5, dtype=torch.float64)
 
     def mixed(step: int) -> list[Tensor]:
@@ -195,7 +195,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("message", BAD)
-def test_what_cannot_be_mixed_is_refused(message: str) -> None:
+def test_invalid_combinations_are_refused(message: str) -> None:
     method, name, settings = BAD[message]
     fields = {key: settings[key] for key in ("context", "batch_size") if key in settings}
     rest = {key: value for key, value in settings.items() if key not in fields}

@@ -54,7 +54,7 @@ def moco(case: Case, dtype: torch.dtype, **options: object) -> Method:
 @DTYPES
 @pytest.mark.parametrize("name", ["npair", "moco", "byol"])
 def test_vectors_of_imix(golden: Path, name: str, dtype: torch.dtype) -> None:
-    """The authors' BYOL has one direction, half of ours; keys carry gradient only without a target network."""
+    """The authors' BYOL has one of the two directions; keys carry gradient only without a target network."""
     case = Case(golden, f"imix__{name}", dtype)
     method: Method = METHODS["byol"]() if name == "byol" else METHODS["simclr"](case.options.get("temperature", 1.0))
     if name == "moco":
@@ -140,7 +140,7 @@ def test_vectors_of_unmix(golden: Path, name: str, dtype: torch.dtype) -> None:
     case.check(mixed.grad, "grad_mixed")
     if symmetric:
         case.check(x2.grad, "grad_x2")
-    # The queue receives the keys of view 1 first in the authors' symmetric code, those of view 2 first in ours.
+    # The authors' symmetric code pushes the keys of view 1 first, inbatch those of view 2.
     method.after_step({}, {"projection": keys.flip(0)}, unlabelled(n), 0.0)
     case.check(method.queue.rows.T, "queue_after")
 
@@ -307,7 +307,7 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("variant", ["simclr", "dcl", "mocov3", "moco", "moco, own key"])
 def test_negatives_of_mixed_rows_as_loops(variant: str, kind: str) -> None:
-    """A near duplicate of one of the two samples is no negative of it, but one of the other sample."""
+    """A near duplicate of one of the two samples is not a negative of it, but of the other sample."""
     method, own = create(variant.split(",")[0]).double(), variant.endswith("own key")
     query, keys, batch = some_rows(method)
     method.weighting = KINDS[kind]

@@ -73,7 +73,7 @@ class TestHold:
         for held in (first, again):
             same(held, source)
 
-    def test_what_is_left_out_and_scaled_down_is_remembered(self, root, photos):
+    def test_cache_keeps_the_list_of_unreadable_and_scaled_images(self, root, photos):
         data = (photos / "03.png").read_bytes()
         (photos / "03.png").write_bytes(data[:40])
         source = open_data(photos)
@@ -93,16 +93,16 @@ class TestHold:
         assert "can be read now" in whole.notes[0] and len(whole.source) == 12
 
     @pytest.mark.parametrize("setting", [("INBATCH_CACHE", "off"), ("INBATCH_CACHE_GB", "0")])
-    def test_not_wanted(self, root, photos, setting, monkeypatch):
+    def test_disabled_cache_is_not_written(self, root, photos, setting, monkeypatch):
         monkeypatch.setenv(*setting)
         assert hold(open_data(photos)).notes == () and not root.exists()
 
-    def test_not_worth_it(self, root, photos, monkeypatch):
+    def test_fast_sources_are_not_cached(self, root, photos, monkeypatch):
         monkeypatch.setattr(decoded_cache, "WORTH", 1000.0)
         assert hold(open_data(photos)).notes == () and not root.exists()
         assert hold(open_data(np.zeros((3, 8, 8), np.uint8))).notes == ()  # in memory already
 
-    def test_a_size_that_is_no_number(self, root, photos, monkeypatch):
+    def test_invalid_size_limit_is_refused(self, root, photos, monkeypatch):
         for wrong in ("ten", "-1", "nan", "inf"):
             monkeypatch.setenv("INBATCH_CACHE_GB", wrong)
             with pytest.raises(ConfigError, match=f"INBATCH_CACHE_GB is '{wrong}': give the size"):
@@ -118,7 +118,7 @@ def _like(source, path):
 
 
 class TestKey:
-    def test_of_a_folder(self, root, photos):
+    def test_key_of_a_folder(self, root, photos):
         def key(data=photos, canvas=12, **given):
             return decoded_cache.place(open_data(data, **given), canvas)
 
@@ -136,7 +136,7 @@ class TestKey:
         os.utime(photos / "05.png", ns=(1, 1))
         assert key() not in (was, touched, renamed)
 
-    def test_of_a_parquet_file(self, root, tmp_path):
+    def test_key_of_a_parquet_file(self, root, tmp_path):
         arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
 
         def key(images, group=2):
@@ -148,7 +148,7 @@ class TestKey:
         keys = [key([b"aa", b"bb", b"cc"]), key([b"aa", b"bb", b"dd"]), key([b"aa", b"bb", b"cc"], 3)]
         assert len(set(keys)) == 3 and key([b"aa", b"bb", b"cc"]) == keys[0]
 
-    def test_of_the_decoder_and_the_order(self, root, photos, monkeypatch):
+    def test_key_depends_on_the_decoder_and_the_order(self, root, photos, monkeypatch):
         source = open_data(photos)
         turned = Subset(source, torch.arange(11, -1, -1), "turned round")
         keys = {decoded_cache.place(source, 12), decoded_cache.place(turned, 12)}
@@ -161,7 +161,7 @@ class TestKey:
 class TestFaults:
     @pytest.mark.parametrize("name", ["images.u8", "sizes.i32", "entry.json"])
     @pytest.mark.parametrize("how", ["flipped", "truncated", "longer", "gone"])
-    def test_a_damaged_entry_is_decoded_anew(self, root, photos, name, how):
+    def test_damaged_entry_is_replaced(self, root, photos, name, how):
         source = open_data(photos)
         hold(source)
         file = entry(root) / name
@@ -179,7 +179,7 @@ class TestFaults:
         assert hold(source).notes[0].startswith("from the cache") and not half_written(root)
 
     @pytest.mark.parametrize("text", ["[]", "null", '{"shape": [1e99, 3, 1, 1]}', '{"shape": [-1, -1, 3, 4]}', "\x00"])
-    def test_a_note_that_says_something_else(self, root, photos, text):
+    def test_entry_with_another_note_is_damaged(self, root, photos, text):
         hold(open_data(photos))
         (entry(root) / "entry.json").write_text(text)
         assert "is damaged" in hold(open_data(photos)).notes[0]
@@ -197,7 +197,7 @@ class TestFaults:
         monkeypatch.setattr(cache.Path, "mkdir", refuse)  # permissions do not stop root
         assert hold(open_data(photos)).notes == (f"not cached: {root} cannot be written (Read-only file system)",)
 
-    def test_another_users_folder(self, root, photos, monkeypatch):
+    def test_folder_of_another_user_is_reported(self, root, photos, monkeypatch):
         """The cache can be neither read nor written: the run reports it and continues without a cache."""
         hold(open_data(photos))
 
@@ -239,7 +239,7 @@ class TestFaults:
         assert "is damaged" in held.notes[0] and "not cached" in held.notes[1]
         same(held, open_data(photos))
 
-    def test_a_dead_writer_is_noticed_at_once_and_a_living_one_is_left(self, root, photos):
+    def test_entry_of_a_dead_writer_is_removed_and_that_of_a_living_one_kept(self, root, photos):
         source = open_data(photos)
         path = decoded_cache.place(source, None)
         left = root / f".{path.name}.tmp"
@@ -289,7 +289,7 @@ class TestSize:
         assert "over the limit of 1e-06 GB" in hold(sets[1]).notes[0]
         assert len(cache.entries()) == 2  # no entry is removed for a set that does not fit
 
-    def test_clear_takes_what_is_ours(self, root, photos):
+    def test_clear_removes_only_entries_of_the_cache(self, root, photos):
         hold(open_data(photos))
         (root / "notes.txt").write_text("not ours")
         (root / "folder").mkdir()
@@ -300,7 +300,7 @@ class TestSize:
         assert cache.clear() == 0
 
     @pytest.mark.skipif(os.name != "posix", reason="modes are POSIX's")
-    def test_nobody_else_may_read_it(self, root, photos):
+    def test_only_the_user_can_read_the_cache(self, root, photos):
         hold(open_data(photos))
         assert root.stat().st_mode & 0o777 == entry(root).stat().st_mode & 0o777 == 0o700
 
@@ -350,7 +350,7 @@ class TestTogether:
         assert len(cache.entries()) == 1 and not half_written(root)
         assert hold(source).notes[0].startswith("from the cache")
 
-    def test_another_entry_is_written_before_the_folder_is_locked(self, root, monkeypatch):
+    def test_entry_written_before_the_lock_is_kept(self, root, monkeypatch):
         """It removes abandoned folders, and a new one looks like these until it is locked."""
         paths, locked = [root / (digit * 64) for digit in "ab"], unfinished_module._locked
 
@@ -375,7 +375,7 @@ class TestTogether:
             notes = list(pool.map(lambda path: cache.write_entry(path, 10, write), paths))
         assert notes == [f"cached in {path}" for path in paths] and len(cache.entries()) == 48
 
-    def test_another_wins_in_between(self, root, photos, monkeypatch):
+    def test_entry_of_a_faster_process_is_kept(self, root, photos, monkeypatch):
         source = open_data(photos)
         path, rename = decoded_cache.place(source, None), os.rename
 
@@ -387,7 +387,7 @@ class TestTogether:
         assert hold(source).notes == (f"cached in {root} by another process",)
         assert (path / "first").is_dir() and not half_written(root)
 
-    def test_another_takes_the_folder_before_it_is_locked(self, root, photos, monkeypatch):
+    def test_folder_removed_before_the_lock_is_no_error(self, root, photos, monkeypatch):
         def taken(path, wait, locked=unfinished_module._locked):
             if wait:
                 path.rmdir()
@@ -398,7 +398,7 @@ class TestTogether:
         assert not half_written(root)
 
     @pytest.mark.skipif(os.name != "posix", reason="Windows keeps mapped files")
-    def test_what_is_mapped_outlives_its_entry(self, root, photos):
+    def test_mapped_images_remain_valid_after_clear(self, root, photos):
         source = open_data(photos)
         hold(source)
         mapped = hold(source)
@@ -413,7 +413,7 @@ class TestTogether:
         hold(source).images.zero_()
         same(hold(source), source)
 
-    def test_another_process_reads_it(self, root, photos):
+    def test_second_process_reads_the_entry(self, root, photos):
         hold(open_data(photos), canvas=8)
         expected = decode_all(open_data(photos), canvas=8).images.sum()
         assert on_ranks(1, held_there, str(root), str(photos)) == [("from the cache", int(expected))]

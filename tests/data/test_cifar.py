@@ -75,7 +75,7 @@ def test_ten(how, tmp_path):
         assert torch.equal(torch.stack([test.image(i) for i in range(len(test))]), expected[5 * N :])
 
 
-def test_it_begins_like_the_published_file(tmp_path):
+def test_file_begins_like_the_published_one(tmp_path):
     """The bytes before the labels, and around the pixels, of the published data_batch_1."""
     content = python2({"batch_label": "training batch 1 of 5", "labels": [6, 9], "data": PIXELS[:2]})
     assert content.startswith(b"\x80\x02}q\x00(U\x0bbatch_labelq\x01U\x15training batch 1 of 5q\x02U\x06labelsq\x03]q")
@@ -96,7 +96,7 @@ def test_a_hundred(tmp_path):
     assert splits(tmp_path) == ("train",)
 
 
-def test_what_is_missing_is_named(tmp_path):
+def test_missing_file_is_named(tmp_path):
     root = ten(tmp_path / "cifar")
     (root / "data_batch_3").unlink()
     with pytest.raises(DataError, match=r"data_batch_3' cannot be read: No such file.*unpack the archive again"):
@@ -128,7 +128,7 @@ def test_what_is_missing_is_named(tmp_path):
         ({"labels": None}, "lacks 'data' or 'labels'"),
     ],
 )
-def test_what_is_wrong_is_said(change, match, tmp_path):
+def test_damaged_batch_is_reported(change, match, tmp_path):
     root = ten(tmp_path)
     (root / "data_batch_2").write_bytes(python2({"data": PIXELS[:N], "labels": LABELS[:N]} | change))
     with pytest.raises(DataError, match=f"data_batch_2'.*{match}"):
@@ -140,7 +140,7 @@ def test_truncated(cut, tmp_path):
     root = ten(tmp_path)
     whole = (root / "data_batch_5").read_bytes()
     (root / "data_batch_5").write_bytes(whole[:cut])
-    with pytest.raises(DataError, match="data_batch_5' is not a CIFAR file, or damaged"):
+    with pytest.raises(DataError, match="data_batch_5' is not a CIFAR file, or is damaged"):
         open_data(root)
 
 
@@ -177,7 +177,7 @@ def hostile(sentinel):
 
 @pytest.mark.parametrize("number", range(len(list(hostile("x")))))
 @pytest.mark.parametrize("file", ["data_batch_1", "batches.meta", "test_batch"])
-def test_nothing_in_a_pickle_runs(file, number, tmp_path):
+def test_no_code_of_a_pickle_is_executed(file, number, tmp_path):
     root = ten(tmp_path / "cifar")
     sentinel = tmp_path / "sentinel"
     good = (root / file).read_bytes()

@@ -224,7 +224,7 @@ def test_same_numbers_same_boxes_in_any_batch():
     assert torch.equal(state, torch.get_rng_state())
 
 
-def test_seed_epoch_and_attempt_draw_anew():
+def test_draws_depend_on_seed_epoch_and_attempt():
     views, pairs = arrange("adjacent", PRESETS["simclr"](size=32))
     draw, index, size = Views(views, [0.5] * 3, [0.5] * 3, pairs), torch.arange(64), torch.full((64, 2), 224)
     first = draw.boxes(index, size, 0, 0)
@@ -232,7 +232,7 @@ def test_seed_epoch_and_attempt_draw_anew():
         assert (draw.boxes(index, size, *key) != first).any(-1).all()
 
 
-def test_nothing_asks_for_values_on_an_accelerator():
+def test_drawing_needs_no_synchronisation_with_an_accelerator():
     pairs = crop_pairs.CropPairs((0, 1, 2), *DEFAULT)
     u, size = torch.empty(8, pairs.draws, device="meta"), torch.empty(8, 2, dtype=torch.long, device="meta")
     assert pairs(u, size).shape == (2, 8, 4)
@@ -365,7 +365,7 @@ def test_torchvision_draws_the_same_shares_and_leaves_its_generator_alone():
 
 
 @pytest.mark.slow
-def test_the_command_counts_tells_and_draws(tmp_path: Path):
+def test_command_counts_prints_and_draws(tmp_path: Path):
     done = run(f"crops --pairs 500 -o {tmp_path / 'crops.png'}")
     assert done.exit_code == 0 and "17.27%" in done.stdout and "global-local" in done.stdout
     assert Image.open(tmp_path / "crops.png").format == "PNG"

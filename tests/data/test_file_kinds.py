@@ -42,13 +42,13 @@ class TestAlpha:
         assert (read(grey, 2) == INFRARED[..., 2:]).all()
         assert (read(grey, 4)[..., 3] == INFRARED[..., 3]).all()  # grey becomes RGB, alpha stays
 
-    def test_of_sixteen_bits_by_levels(self):
+    def test_alpha_of_16_bits_is_scaled_by_levels(self):
         values = RNG.integers(0, 4096, (6, 8, 4)).astype(np.uint16)
         data = raw_png(16, 6, [row.astype(">u2").tobytes() for row in values], (6, 8))
         assert np.abs(read(data, 4, (0, 4095)) - values / 4095 * 255).max() <= 0.5
         assert (read(data, 4) == values >> 8).all()
 
-    def test_what_has_none_is_refused(self):
+    def test_image_without_alpha_is_refused(self):
         for array, kind, stored in ((INFRARED[..., :3], "PNG", 3), (INFRARED[..., 0], "PNG", 1),
                                     (INFRARED[..., :3], "WEBP", 3)):  # fmt: skip
             with pytest.raises(DataError, match=rf"{stored} channels, 4 were .*--set channels={stored} reads"):
@@ -125,7 +125,7 @@ class TestWarnings:
         ]
         assert not recwarn.list
 
-    def test_said_once_by_a_run(self, folder, recwarn):
+    def test_warnings_are_logged_once_per_run(self, folder, recwarn):
         held = decode_all(open_data(folder))
         assert held.notes == ("Pillow warned about 6 images: inbatch data counts the warnings and names the images",)
         views = Views([View(size=8)], (0.5,) * 3, (0.2,) * 3)
@@ -223,7 +223,7 @@ class TestNames:
         with pytest.raises(DataError, match="JPEG header is damaged"):
             opened(data[:20])
 
-    def test_other_formats(self):
+    def test_unsupported_formats_are_named(self):
         for data, name in ((encoded(INFRARED[..., :3], "GIF"), "a GIF file, "), (b"\x93NUMPY\1\0", "a NumPy file, "),
                            (bytes(128) + b"DICM", "a DICOM file, "), (b"no image", "")):  # fmt: skip
             with pytest.raises(DataError, match=f"cannot be read: {name}not one of JPEG, PNG"):

@@ -52,7 +52,7 @@ class TestTables:
         assert named(source) == ["dog", "cat", None] and source.image(0)[0, 0, 0] == 10
         assert source.channels == 3 and open_data(tmp_path / name, channels=1).image(0).shape == (1, 4, 4)
 
-    def test_a_header_without_a_usual_name_is_no_image(self, tmp_path):
+    def test_header_without_a_known_column_is_refused(self, tmp_path):
         for head in ("photo,animal", "photo"):
             file = listed(tmp_path, "l.csv", f"{head}\n{'1.png,cat' if ',' in head else '1.png'}\n")
             with pytest.raises(DataError, match=r"has the columns .photo.*with image_column"):
@@ -60,7 +60,7 @@ class TestTables:
         named = open_data(listed(tmp_path, "l.csv", "photo,animal\n1.png,cat\n"), image_column="photo")
         assert paths(named) == ["1.png"]
 
-    def test_without_a_header(self, tmp_path):
+    def test_table_without_a_header(self, tmp_path):
         assert open_data(listed(tmp_path, "l.csv", "1.png\n2.png\n")).labels.tolist() == [-1, -1]
         source = open_data(listed(tmp_path, "l.csv", "1.png,3\n2,-1\n3.png,\n4.png,0"))
         assert source.labels.tolist() == [1, -1, -1, 0] and source.classes == ("0", "3") == tuple(map(str, source.ids))
@@ -78,7 +78,7 @@ class TestTables:
         with pytest.raises(DataError, match="line 3: the column split is empty"):
             open_data(listed(tmp_path, "l.csv", "path,split\n1,train\n2,\n"))
 
-    def test_what_spreadsheets_write(self, tmp_path):
+    def test_exports_of_spreadsheets(self, tmp_path):
         """A byte order mark, carriage returns, quoted line breaks and quotes."""
         source = open_data(
             listed(tmp_path, "l.csv", b'\xef\xbb\xbfpath,label\r\n"a\nb.png","say ""x"""\r\nc.png,y\r\n')
@@ -116,7 +116,7 @@ class TestTables:
             ("path\n" + "x" * 200_000, "line .: field larger than field limit"),
         ],
     )
-    def test_what_is_refused(self, text, match, tmp_path):
+    def test_invalid_tables_are_refused(self, text, match, tmp_path):
         with pytest.raises(DataError, match=match):
             open_data(listed(tmp_path, "l.csv", text))
 
@@ -141,7 +141,7 @@ class TestTables:
         Image.new("L", (9, 9)).save(tmp_path / "2.png")
         assert first != open_data(listed(tmp_path, "l.csv", "1.png\n2.png\n")).fingerprint()
 
-    def test_it_travels_to_workers_in_few_bytes(self, tmp_path):
+    def test_pickled_source_is_small(self, tmp_path):
         source = open_data(listed(tmp_path, "l.csv", "".join(f"{i:09d}\n" for i in range(1000))))
         sent = pickle.dumps(source)
         assert len(sent) < 1000 * (9 + 8 + 8) + 2000 and paths(pickle.loads(sent))[-1] == "000000999"
@@ -165,7 +165,7 @@ class TestText:
         source = open_data(listed(tmp_path, "l.txt", "1.png tabby cat\n2.png\tdog\n3.png,tabby cat\n"))
         assert named(source) == ["tabby cat", "dog", "tabby cat"] and source.classes == ("dog", "tabby cat")
 
-    def test_what_is_refused(self, tmp_path):
+    def test_invalid_text_lists_are_refused(self, tmp_path):
         with pytest.raises(DataError, match=r"line 2: no name of an image \(.jpg|.*in 'b'; other names can be listed"):
             open_data(listed(tmp_path, "l.txt", "a.png\nb\n"))
         with pytest.raises(DataError, match=r"line 1: '../a.png' is outside"):
@@ -190,7 +190,7 @@ class TestClasses:
         "text",
         ["b\na\n", b"\xef\xbb\xbfb\r\na\r\n", "# two\n\nb the second, really\n  a,first\n", "b\t2\na\t1", "b\ra\r"],
     )
-    def test_it_chooses_and_numbers(self, text, split, tmp_path):
+    def test_list_of_classes_selects_and_numbers(self, text, split, tmp_path):
         source = self.chosen(tmp_path, text, split)
         assert source.classes == ("b", "a") and sorted(zip(paths(source), source.labels.tolist(), strict=True)) == [
             ("a/1.png", 1), ("a/2.png", 1), ("b/3.png", 0)
@@ -213,11 +213,11 @@ class TestClasses:
             (b"\xff\xfe", "cannot be read"),
         ],
     )
-    def test_what_is_refused(self, text, match, tmp_path):
+    def test_invalid_lists_of_classes_are_refused(self, text, match, tmp_path):
         with pytest.raises(DataError, match=match):
             self.chosen(tmp_path, text)
 
-    def test_it_needs_labels_and_a_file(self, tmp_path):
+    def test_list_of_classes_needs_labels_and_a_file(self, tmp_path):
         images = torch.zeros(3, 3, 4, 4).byte()
         file = str(listed(tmp_path, "c.txt", "0\n"))
         with pytest.raises(DataError, match="array has no labels: a list of classes"):
@@ -227,13 +227,13 @@ class TestClasses:
         with pytest.raises(DataError, match=r"lacks classes that .* lists: '0'"):
             open_data((images, [1, 1, -1]), classes=file)
 
-    def test_it_is_one_for_every_source(self, tmp_path):
+    def test_list_of_classes_works_for_every_source(self, tmp_path):
         (tmp_path / "l.csv").write_text("1,cat\n2,dog\n3,\n4,cat\n")
         source = open_data(tmp_path / "l.csv", classes=str(listed(tmp_path, "c.txt", "cat\n")))
         assert paths(source) == ["1", "4"] and source.labels.tolist() == [0, 0]
         assert open_data("digits-canvas", classes=str(listed(tmp_path, "c.txt", "7\n3\n"))).classes == ("7", "3")
 
-    def test_a_run_is_judged_by_the_same_classes(self, tmp_path):
+    def test_evaluation_of_a_run_uses_the_same_classes(self, tmp_path):
         names = listed(tmp_path, "classes.txt", "c d\nb\n")
         recipe, source = resolve_recipe(folder(tmp_path), {"classes": str(names)})
         split = evaluation_split(recipe, source, tmp_path)

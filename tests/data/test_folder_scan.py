@@ -83,7 +83,7 @@ def literal(folder):
 
 
 class TestNames:
-    def test_as_a_list(self):
+    def test_packed_names_behave_as_a_list(self):
         given = [b"", b"a", b"\xff/x y\n", b"z" * 300, b"b"]
         names = Names(given)
         assert len(names) == 5 and list(names) == names.tolist() == given
@@ -93,7 +93,7 @@ class TestNames:
                 names[wrong]
         assert Names().tolist() == []
 
-    def test_small_in_memory_and_on_the_way_to_a_worker(self):
+    def test_packed_names_are_small_in_memory_and_pickled(self):
         names = Names(b"%06d" % i for i in range(10_000))
         assert len(pickle.dumps(names)) < 10_000 * (6 + 8) * 1.01
         assert pickle.loads(pickle.dumps(names)).tolist() == names.tolist()
@@ -120,7 +120,7 @@ class TestOrder:
         found = folder_scan.scan(tmp_path).paths.tolist()
         assert found == literal(tmp_path) and len(found) > 100
 
-    def test_of_two_links_the_first_by_name_counts(self, tmp_path):
+    def test_first_of_two_links_by_name_is_followed(self, tmp_path):
         """By the folder's name alone: `photos` before `photos-old`, whose images would sort first."""
         fill(tmp_path, "photos/1.png")
         (tmp_path / "photos-old").symlink_to("photos")
@@ -199,20 +199,20 @@ class TestKept:
         os.utime(tree / "a", ns=(was.st_atime_ns, was.st_mtime_ns))
         assert b"a/0.jpg" in again(tree).paths.tolist()
 
-    def test_what_changed_just_before_is_not_relied_on(self, root, tree, monkeypatch):
+    def test_recently_changed_folders_are_read_again(self, root, tree, monkeypatch):
         monkeypatch.setattr(folder_scan, "_SETTLED", 10**12)
         assert again(tree).stamps == {}
         names = read(monkeypatch)
         assert again(tree).kept == 0 and len(names) == 6 and folder_scan.scan(tree).read == 6
 
-    def test_a_broken_link_may_be_mended(self, root, tree):
+    def test_repaired_link_is_followed(self, root, tree):
         (tree / "a" / "x.png").symlink_to(tree.parent / "later.png")
         assert b"a/x.png" not in again(tree).paths.tolist()
         fill(tree.parent, "later.png")
         found = again(tree)
         assert b"a/x.png" in found.paths.tolist() and (found.read, found.kept) == (1, 5)
 
-    def test_an_interrupted_scan_goes_on(self, root, tree, monkeypatch):
+    def test_interrupted_scan_is_continued(self, root, tree, monkeypatch):
         real, names = os.scandir, []
 
         def stop(path):
@@ -228,7 +228,7 @@ class TestKept:
         found = again(tree)
         assert names == ["c"] and found.kept == 5 and found.paths.tolist() == literal(tree)
 
-    def test_a_killed_scan_goes_on_from_what_was_written(self, root, tree, monkeypatch):
+    def test_killed_scan_is_continued_from_its_last_state(self, root, tree, monkeypatch):
         monkeypatch.setattr(folder_scan, "_EVERY", 0.0)
         stored, real = [], folder_scan._store
 
@@ -251,11 +251,11 @@ class TestKept:
         assert not root.exists()
 
     @pytest.mark.parametrize("setting", [("INBATCH_CACHE", "off"), ("INBATCH_CACHE_GB", "0")])
-    def test_not_wanted(self, root, tree, setting, monkeypatch):
+    def test_disabled_cache_is_not_written(self, root, tree, setting, monkeypatch):
         monkeypatch.setenv(*setting)
         assert again(tree).read == again(tree).read == 6 and not root.exists()
 
-    def test_it_is_an_entry_of_the_cache(self, root, tree):
+    def test_listing_is_an_entry_of_the_cache(self, root, tree):
         again(tree)
         (one,) = cache.entries()
         assert one.name == str(tree) and one.bytes == cache.used() > 100
@@ -263,7 +263,7 @@ class TestKept:
 
     @pytest.mark.parametrize("name", ["names.bin", "folders.i64", "entry.json"])
     @pytest.mark.parametrize("how", ["flipped", "truncated", "gone"])
-    def test_a_damaged_one_is_read_anew(self, root, tree, name, how):
+    def test_damaged_listing_is_read_again(self, root, tree, name, how):
         again(tree)
         (one,) = cache.entries()
         file = one.path / name
@@ -278,7 +278,7 @@ class TestKept:
         assert again(tree).kept == 6  # a complete file has replaced it
 
     @pytest.mark.parametrize("text", ["[]", "null", "{}", '{"names": 0, "folders": 0, "skipped": []}'])
-    def test_a_note_that_says_something_else(self, root, tree, text):
+    def test_listing_with_another_note_is_not_used(self, root, tree, text):
         again(tree)
         (one,) = cache.entries()
         (one.path / "entry.json").write_text(text)
@@ -313,7 +313,7 @@ def test_a_long_path_costs_itself_alone(tmp_path):
     assert len(found.paths) == 20_001 and len(pickle.dumps(found.paths)) < 20_001 * 25
 
 
-def test_an_epoch_is_told_to_the_workers_piece_by_piece(monkeypatch):
+def test_order_of_an_epoch_is_sent_to_workers_in_pieces(monkeypatch):
     monkeypatch.setattr("inbatch.data.loader.PIECE", 3)
     source = open_data(np.zeros((40, 8, 8), np.uint8))
     loader = Loader(source, batch=7, views=VIEWS, seed=0, resident=False, workers=0)

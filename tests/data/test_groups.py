@@ -111,7 +111,7 @@ def test_folders_and_tar_shards(tmp_path: Path) -> None:
                 assert same == ([j for j in range(6) if expected[j] == expected[i]] if expected[i] else []), column
             assert open_data(data).groups is None and open_data(data).signature() != source.signature()
     for column, message in {
-        "(clip": "is no regular expression", "(c)(l)": "has 2 pairs of capturing brackets", "(?:c)": "has 0 pairs",
+        "(clip": "is not a regular expression", "(c)(l)": "has 2 pairs of capturing brackets", "(?:c)": "has 0 pairs",
         "(dog)": "it finds no text in its brackets in any path", "slide": r"no member KEY.slide .*group_column",
     }.items():  # fmt: skip
         with pytest.raises(DataError, match=message):
@@ -126,7 +126,7 @@ def test_data_without_columns_have_no_groups(tmp_path: Path) -> None:
             open_data(data, group_column="video")
 
 
-def test_values_that_are_no_groups_are_refused() -> None:
+def test_values_that_cannot_be_groups_are_refused() -> None:
     with pytest.raises(DataError, match=r"The groups are numbers such as 0\.5: a group is a whole number or a name"):
         groups_of_values([0.5, 1.5], "The groups")
     with pytest.raises(DataError, match="The groups are list: a group is"):

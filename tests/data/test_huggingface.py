@@ -86,7 +86,7 @@ class TestSaved:
         source = open_data(saved(tmp_path / "b", table(label=None, **words)))
         assert source.labels.tolist() == [0, 1, 2, 0, 3, 4] and source.classes == tuple("abcef")
 
-    def test_nothing_is_read_before_it_is_asked_for_and_workers_get_little(self, tmp_path):
+    def test_images_are_read_on_request_and_the_pickled_source_is_small(self, tmp_path):
         made = table(300, images=[{"bytes": encoded(i % 256) + bytes(20_000), "path": None} for i in range(300)])
         source = open_data(saved(tmp_path, made))
         said = pickle.dumps(source)
@@ -137,7 +137,7 @@ class TestOutside:
         source.rows = datasets.Dataset.from_list(rows, features=kinds)
         return source
 
-    def test_in_the_folder_or_by_an_absolute_path(self, tmp_path):
+    def test_paths_in_the_folder_and_absolute_paths_are_read(self, tmp_path):
         root = tmp_path / "set"
         source = self.rows(root, "pictures/a.png", str(tmp_path / "b.png"))
         (root / "pictures").mkdir()
@@ -147,7 +147,7 @@ class TestOutside:
         assert source.fingerprint() is None  # the table does not record their changes
 
     @pytest.mark.parametrize("path", ["../secret.png", "link.png", "https://example.org/a.png", "zip://a.png::b.zip"])
-    def test_nothing_else(self, tmp_path, path):
+    def test_paths_that_leave_the_folder_are_refused(self, tmp_path, path):
         (tmp_path / "secret.png").write_bytes(encoded(1))
         source = self.rows(tmp_path / "set", path)
         (tmp_path / "set" / "link.png").symlink_to(tmp_path / "secret.png")
@@ -167,7 +167,7 @@ class TestOutside:
 
 
 class TestHub:
-    def test_what_is_not_there_is_not_fetched(self, tmp_path, monkeypatch):
+    def test_missing_data_set_is_not_downloaded(self, tmp_path, monkeypatch):
         monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
         with pytest.raises(DataError, match="hf/nobody/nothing is not on this machine: fetch it with --download"):
             open_data("hf/nobody/nothing")
@@ -201,7 +201,7 @@ class TestHub:
         )
 
 
-def test_other_data_is_left_to_others(tmp_path):
+def test_other_kinds_of_data_are_left_to_other_sources(tmp_path):
     Image.fromarray(np.zeros((4, 4), np.uint8)).save(tmp_path / "a.png")
     (tmp_path / "state.json").write_text("{}")
     assert len(open_data(tmp_path)) == 1

@@ -133,7 +133,7 @@ class TestTypes:
             with pytest.raises(DataError, match="pass a list or an array, in the order of the images"):
                 open_data((IMAGES, unordered))
 
-    def test_what_is_refused(self, tmp_path, monkeypatch):
+    def test_invalid_labels_are_refused(self, tmp_path, monkeypatch):
         for data in ((IMAGES, [-100] * 6), table(tmp_path / "a.parquet", {"label": [-100]})):
             with pytest.raises(DataError, match=r"go down to -100: use -1 .*label_column = none"):
                 open_data(data)
@@ -149,7 +149,7 @@ class TestNumbering:
         assert source.labels.tolist() == [2, 0, 1, -1, 0, 2] and source.classes == ("0", "1", "2")
         assert source.signature().startswith("37a576568edcdabe")
 
-    def test_it_is_kept_by_what_is_made_of_a_source(self, tmp_path):
+    def test_numbering_is_kept_by_subsets_and_wrappers(self, tmp_path):
         grey = open_data((IMAGES[..., 0], [10, 30, 20, -1, 30, 10]))
         for source in (grey, GreyAsRGB(grey), Subset(grey, torch.arange(6), "all")):
             assert source.ids == (10, 20, 30) and source.labels.tolist() == [0, 2, 1, -1, 2, 0]
@@ -228,7 +228,7 @@ class TestColumns:
         ):
             open_data(file, image_column="photo", label_column="what")
 
-    def test_none_for_every_kind_and_names_for_none(self, tmp_path):
+    def test_label_column_none_and_names_for_kinds_without_columns(self, tmp_path):
         for name in ("a/0.png", "b/1.png"):
             (tmp_path / name).parent.mkdir()
             Image.new("L", (4, 4)).save(tmp_path / name)
@@ -307,7 +307,7 @@ class TestNearMisses:
         with pytest.raises(DataError, match=r"A tuple of datasets\.arrow_dataset\.Dataset cannot be opened"):
             open_data((made, made))
 
-    def test_others_are_named_with_their_module(self):
+    def test_unsupported_items_are_named_with_their_module(self):
         photo = Image.new("RGB", (4, 4))
         for data, match in (
             (

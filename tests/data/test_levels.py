@@ -72,11 +72,11 @@ class TestToBytes:
     @pytest.mark.parametrize(
         "dtype", [np.uint16, np.int16, np.int32, np.uint32, np.int64, np.float32, np.float64, ">u2", ">f4"]
     )
-    def test_by_levels(self, dtype):
+    def test_values_are_scaled_by_levels(self, dtype):
         values = noise(5, 7, high=3000).astype(dtype)
         assert to_bytes(values, (500, 2500)).ravel().tolist() == by_hand(values, 500, 2500)
 
-    def test_what_a_type_means_without_levels(self):
+    def test_values_without_levels_use_the_range_of_the_type(self):
         every = np.arange(65_536, dtype=np.uint16)
         assert (to_bytes(every, None) == every // 256).all()
         assert to_bytes(np.array([3, 200], np.uint8), (0, 10)).tolist() == [3, 200]  # 8 bits are pixels already
@@ -87,10 +87,10 @@ class TestToBytes:
             with pytest.raises(ValueError, match="are not pixels"):
                 to_bytes(np.zeros(2, dtype), LEVELS)
 
-    def test_what_is_no_number(self):
+    def test_nan_and_infinity_are_clipped(self):
         assert to_bytes(np.array([np.nan, np.inf, -np.inf, 0.5]), (0, 1)).tolist() == [0, 255, 0, 128]
 
-    def test_in_parts(self, monkeypatch):
+    def test_conversion_in_parts_equals_the_whole(self, monkeypatch):
         values = noise(9, 5)
         whole = to_bytes(values, LEVELS)
         monkeypatch.setattr("inbatch.data.pixels._CHUNK", 12)
@@ -149,12 +149,12 @@ class TestFiles:
         "how",
         [{"compression": "zlib"}, {"compression": "lzma"}, {"tile": (16, 16)}, {"bigtiff": True}, {"byteorder": ">"}],
     )
-    def test_ways_to_store_them(self, how):
+    def test_every_layout_of_a_file_gives_the_same_pixels(self, how):
         values = noise(33, 20, 5)
         got = opened(bands(values, **how), 5, LEVELS).tensor()
         assert got.permute(1, 2, 0).flatten().tolist() == by_hand(values, *LEVELS)
 
-    def test_turned_as_its_tag_says(self):
+    def test_orientation_tag_is_applied(self):
         values = noise(9, 7, 5, dtype=np.uint8, high=256)
         picture = opened(bands(values, extratags=[(274, 3, 1, 6, True)]), 5)
         assert picture.size == (7, 9)
@@ -179,7 +179,7 @@ class TestFiles:
                 assert (crop[c].int() - one[0].int()).abs().max() <= 1
         assert opened(bands(values), 4).tensor(longest=25).shape == (4, 20, 25)
 
-    def test_another_number_than_asked_for(self, tmp_path):
+    def test_different_number_of_channels_is_refused(self, tmp_path):
         data = bands(noise(9, 7, 5))
         for channels in (3, 4, 6):
             with pytest.raises(DataError, match=rf"has 5 channels, {channels} were.*--set channels=5"):
@@ -204,7 +204,7 @@ class TestFiles:
         with pytest.raises(DataError, match="'the file' cannot be read"):
             opened(bytes(data), 5).tensor()
 
-    def test_without_tifffile(self, monkeypatch):
+    def test_missing_tifffile_is_reported(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "tifffile", None)
         with pytest.raises(DataError, match=r'need tifffile: python -m pip install "inbatch\[tiff\]"'):
             opened(bands(noise(9, 7, 5)), 5)
@@ -223,7 +223,7 @@ class TestHostile:
         with pytest.raises(DataError, match="over the limit"):
             opened(bands(noise(30, 20, 2, dtype=np.uint8)), 2)
 
-    def test_a_small_file_that_says_it_is_large(self):
+    def test_small_file_with_a_large_size_in_its_header_is_refused(self):
         data = bytearray(bands(noise(9, 7, 5)))
         for tag in (256, 257):  # width and height
             place = data.index(tag.to_bytes(2, "little") + (4).to_bytes(2, "little"))
@@ -255,7 +255,7 @@ class TestHostile:
         data[end : end + 4] = first.to_bytes(4, "little")
         assert opened(bytes(data), 5, LEVELS).tensor().shape == (5, 9, 7)
 
-    def test_every_truncation_and_many_flips_are_errors_of_ours(self):
+    def test_truncated_and_flipped_files_raise_a_data_error(self):
         data = bands(noise(9, 7, 5), compression="zlib")
         rng = np.random.default_rng(0)
         broken = [data[:n] for n in range(0, len(data), 37)]
@@ -348,7 +348,7 @@ class TestRemembered:
         with pytest.raises(DataError, match="An image cannot be embedded: 32-bit"):
             encoder.embed([Image.fromarray(values.astype(np.float32))])
 
-    def test_another_entry_of_the_cache(self, folder, monkeypatch, tmp_path):
+    def test_levels_are_part_of_the_cache_key(self, folder, monkeypatch, tmp_path):
         monkeypatch.setenv("INBATCH_CACHE", str(tmp_path / "cache"))
         places = {place(open_data(folder, channels=5, levels=levels), 64) for levels in (None, LEVELS, (0.0, 1.0))}
         assert len(places) == 3
@@ -358,7 +358,7 @@ class TestRemembered:
 
 class TestViews:
     @pytest.mark.parametrize("k", [1, 2, 4, 8, 13])
-    def test_drawn_alike_by_the_kernel_and_by_torch(self, k):
+    def test_kernel_and_torch_draw_the_same_views(self, k):
         pytest.importorskip("numba")
         images = torch.from_numpy(noise(6, k, 24, 24, dtype=np.uint8, high=256))
         view = View(16, jitter=1.0, brightness=0.4, contrast=0.4, blur=0.5, kernel=3, solarise=0.3)

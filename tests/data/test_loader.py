@@ -115,7 +115,7 @@ def test_any_number_of_workers_gives_the_same_batches(photos):
 @pytest.mark.grid(1)
 @pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize("workers", [0, 2])
-def test_large_batches_are_put_together_of_pieces(photos, whole, workers, monkeypatch):
+def test_large_batches_are_assembled_from_pieces(photos, whole, workers, monkeypatch):
     """Crops, and canvases of different sizes per piece: the result equals the batch made in one piece."""
     given = {"batch": 12, "views": VIEWS, "seed": 4, "resident": False, "workers": workers, "whole": whole}
     source = open_data(photos)
@@ -172,7 +172,7 @@ class TestResident:
             assert torch.equal(held.images[i, :, :h, :w], source.image(i))
             assert held.images[i, :, h:].sum() == 0 and held.images[i, :, :, w:].sum() == 0
 
-    def test_large_images_are_scaled_down_and_that_is_said(self, photos):
+    def test_large_images_are_scaled_down_and_reported(self, photos):
         loader = Loader(open_data(photos), batch=10, views=VIEWS, seed=0, resident=True)
         assert loader.held.images.shape[2:] == (16, 16)  # twice the largest view
         assert loader.held.size[0].tolist() == [16, 13]  # from 24x20
@@ -210,7 +210,7 @@ class TestResident:
         assert all(torch.equal(one.images, held[0].images) and torch.equal(one.size, held[0].size) for one in held)
         assert held[0].images.is_contiguous()
 
-    def test_chosen_by_free_memory_unless_asked(self, monkeypatch):
+    def test_resident_is_chosen_by_free_memory_unless_set(self, monkeypatch):
         def held(free, **settings):
             monkeypatch.setattr("inbatch.data.loader.free_bytes", lambda device, world: free)
             loader = Loader(numbered(), batch=8, views=VIEWS, seed=0, workers=0, **settings)
@@ -227,7 +227,7 @@ class TestResident:
 
     @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
     @pytest.mark.parametrize("resident", [True, False])
-    def test_on_a_gpu_as_on_the_processor(self, photos, resident):
+    def test_gpu_gives_the_same_batches_as_the_cpu(self, photos, resident):
         settings = {"batch": 7, "views": VIEWS, "seed": 5, "resident": resident, "workers": 1}
         here = Loader(open_data(photos), **settings)
         there = Loader(open_data(photos), **settings, device="cuda")
@@ -279,7 +279,7 @@ class TestFaults:
             list(loader.epoch(0))
 
 
-def test_images_that_are_all_the_same_are_refused() -> None:
+def test_identical_images_are_refused() -> None:
     same = torch.full((8, 3, 6, 6), 7, dtype=torch.uint8)
     with pytest.raises(DataError, match=r"all 8 images of .* are identical"):
         Loader(open_data(same), batch=4, views=VIEWS, seed=0, resident=True)

@@ -54,7 +54,7 @@ def used(monkeypatch) -> list[int]:
     return calls
 
 
-def test_which_presets_the_kernel_draws(used):
+def test_kernel_draws_the_presets_that_it_supports(used):
     assert set(PRESETS) - set(DOES) == {"digits", "digits_colour"}
     Views(PRESETS["digits"](), MEAN[:1], STD[:1])(batch(photos(2, 1)))
     assert not used
@@ -95,7 +95,7 @@ def test_every_size_of_blur(size, taps):
 
 
 @pytest.mark.parametrize("channels", [1, 2, 5])
-def test_other_channels(channels, used):
+def test_kernel_draws_any_number_of_channels(channels, used):
     view = View(24, jitter=1.0, brightness=0.4, contrast=0.4, blur=0.5, kernel=3)
     assert_same(*both([view], batch(photos(16, channels)), channels))
     assert used
@@ -162,7 +162,7 @@ def test_a_fork_has_threads_of_its_own(monkeypatch):
         torch.set_num_threads(1)
 
 
-def test_images_lie_where_they_lie_and_stay_as_they_are():
+def test_images_with_other_strides_are_read_and_not_changed():
     """`at` indexes the images of a data set; a canvas with other strides; attempts."""
     images = photos(9, h=40, w=36)
     kept, at, index = images.clone(), torch.tensor([8, 0, 3, 3]), torch.tensor([5, 6, 7, 8])
@@ -180,7 +180,7 @@ def test_images_lie_where_they_lie_and_stay_as_they_are():
     assert views(batch(images[:0])).images[0].shape == (0, 3, 32, 32)
 
 
-def test_nothing_outside_of_an_image_is_read():
+def test_boxes_outside_of_an_image_are_refused():
     views, images = Views([View(8)], MEAN[:3], STD[:3]), photos(3)
     with pytest.raises(DataError, match="sizes and places"):
         views(batch(images, size=torch.full((3, 2), 400)))
@@ -188,7 +188,7 @@ def test_nothing_outside_of_an_image_is_read():
         views(batch(images, at=torch.tensor([0, 1, 3])))
 
 
-def test_without_numba_torch_draws(monkeypatch, used):
+def test_torch_draws_if_numba_is_missing(monkeypatch, used):
     monkeypatch.setattr(numba_backend, "available", lambda: False)
     ours, theirs = both([EVERYTHING], batch(photos()))
     assert torch.equal(ours.images[0], theirs.images[0]) and not used
@@ -200,7 +200,7 @@ def test_numba_waits_for_the_first_view():
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
-def test_without_a_place_for_the_cache_it_is_compiled_all_the_same(monkeypatch):
+def test_kernel_is_compiled_without_a_cache_folder(monkeypatch):
     from inbatch.data.views import numba_kernel
 
     def njit(signature=None, cache=False, **rest):

@@ -54,21 +54,21 @@ class TestNpy:
         with pytest.raises(DataError, match=r"x.npy' cannot be read: it has become shorter and holds no row 5"):
             source.open(5)
 
-    def test_other_types_and_byte_orders(self, tmp_path):
+    def test_types_and_byte_orders(self, tmp_path):
         for images in (IMAGES.astype(">u2") * 257, IMAGES.astype("<u2") * 257):
             np.save(tmp_path / "x.npy", images)
             np.savez(tmp_path / "x.npz", images=images)
             for file in ("x.npy", "x.npz"):
                 assert torch.equal(all_of(open_data(tmp_path / file)), GIVEN)
 
-    def test_it_travels_to_workers_without_its_pixels(self, tmp_path):
+    def test_pickled_source_holds_no_pixels(self, tmp_path):
         np.save(tmp_path / "x.npy", np.zeros((1000, 32, 32, 3), np.uint8))
         source = open_data(tmp_path / "x.npy")
         sent = pickle.dumps(source)
         assert len(sent) < 20_000 and torch.equal(pickle.loads(sent).image(7), source.image(7))
 
     @pytest.mark.parametrize("resident", [True, False])
-    def test_it_is_loaded(self, resident, tmp_path):
+    def test_loader_reads_the_file(self, resident, tmp_path):
         np.save(tmp_path / "x.npy", IMAGES[:, :8, :8].repeat(2, 1).repeat(2, 2))
         views = Views(PRESETS["simclr_cifar"](size=16), (0.5,) * 3, (0.25,) * 3)
         loader = Loader(
@@ -87,7 +87,7 @@ class TestNpy:
             (np.array([["text"]]), "x.npy': .*"),
         ],
     )
-    def test_what_is_refused(self, array, match, tmp_path):
+    def test_invalid_npy_files_are_refused(self, array, match, tmp_path):
         np.save(tmp_path / "x.npy", array)
         with pytest.raises(DataError, match=match):
             open_data(tmp_path / "x.npy")
@@ -144,7 +144,7 @@ class TestNpz:
             ({"images": IMAGES[:, :, :, None]}, "is none of"),
         ],
     )
-    def test_what_is_refused(self, content, match, tmp_path):
+    def test_invalid_npz_files_are_refused(self, content, match, tmp_path):
         np.savez(tmp_path / "x.npz", **content)
         with pytest.raises(DataError, match=match):
             open_data(tmp_path / "x.npz")

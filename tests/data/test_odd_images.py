@@ -68,7 +68,7 @@ class TestOneByOne:
         luma = animal.pixels @ np.array([0.299, 0.587, 0.114])
         assert np.abs(ImageFile(animal.file, lambda: "it", 1).tensor()[0].numpy() - luma).max() <= animal.near + 1
 
-    def test_there_are_many(self):
+    def test_collection_has_many_distinct_images(self):
         assert len(GOOD) > 50 and len(BAD) >= 12 and len({animal.name for animal in ALL}) == len(ALL)
 
 
@@ -153,7 +153,7 @@ class TestNames:
 
 @POSIX
 class TestNoFiles:
-    def test_what_is_no_file_is_left_out_and_told(self, tmp_path):
+    def test_entries_that_are_not_files_are_left_out_and_counted(self, tmp_path):
         zoo.fill(tmp_path, GOOD[:2])
         kinds = zoo.no_files(tmp_path)
         for make in kinds.values():
@@ -181,13 +181,13 @@ class TestNoFiles:
             source.image(0)
 
     @pytest.mark.skipif(hasattr(os, "geteuid") and os.geteuid() == 0, reason="nothing is unreadable for root")
-    def test_what_may_not_be_read(self, tmp_path):
+    def test_file_without_permission_is_named(self, tmp_path):
         zoo.fill(tmp_path, GOOD[:1])
         (tmp_path / GOOD[0].name).chmod(0)
         with pytest.raises(DataError, match="Permission denied"):
             open_data(tmp_path).image(0)
 
-    def test_gif_is_told_to_be_skipped(self, tmp_path):
+    def test_skipped_gif_is_reported(self, tmp_path):
         zoo.fill(tmp_path, GOOD[:1])
         (tmp_path / "a.gif").write_bytes(b"GIF89a")
         assert "1 other file skipped (1 .gif)" in open_data(tmp_path).report()

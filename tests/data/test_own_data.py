@@ -129,7 +129,7 @@ def test_invalid_items_are_data_errors() -> None:
         source.image(5)
     mixed = open_data([PIXELS[0], PIXELS[1][..., :1], PIXELS[2][..., :2]])
     assert torch.equal(mixed.image(1)[0], mixed.image(1)[2])
-    with pytest.raises(DataError, match="item 2 of the list of images is no image: it has 2 channels, 3 are read"):
+    with pytest.raises(DataError, match="item 2 of the list of images is not an image: it has 2 channels, 3 are read"):
         mixed.image(2)
     assert isinstance(open_data(PIXELS, channels=None), Source)
     assert open_data([Image.fromarray(x) for x in PIXELS], channels=1).channels == 1

@@ -92,7 +92,7 @@ def test_the_data_are_the_run_directory(tmp_path):
         open_data(tmp_path / "alone")
 
 
-def test_other_formats_have_no_mark_and_are_refused_among_the_images(tmp_path):
+def test_formats_without_a_mark_are_refused_inside_the_data_folder(tmp_path):
     photos = fill(tmp_path / "photos", "1.png", "2.png")
     fill(tmp_path / "other", "1.png")
     refusal = r"would become an image of the data: choose a name that ends in \.png"

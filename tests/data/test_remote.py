@@ -50,7 +50,7 @@ def values(source: Any) -> list[int]:
 
 
 class TestUrls:
-    def test_what_is_a_url(self) -> None:
+    def test_urls_are_recognised(self) -> None:
         assert all(map(is_url, ("s3://b/a.tar", "https://h/x", "file:///a", "memory://a", "gs://b/{0..1}.tar")))
         assert not any(map(is_url, ("C://a", "a/b.tar", "torchvision/CIFAR10", Path("s3://b"), None, "hf/a:b")))
 
@@ -190,7 +190,7 @@ class TestFaults:
         with pytest.raises(DataError, match=r"t-001.tar' does not exist"):
             source.image(4)
 
-    def test_other_files(self, memory: str) -> None:
+    def test_url_of_unsupported_files_is_refused(self, memory: str) -> None:
         fsspec.filesystem("memory").pipe_file("/bucket/readme.md", b"?")
         with pytest.raises(DataError, match=r"names no .tar or .parquet file, only readme.md: correct the URL"):
             open_data(f"{memory}/readme.md")

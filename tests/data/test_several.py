@@ -83,7 +83,7 @@ def test_patterns_of_packed_files(sites):
     assert len(open_data(["train-0.parquet", "tars/train-0.tar", "flat/1.png"])) == 7
 
 
-def test_what_is_wrong_is_named(sites):
+def test_invalid_paths_are_named(sites):
     fill(sites, "d/train/1.png", "d/test/1.png")
     np.save("x.npy", np.zeros((2, 4, 4, 1), np.uint8))
     (sites / "notes.txt").touch()

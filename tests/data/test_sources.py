@@ -50,10 +50,10 @@ class TestFolder:
         assert [source.identity(i) for i in range(4)] == ["cat/2.PNG", "cat/deep/er/4.TIFF", "dog/3.jpg", "dog/x/1.png"]
         assert source.labels.tolist() == [0, 0, 1, 1]
 
-    def test_one_folder_of_images_is_no_class(self, tmp_path):
+    def test_single_folder_of_images_has_no_classes(self, tmp_path):
         assert open_data(fill(tmp_path, "holiday/1.png", "holiday/2.png")).classes == ()
 
-    def test_what_is_skipped_is_counted_and_hidden_files_are_not(self, tmp_path):
+    def test_skipped_files_are_counted_without_hidden_ones(self, tmp_path):
         fill(tmp_path, "1.png")
         for name in ("a.txt", "b.TXT", "c.mov", "README", ".hidden.png", ".cache/2.png"):
             (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -98,13 +98,13 @@ class TestFolder:
         with pytest.raises(DataError, match="classes that the train split lacks: d"):
             open_data(tmp_path, "test")
 
-    def test_a_class_called_train_is_no_split(self, tmp_path):
+    def test_class_called_train_is_not_taken_as_a_split(self, tmp_path):
         fill(tmp_path, "train/1.png", "plane/2.png")
         assert splits(tmp_path) == ("train",) and open_data(tmp_path).classes == ("plane", "train")
         with pytest.raises(DataError, match="no split 'test', only train"):
             open_data(tmp_path, "test")
 
-    def test_nothing_there(self, tmp_path):
+    def test_folder_without_images_is_refused(self, tmp_path):
         with pytest.raises(DataError, match="No image under"):
             open_data(tmp_path)
         (tmp_path / "notes.txt").write_text("no image")
@@ -316,7 +316,7 @@ class TestFastJpeg:
         with pytest.raises(DataError, match=r"'the file' cannot be read.*truncated"):
             opened(data[: int(len(data) * cut)]).tensor()
 
-    def test_what_it_complains_about_is_pillows_to_judge(self, decoded, monkeypatch):
+    def test_files_that_simplejpeg_rejects_are_decoded_by_pillow(self, decoded, monkeypatch):
         """Damaged bytes in the middle: Pillow decodes the file, as without simplejpeg."""
         data = bytearray(encoded(PHOTO, "JPEG"))
         data[4000:4200] = bytes(200)
@@ -334,7 +334,7 @@ class TestFastJpeg:
         for end in range(0, at + 8):  # and no shorter prefix passes as a header
             assert jpeg.header(bytes(data[:end])) is None
 
-    def test_headers_that_are_alike_are_told_apart(self):
+    def test_similar_headers_are_distinguished(self):
         files = [encoded(Image.new("RGB", size), "JPEG") for size in ((8, 9), (9, 8), (8, 9))]
         assert [jpeg.header(data)[:2] for data in files] == [(9, 8), (8, 9), (9, 8)]
 
@@ -344,7 +344,7 @@ class TestFastJpeg:
         assert picture.size == (301, 203)
         assert torch.equal(picture.tensor(), opened(encoded(PHOTO, "JPEG")).tensor().flip(1).transpose(1, 2))
 
-    def test_without_simplejpeg(self, monkeypatch):
+    def test_pillow_decodes_if_simplejpeg_is_missing(self, monkeypatch):
         assert jpeg.fast_jpeg() and "simplejpeg" in decoders()
         expected = opened(encoded(PHOTO, "JPEG")).tensor()
         jpeg._simplejpeg.cache_clear()
@@ -355,7 +355,7 @@ class TestFastJpeg:
         finally:
             jpeg._simplejpeg.cache_clear()
 
-    def test_a_long_file_is_read_when_its_pixels_are_wanted(self, tmp_path, decoded, monkeypatch):
+    def test_long_file_is_read_when_it_is_decoded(self, tmp_path, decoded, monkeypatch):
         PHOTO.save(tmp_path / "1.jpg")
         PHOTO.save(tmp_path / "2.png")
         expected = [open_data(tmp_path).image(i) for i in (0, 1)]
@@ -371,7 +371,7 @@ class TestFastJpeg:
 
     @pytest.mark.parametrize("channels", [1, 3])
     @pytest.mark.parametrize("how", ["bilinear", "bicubic"])
-    def test_resized_alike_by_torch_and_by_pillow(self, how, channels, monkeypatch):
+    def test_torch_and_pillow_resize_equally(self, how, channels, monkeypatch):
         data = encoded(PHOTO, "PNG")
         boxes, wanted = torch.tensor([[3, 5, 150, 201], [40, 50, 30, 41], [0, 0, 203, 301]]), [(64, how)] * 3
         crops = []
@@ -521,7 +521,7 @@ class TestArrays:
         with pytest.raises(DataError, match=message):
             open_data(data)
 
-    def test_asked_for_other_channels(self):
+    def test_different_number_of_channels_is_refused(self):
         with pytest.raises(DataError, match="have 1 channels, 3 were requested"):
             open_data(np.zeros((4, 8, 6), np.uint8), channels=3)
 
@@ -584,7 +584,7 @@ class TestDigits:
 
 
 class TestSignature:
-    def test_it_changes_with_names_number_and_labels_and_not_with_the_place(self, tmp_path):
+    def test_signature_depends_on_names_number_and_labels_but_not_on_the_folder(self, tmp_path):
         names = ["a/1.png", "a/2.png", "b/1.png"]
         first = open_data(fill(tmp_path / "one", *names))
         assert open_data(fill(tmp_path / "two", *names)).signature() == first.signature()
@@ -600,14 +600,14 @@ class TestSignature:
         }
         assert len(told | {first.signature()}) == 5
 
-    def test_it_is_that_of_the_images_in_use(self, tmp_path):
+    def test_signature_covers_the_images_in_use(self, tmp_path):
         images, labels = np.zeros((6, 8, 8), np.uint8), np.array([0, 1, 0, 1, 0, 1])
         whole = open_data((images, labels))
         assert whole.signature() == open_data((images, labels)).signature()
         assert whole.signature() != open_data((images, labels[::-1].copy())).signature()
         assert len({open_data((images, labels), subset=n).signature() for n in (3, 4, 5)} | {whole.signature()}) == 4
 
-    def test_parquet_files_are_told_by_their_footers(self, tmp_path):
+    def test_signature_of_parquet_files_reads_their_footers(self, tmp_path):
         encoded = []
         for value in (1, 2, 3):
             picture(value).save(buffer := io.BytesIO(), "PNG")

@@ -32,7 +32,7 @@ class TestNames:
         names |= {"trainset": "train", "TestData": "test", "val_images": "val", "testimages": "test", "trains": None}
         assert {name: split_within(name) for name in names} == names
 
-    def test_of_two_words_for_one_split_the_other_keeps_its_name(self):
+    def test_second_name_of_a_split_stays_unchanged(self):
         assert list(arranged(dict.fromkeys(["x", "dev", "Test", "val", "Train"]))) == [
             "train",
             "val",
@@ -55,7 +55,7 @@ class TestFolders:
         {"train": "train2017", "val": "val2017"}, {"train": "train_images", "test": "test"},
         {"train": "seg_train", "test": "seg_test"},
     ])  # fmt: skip
-    def test_in_any_words(self, names, tmp_path):
+    def test_splits_are_recognised_by_any_usual_name(self, names, tmp_path):
         fill(tmp_path, *classes(*names.values()))
         assert splits(tmp_path) == tuple(names)
         for split, folder in names.items():
@@ -63,11 +63,11 @@ class TestFolders:
             assert source.name == str(tmp_path / folder) and source.classes == ("a", "b") and len(source) == 4
             assert (split if split == folder else f"{split} = {folder}") in source.report()
 
-    def test_in_the_only_folder_with_images(self, tmp_path):
+    def test_splits_in_a_single_subfolder(self, tmp_path):
         fill(tmp_path, *classes("archive/train", "archive/test"))
         assert splits(tmp_path) == ("train", "test") and open_data(tmp_path).classes == ("a", "b")
 
-    def test_in_the_only_folder_at_any_depth(self, tmp_path):
+    def test_splits_in_a_single_subfolder_at_any_depth(self, tmp_path):
         fill(tmp_path, *classes("archive/images/train", "archive/images/test"))
         assert splits(tmp_path) == ("train", "test") and len(open_data(tmp_path)) == 4
 
@@ -90,13 +90,13 @@ class TestFolders:
         fill(tmp_path, "steam_train/1.png", "test_tube/1.png", "cat/1.png")
         assert open_data(tmp_path).classes == ("cat", "steam_train", "test_tube")
 
-    def test_other_folders_and_images_next_to_splits(self, tmp_path):
+    def test_folders_and_images_next_to_splits(self, tmp_path):
         fill(tmp_path, *classes("train", "test"), "unlabeled/1.png", "cover.png")
         (tmp_path / "annotations").mkdir()
         assert splits(tmp_path) == ("train", "test", "unlabeled") and len(open_data(tmp_path, "unlabeled")) == 1
         assert "1 image next to the splits not used" in open_data(tmp_path).report()
 
-    def test_ambiguous_ones_are_refused_with_both_ways_out(self, tmp_path):
+    def test_ambiguous_folders_are_refused_with_both_remedies(self, tmp_path):
         root = tmp_path / "d"
         way = r"move the other images into .*train; if it is a class, rename it, or pass --data '.*\*\*'"
         for paths in (
@@ -113,7 +113,7 @@ class TestFolders:
             with pytest.raises(DataError, match=f"{first}', '{second}', which are all named as training images"):
                 splits(made(root, *classes(first, second, other)))
 
-    def test_the_ways_out(self, tmp_path):
+    def test_remedies_for_ambiguous_folders_work(self, tmp_path):
         fill(tmp_path, "test/1.png", "cat/1.png", "dog/1.png")
         assert open_data(f"{tmp_path}/**").classes == ("cat", "dog", "test")
         (tmp_path / "train").mkdir()
@@ -133,7 +133,7 @@ class TestFolders:
         assert source.classes == ("bus", "plane", "train") and "'train' is not taken as a split" in source.report()
         assert len(open_data(made(tmp_path / "d", "train/1.png", "2.png"))) == 2
 
-    def test_a_folder_without_images_is_no_split(self, tmp_path):
+    def test_folder_without_images_is_not_taken_as_a_split(self, tmp_path):
         fill(tmp_path, "cat/1.png", "dog/1.png")
         for name in ("test", "valid"):
             (tmp_path / name).mkdir()
@@ -212,7 +212,7 @@ class TestShards:
         with pytest.raises(DataError, match=r"several folders \(en, fr\): name one or several"):
             splits(tmp_path)
 
-    def test_features_next_to_images_are_no_data(self, tmp_path):
+    def test_features_next_to_images_are_ignored(self, tmp_path):
         fill(tmp_path, *classes("."))
         write_parquet(tmp_path / "features.parquet", [encoded(picture(1), "PNG")])
         assert len(open_data(tmp_path)) == 4 and open_data(tmp_path).classes == ("a", "b")

@@ -89,7 +89,7 @@ class TestPlan:
             owner = [plan.stream_at(position) for position in range(plan.batch)]
             assert owner == [s for s in range(plan.streams) for _ in range(plan.width(s))]
 
-    def test_what_is_left_after_a_turn_is_read_in_order(self) -> None:
+    def test_remaining_files_are_read_in_order(self) -> None:
         assert after(np.array([2, 0, 1, 4, 3]), 2).tolist() == [1, 3, 4]
 
     def test_pieces_give_every_worker_its_own_streams(self) -> None:
@@ -116,7 +116,7 @@ class TestPlan:
                 assert len(owners) == len({stream for _, stream in owners}), "a stream has one worker"
         assert plan.workers(0, world, 64, 0) == 0
 
-    def test_a_tally_tells_sets_of_samples_apart(self) -> None:
+    def test_tally_distinguishes_sets_of_samples(self) -> None:
         assert Tally.of([3, 1]) + Tally.of([2]) == Tally.of([1, 2, 3]) != Tally.of([2, 2, 2])
         assert Tally.of([1, 2, 3]) - Tally.of([2]) == Tally.of([3, 1])
 
@@ -164,7 +164,7 @@ class TestBatches:
             assert np.array_equal(indices(one, 0, start), whole[start:])
             assert sorted(opened) == sorted(whole[start:].flatten().tolist())
 
-    def test_an_unreadable_image_gives_its_place_to_the_next_batch(self, tmp_path: Path) -> None:
+    def test_unreadable_image_is_replaced_by_one_of_the_next_batch(self, tmp_path: Path) -> None:
         source = open_data(write_shards(tmp_path, damaged=[5, 60]))
         one = loader(source, max_bad=0.1)
         expected = literal_batches(one.plan, 0)
@@ -174,7 +174,7 @@ class TestBatches:
         assert np.array_equal(indices(one), expected)
         assert len(one.bad) == len({5, 60} & set(literal_batches(one.plan, 0).flatten().tolist()))
 
-    def test_of_a_subset_and_of_parquet_files(self, shards: Path, tmp_path: Path) -> None:
+    def test_stream_of_a_subset_and_of_parquet_files(self, shards: Path, tmp_path: Path) -> None:
         subset = open_data(shards, subset=50)
         assert sum(subset.shard_sizes()) == 50 and len(subset.shard_sizes()) == len(SIZES)
         one = loader(subset)
@@ -190,7 +190,7 @@ class TestBatches:
         assert np.array_equal(np.stack([b.index for b in batches]), literal_batches(two.plan, 0))
         assert all(torch.equal(b.crops[0][:, 1, 0, 0].long(), b.index) for b in batches)
 
-    def test_of_several_paths(self, shards: Path, tmp_path: Path) -> None:
+    def test_stream_of_several_paths(self, shards: Path, tmp_path: Path) -> None:
         write_tar(tmp_path / "more.tar", 113, 31)
         one = loader(open_data([str(shards), str(tmp_path / "more.tar")]))
         assert one.plan.sizes == (31, *SIZES), "files come before folders"
@@ -216,7 +216,7 @@ class TestFaults:
             indices(one)
         one.close()
 
-    def test_a_shard_that_is_gone(self, own: Path) -> None:
+    def test_missing_shard_is_an_error(self, own: Path) -> None:
         one = loader(own)
         (own / "t-004.tar").unlink()
         with pytest.raises(DataError, match=r"t-004\.tar' cannot be read: No such file or directory"):
@@ -234,7 +234,7 @@ class TestFaults:
         with pytest.raises(DataError, match="rank 0 read 117 samples in epoch 1, which are not its 108"):
             indices(one)
 
-    def test_other_data_and_numbers_that_do_not_fit(self, own: Path) -> None:
+    def test_unsupported_data_and_invalid_numbers_are_refused(self, own: Path) -> None:
         arrays = open_data(np.random.default_rng(0).integers(0, 255, (40, 16, 16, 3), dtype=np.uint8))
         with pytest.raises(DataError, match=r"read = sequential: .* is not tar or Parquet files"):
             loader(arrays)
@@ -257,7 +257,7 @@ class TestRecipe:
         again = build(built.recipe, plan.source, device=torch.device("cpu"), workers=0)
         assert again.loader.plan == built.loader.plan
 
-    def test_what_excludes_sequential_reading(self, shards: Path) -> None:
+    def test_settings_that_exclude_sequential_reading_are_refused(self, shards: Path) -> None:
         plan = self.planned(shards, read="sequential")
         with pytest.raises(ConfigError, match="cache_on_device = true exclude each other"):
             build(replace(plan.recipe, cache_on_device=True), plan.source, device=torch.device("cpu"), workers=0)
@@ -274,6 +274,6 @@ class TestRecipe:
         with pytest.raises(ConfigError, match=r"read_streams = 4 has no effect: .*--read sequential"):
             chosen_reading({"read_streams": 4}, "a.tar")
 
-    def test_an_unknown_way_is_refused(self, shards: Path) -> None:
+    def test_unknown_order_of_reading_is_refused(self, shards: Path) -> None:
         with pytest.raises(ConfigError, match="read = 'sideways'"):
             self.planned(shards, read="sideways")

@@ -29,7 +29,7 @@ def tiff(values, **how) -> bytes:
 
 
 def bands(values, planar="contig", photometric="minisblack", extra=None) -> bytes:
-    """Encode (h, w, k) as a TIFF; `extra` is the meaning of each sample that is no colour."""
+    """Encode (h, w, k) as a TIFF; `extra` is the meaning of each sample that is not a colour."""
     k, colours = values.shape[2], 3 if photometric == "rgb" else 1
     stored = values[..., 0] if k == 1 else values if planar == "contig" else np.moveaxis(values, -1, 0)
     more = [extra or "unspecified", *["unspecified"] * (k - colours - 1)][: k - colours]
@@ -114,7 +114,7 @@ class TestGrid:
         assert check(itertools.islice(grid(TYPES), 0, None, 23)) > (40, 30)
 
     @pytest.mark.slow
-    def test_all_of_it(self):
+    def test_random_tiff_files_are_read_exactly(self):
         assert check(grid(TYPES)) > (1000, 500)
 
     def test_every_type_of_one_band(self):
@@ -129,7 +129,7 @@ class TestGrid:
         ]
         check([*whole, ("u2", 3, "separate", "rgb", None)])
 
-    def test_the_number_of_channels_decides_for_bands_that_are_no_colours(self):
+    def test_requested_channels_select_bands_without_colour(self):
         """A grey image converts to RGB, three bands of which two are extra do not convert to grey."""
         with pytest.raises(DataError, match=r"has 3 channels, 1 were requested \(--set channels=3"):
             read(bands(random_values("u1", 3)[0]), 1)
@@ -181,7 +181,7 @@ class TestSamples:
             with pytest.raises(DataError, match=r"channels, 3 were requested|colours are CIE L\*a\*b\* of 16 bits"):
                 read(data, 3, (0, 4095))
 
-    def test_what_pillow_keeps_is_read_without_tifffile(self, monkeypatch):
+    def test_files_that_pillow_supports_need_no_tifffile(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "tifffile", None)
         for dtype in ("<u1", "<u2", "<i2", "<u4", "<i4", "<f4"):
             values, range_ = random_values(dtype, 1)
@@ -200,7 +200,7 @@ class TestPages:
 
     STACK = np.random.default_rng(1).integers(0, 256, (13, 5, 7), np.uint8)
 
-    def test_as_channels(self):
+    def test_pages_as_channels(self):
         for dtype, levels in ((np.uint8, None), (np.uint16, (0.0, 255.0)), (np.float32, (0.0, 255.0))):
             data = tiff(self.STACK.astype(dtype), photometric="minisblack")
             assert (read(data, 13, levels) == np.moveaxis(self.STACK, 0, -1)).all()
@@ -215,12 +215,12 @@ class TestPages:
         for channels in (1, 3):
             assert (read(data, channels) == self.STACK[0][..., None]).all()
 
-    def test_another_number_is_refused_with_the_right_one(self):
+    def test_wrong_number_of_channels_is_refused_with_the_right_one(self):
         data = tiff(self.STACK, photometric="minisblack")
         with pytest.raises(DataError, match=r"1 channels on each of 13 pages, 12 were.*--set channels=13 reads"):
             read(data, 12)
 
-    def test_pages_of_other_sizes_are_no_channels(self):
+    def test_pages_of_different_sizes_are_not_channels(self):
         file = io.BytesIO()
         with tifffile.TiffWriter(file) as writer:
             for page in (self.STACK[0], self.STACK[1, :4], self.STACK[2].astype(np.uint16)):

@@ -130,7 +130,7 @@ def test_stl10(tmp_path, unchecked, monkeypatch):
         open_data(data, "test")
 
 
-def test_cifar_is_read_by_ours(tmp_path, monkeypatch):
+def test_cifar_is_read_by_the_source_of_inbatch(tmp_path, monkeypatch):
     monkeypatch.setattr("torchvision.datasets.CIFAR10.__init__", None)  # which would unpickle
     ten(tmp_path / "cifar-10-batches-py")
     source = open_data(f"torchvision/CIFAR10:{tmp_path}", "test")
@@ -248,7 +248,7 @@ def test_the_page_lists_every_set_and_split():
 
 
 @pytest.mark.parametrize("name", SETS)
-def test_not_there(name, tmp_path):
+def test_missing_data_set_is_refused(name, tmp_path):
     """The message names the searched folder and the remedy; no file is left behind."""
     how = "--download" if SETS[name].fetched else "downloaded manually"
     with pytest.raises(DataError, match=f"was looked for in '{tmp_path}' and is not there: .*{how}"):
@@ -310,7 +310,7 @@ def test_a_download(tmp_path, monkeypatch, capsys):
         open_data(f"torchvision/FGVCAircraft:{tmp_path}", download=True)
 
 
-def test_those_who_want_the_same_wait_for_each_other(tmp_path, monkeypatch):
+def test_simultaneous_downloads_wait_for_each_other(tmp_path, monkeypatch):
     """The kernel's lock belongs to the opened file, so it excludes threads as it excludes processes."""
     asked = []
 

@@ -94,7 +94,7 @@ def test_the_place_goes_to_the_image_of_the_next_batch(images: Path, workers: in
                 assert all(torch.equal(x[slot], y[at]) for x, y in zip(batch.crops, other.crops, strict=True))
 
 
-def test_shares_and_late_starts_meet_the_same_images(images: Path) -> None:
+def test_ranks_and_resumed_runs_use_the_same_images(images: Path) -> None:
     order = rng.permutation(3, 0, N).tolist()
     for i in (order[25], order[33], order[47]):
         damage(files(images)[i], "pixels")
@@ -115,10 +115,10 @@ def test_more_than_max_bad_is_an_error_that_names_some(images: Path) -> None:
     assert error.value.exit_code == 3
 
 
-def test_nobody_is_left_to_take_the_place(tmp_path: Path) -> None:
+def test_no_readable_image_is_left_for_the_batch(tmp_path: Path) -> None:
     folder = write_folder(open_data("digits-canvas", subset=20), tmp_path)
     damage(folder / open_data(folder).identity(4), "pixels")
-    with pytest.raises(DataError, match="nor can any other image that could take its place"):
+    with pytest.raises(DataError, match="no readable image is left to replace it"):
         list(loader(folder, batch=20).epoch(0))
 
 
@@ -136,7 +136,7 @@ def run(images: Path, out: Path, **fields: Any) -> inbatch.Run:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("resident", [True, False])
-def test_a_run_lists_them_and_goes_on(images: Path, tmp_path: Path, resident: bool) -> None:
+def test_run_lists_unreadable_images_and_continues(images: Path, tmp_path: Path, resident: bool) -> None:
     bad = [files(images)[i] for i in (0, 64, 129)]  # including one of the images used to detect collapse
     for file, how in zip(bad, ("header", "pixels", "empty"), strict=True):
         damage(file, how)
@@ -149,7 +149,7 @@ def test_a_run_lists_them_and_goes_on(images: Path, tmp_path: Path, resident: bo
 
 
 @pytest.mark.slow
-def test_a_resumed_run_meets_the_same_images(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resumed_run_uses_the_same_images(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for i in (5, 60, 100):
         damage(files(images)[i], "pixels")
     run(images, tmp_path / "whole", cache_on_device=False, workers=2)
@@ -205,7 +205,7 @@ def _two_ranks(folder: str, out: str) -> list[str]:
 
 
 @pytest.mark.slow
-def test_ranks_list_what_each_of_them_met(images: Path, tmp_path: Path) -> None:
+def test_ranks_list_the_unreadable_images_of_all(images: Path, tmp_path: Path) -> None:
     order = rng.permutation(0, 0, N).tolist()
     for place in (1, 11, 25, 39):  # of the first and the second half of a batch
         damage(files(images)[order[place]], "pixels")

@@ -369,7 +369,7 @@ def test_same_key_same_views_and_torchs_generator_is_left_alone():
     assert torch.equal(state, torch.get_rng_state())
 
 
-def test_epoch_view_seed_and_attempt_draw_anew():
+def test_draws_depend_on_epoch_view_seed_and_attempt():
     views, images = make(PRESETS["simclr"](size=32)), photos(16)
     b = batch(images)
     first = views(b)

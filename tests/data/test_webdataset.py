@@ -87,7 +87,7 @@ class TestRead:
         with pytest.raises(DataError, match=r"named as 'val' next to others, such as 'extra\.tar'.*--set 'test="):
             splits(tmp_path)
 
-    def test_a_folder_of_images_with_a_tar_beside_them_stays_one(self, tmp_path):
+    def test_folder_of_images_with_a_tar_file_stays_a_folder_of_images(self, tmp_path):
         shard(tmp_path / "backup.tar", *pictures(0))
         (tmp_path / "a.png").write_bytes(encoded(1))
         assert len(open_data(tmp_path)) == 1 and "1 .tar" in open_data(tmp_path).report()
@@ -170,7 +170,7 @@ class TestRead:
         source = open_data(shard(tmp_path / "a.tar", (name, encoded(5)), *pictures(0), format=format))
         assert source.identity(0) == f"a.tar:{name}" and source.image(0)[0, 0, 0] == 5
 
-    def test_names_that_are_no_text(self, tmp_path):
+    def test_names_that_cannot_be_decoded(self, tmp_path):
         source = open_data(shard(tmp_path / "a.tar", ("\udcff.png", encoded(5))))
         assert source.identity(0) == r"a.tar:\xff.png"
 

@@ -52,7 +52,7 @@ def chance(n, seed=1):
 @pytest.mark.parametrize(
     "shape", [(3, 3, 32, 32), (2, 1, 20, 20), (2, 1, 1, 1), (2, 3, 1, 1), (2, 3, 17, 40), (1, 1, 2, 3), (1, 3, 70, 66)]
 )
-def test_shape_and_type_stay_and_so_does_the_input(name, shape):
+def test_corruptions_keep_shape_type_and_input(name, shape):
     images = scenes(shape[0], *shape[2:], shape[1])
     before = images.clone()
     for severity in (1, 5):
@@ -62,7 +62,7 @@ def test_shape_and_type_stay_and_so_does_the_input(name, shape):
 
 
 @EVERY
-def test_an_image_is_corrupted_alike_in_any_batch_and_by_its_number_and_seed(name):
+def test_corruption_depends_on_number_and_seed_but_not_on_the_batch(name):
     images = scenes(5)
     for severity in (2, 5):
         together = CORRUPTIONS[name](images, severity, chance(5))
@@ -100,7 +100,7 @@ def test_constant_grey_images(name):
     assert torch.equal(made, grey) == (name not in alone)
 
 
-def test_other_images_and_severities_are_refused():
+def test_invalid_images_and_severities_are_refused():
     blurred = CORRUPTIONS["zoom_blur"]
     for images in (torch.zeros(1, 4, 8, 8, dtype=torch.uint8), torch.zeros(1, 2, 8, 8, dtype=torch.uint8)):
         with pytest.raises(ConfigError, match="1 or 3 channels"):
@@ -112,7 +112,7 @@ def test_other_images_and_severities_are_refused():
         CORRUPTIONS["rain"] = blurred
 
 
-def test_there_are_fifteen_of_four_kinds():
+def test_fifteen_corruptions_of_four_kinds():
     kinds = [c.kind for c in CORRUPTIONS.values()]
     assert [kinds.count(k) for k in ("noise", "blur", "weather", "digital")] == [3, 4, 4, 4]
     assert all(len(c.small) == len(c.large) == 5 for c in CORRUPTIONS.values())

@@ -129,14 +129,14 @@ def test_only_what_fits_is_kept():
     assert hold_in_memory(source, 30 * 400 - 1) is source
 
 
-def test_images_of_one_size_are_prepared_as_they_are_one_by_one(monkeypatch):
+def test_batch_of_one_size_is_prepared_as_single_images(monkeypatch):
     source, net = pictures(9, sizes=((31, 40),)), encoder()
     together = embed(net, source, batch=9)
     monkeypatch.setattr(importlib.import_module("inbatch.evaluation.embed"), "_TOGETHER", 0)
     assert torch.allclose(embed(net, source, batch=9).vectors, together.vectors, atol=1e-6)
 
 
-def test_nothing_to_embed():
+def test_empty_source_is_refused():
     with pytest.raises(DataError, match="no images"):
         embed(encoder(), Pictures([], [], "empty"))
 
@@ -181,7 +181,7 @@ def test_a_stream_that_breaks_leaves_the_old_file(tmp_path, ending):
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
-def test_other_endings_and_no_pyarrow(tmp_path, monkeypatch):
+def test_unsupported_endings_and_missing_pyarrow_are_refused(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match=r"\.parquet or \.npz"):
         write_embeddings(tmp_path / "features.csv", [clouds(5)])
     real = builtins.__import__
@@ -196,7 +196,7 @@ def test_other_endings_and_no_pyarrow(tmp_path, monkeypatch):
         write_embeddings(tmp_path / "features.parquet", [clouds(5)])
 
 
-def test_large_features_are_no_infinity_and_nan_is_found():
+def test_large_features_are_finite_and_nan_is_detected():
     large = Embeddings(torch.full((4, 3), 3e38), torch.tensor([0, 1, 0, 1]), tuple("abcd"), "large", "f")
     assert len(large.labelled()) == 4
     for bad in (torch.nan, torch.inf):

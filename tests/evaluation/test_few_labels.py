@@ -76,7 +76,7 @@ def test_classes_of_different_sizes_are_stated():
     assert found["of_a_class"] == {"least": 1, "most": 9} and found["images"] == 10
 
 
-def test_it_needs_a_draw_a_share_and_two_classes():
+def test_few_labels_need_a_draw_a_share_and_two_classes():
     with pytest.raises(ConfigError, match="not 3 and 0"):
         evaluate_few_labels(clouds(9), clouds(9), draws=0)
     with pytest.raises(ConfigError, match="not 0 and 3"):

@@ -61,7 +61,7 @@ def slow_finetune(net, train, test, s, seed):
         return head(net(net.prepare(torch.stack(test.images)))).argmax(1)
 
 
-def test_it_is_the_slow_version():
+def test_fine_tuning_equals_the_slow_version():
     train, test, net = bars(30), bars(50, seed=1), encoder()
     settings = Finetune(epochs=3, batch=12, lr=0.4, steps=0, weight_decay=1e-3, area=0.5)
     found = finetune(net, train, test, settings, seed=3)
@@ -70,12 +70,12 @@ def test_it_is_the_slow_version():
 
 
 @pytest.mark.slow
-def test_it_learns_what_the_features_did_not_know():
+def test_fine_tuning_learns_what_the_features_lack():
     settings = Finetune(epochs=12, batch=20, lr=0.5, steps=0, area=0.5)
     assert finetune(encoder(), bars(80), bars(60, seed=1), settings)["top1"] > 0.9
 
 
-def test_the_encoder_given_is_left_as_it_was_and_the_same_seed_gives_the_same():
+def test_encoder_is_not_changed_and_a_seed_repeats_itself():
     net, train, test = encoder(), bars(24), bars(40, seed=1)
     net.backbone.requires_grad_(False)
     before, state = copy.deepcopy(net.state_dict()), torch.get_rng_state()
@@ -129,7 +129,7 @@ def test_an_image_that_cannot_be_read_is_left_out():
     assert 0 <= finetune(encoder(), train, test, SHORT)["top1"] <= 1
 
 
-def test_what_cannot_be_fine_tuned():
+def test_invalid_arguments_are_refused():
     train, test, net = bars(12), bars(8), encoder()
     with pytest.raises(ConfigError, match="choose one of small"):
         finetune(net, train, test, "large")

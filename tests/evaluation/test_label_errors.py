@@ -36,7 +36,7 @@ def test_flipped_labels_are_suspected_and_corrected(monkeypatch: pytest.MonkeyPa
     assert set(wrong) >= set(sampled.checked[sampled.suspects].tolist()) and len(sampled.suspects) > 7
 
 
-def test_a_label_is_judged_by_other_images_only(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_label_is_checked_by_other_images_only(monkeypatch: pytest.MonkeyPatch) -> None:
     rows, label = torch.arange(60.0)[:, None], torch.arange(60) % 3
     seen: list[int] = []
 
@@ -61,7 +61,7 @@ def test_a_label_is_judged_by_other_images_only(monkeypatch: pytest.MonkeyPatch)
     assert torch.equal(cross_validate(vectors, changed, 4).votes(row, changed, 4), before.votes(row, label, 4))
 
 
-def test_images_that_cannot_be_judged_are_left_out() -> None:
+def test_images_that_cannot_be_checked_are_left_out() -> None:
     vectors, label, right = flipped()
     rare = label.clone()
     rare[label == 3] = 9  # gaps in the numbers of the classes
@@ -81,7 +81,7 @@ def test_images_that_cannot_be_judged_are_left_out() -> None:
     assert len(same.checked) == 20 and same.margin.isfinite().all()
 
 
-def test_what_cannot_be_judged_is_refused() -> None:
+def test_unsuitable_labels_are_refused() -> None:
     vectors, label, _ = flipped(40)
     for labels, words in (
         (torch.zeros(40, dtype=torch.long), "there are 1 of these"),

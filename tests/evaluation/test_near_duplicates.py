@@ -57,7 +57,7 @@ def test_copies_are_confirmed_and_other_images_are_not() -> None:
     assert [mirror[0, 12 + i] for i in range(4)] == [False, False, True, True]
 
 
-def test_images_without_detail_and_inverted_ones_are_no_duplicates() -> None:
+def test_flat_and_inverted_images_are_not_duplicates() -> None:
     flat, image = torch.full((SIDE, SIDE), 128.0), small(scene(3)).float()
     slope = flat + torch.linspace(-1, 1, SIDE)
     thumbnails = torch.stack([flat, slope, image, 255 - image]).byte()

@@ -67,7 +67,7 @@ def test_order_parts_and_unknown_labels_change_nothing(monkeypatch: pytest.Monke
     assert same["map"] == pytest.approx(0.4) and same["recall"] == pytest.approx({"1": 0.4, "9": 1.0})
 
 
-def test_what_cannot_be_measured_is_one_sentence() -> None:
+def test_invalid_input_gives_one_sentence() -> None:
     rows = torch.eye(4)
     with pytest.raises(DataError, match="no two images of it have the same class"):
         retrieval(embeddings(rows, [0, 1, 2, -1]))
@@ -78,7 +78,7 @@ def test_what_cannot_be_measured_is_one_sentence() -> None:
 
 
 def test_the_user_reads_recall_and_how_many_images_count() -> None:
-    """Under the table, which has the mean average precision: an image alone in its class is no query."""
+    """Under the table, which has the mean average precision: an image alone in its class is not a query."""
     rows = torch.eye(5)[:, :4] + 1
     found = {"test": {"labelled": 5}, "retrieval": retrieval(embeddings(rows, [0, 0, 1, 1, 2]), (1, 5))}
     assert any(

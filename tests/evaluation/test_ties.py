@@ -37,7 +37,7 @@ def duplicates(copies=7, n=12, width=5):
     return rows(once.repeat(copies, 1), torch.arange(n * copies) // n % 3)
 
 
-def test_classes_without_a_vote_are_no_hit():
+def test_classes_without_a_vote_are_misses():
     """Six classes, k = 1, the neighbour of class 0: only queries of class 0 are hits."""
     bank, query = rows(torch.eye(6), range(6)), torch.eye(6)[:1]
     top5 = [knn(bank, rows(query, [truth]), k=1)["top5"] for truth in range(6)]
@@ -195,7 +195,7 @@ def test_several_labels_per_image_are_refused_before_embedding():
     assert not seen
 
 
-def test_nan_scores_are_no_hit():
+def test_nan_scores_are_misses():
     """A classifier that has diverged predicts nothing: not every class."""
     nan = math.nan
     scores = torch.tensor([[nan, nan], [0.0, nan], [nan, 0.0], [1.0, 0.0]])

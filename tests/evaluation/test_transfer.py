@@ -9,7 +9,7 @@ import torch
 from bars_data import bars_file, command
 from feature_sets import pictures
 from PIL import Image
-from small_runs import leave_out_judgement
+from small_runs import leave_out_evaluation
 
 import inbatch
 from inbatch.errors import DataError
@@ -29,13 +29,13 @@ def run(tmp_path_factory):
     settings = {"test": str(folder / "own"), "classes": str(folder / "classes.txt"), "image_size": 20, "channels": 3}
     settings |= {"encoder": "tiny", "views": "simclr_cifar", "batch_size": 8, "epochs": 1, "quiet": True}
     with pytest.MonkeyPatch.context() as patch:
-        leave_out_judgement(patch)
+        leave_out_evaluation(patch)
         inbatch.pretrain(str(folder / "own"), "simclr", out=folder / "run", **settings)
     return folder / "run"
 
 
 @pytest.mark.slow
-def test_its_own_data_is_judged_as_before(run):
+def test_evaluation_on_the_data_of_the_run_is_unchanged(run):
     own = inbatch.evaluate_run(run, protocols=["knn"])
     moved = inbatch.evaluate_run(run, run.parent / "own", protocols=["knn"])
     assert own["knn"]["classes"] == 2 and own["train"]["images"] == 16
@@ -44,7 +44,7 @@ def test_its_own_data_is_judged_as_before(run):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("channels", [1, 3])
-def test_other_classes_and_sizes_and_grey(run, channels):
+def test_evaluation_on_other_classes_sizes_and_grey_images(run, channels):
     other = pictures(60, sizes=((33, 41),), channels=channels)
     given = torch.stack(other.images), other.labels + 2
     protocols = ["knn", "linear", "few", "finetune"]
@@ -56,7 +56,7 @@ def test_other_classes_and_sizes_and_grey(run, channels):
         assert inbatch.evaluate_run(run, colour, protocols=["knn"])["knn"] == found["knn"]
 
 
-def test_its_test_split_and_another_one(run, tmp_path):
+def test_evaluation_on_its_test_split_and_on_other_test_data(run, tmp_path):
     file = bars_file(tmp_path / "bars.npz", size=28)
     found = inbatch.evaluate_run(run, file, protocols=["knn"])
     assert found["held_out"].startswith("test split") and found["test"]["images"] == 20

@@ -1,6 +1,6 @@
 """Inject every fault into a run and compare the results with the documented behaviour.
 
-python -m tests.fault_injection [--only 5,7] [--markdown docs/drill.md]: exits with 1 if any result differs.
+python -m tests.fault_injection [--only 5,7] [--markdown docs/fault-injection.md]: exits with 1 if any result differs.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from fault_injection.faults import DRILLS, Drill
+from fault_injection.faults import INJECTIONS, Injection
 from inbatch.apps.console import print_table, say
 from inbatch.runtime.text import printable
 
@@ -38,13 +38,13 @@ def differs(expected: dict[str, Any], seen: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def done(drill: Drill) -> tuple[bool, str, float]:
+def done(injection: Injection) -> tuple[bool, str, float]:
     """Return whether the fault was handled as expected, the result, and the seconds it took."""
     began = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="inbatch-drill-", ignore_cleanup_errors=True) as folder:
+    with tempfile.TemporaryDirectory(prefix="inbatch-injection-", ignore_cleanup_errors=True) as folder:
         try:
-            seen = differs(drill.expected, drill.act(Path(folder)))
-            fine, text = seen == drill.expected, told(seen)
+            seen = differs(injection.expected, injection.act(Path(folder)))
+            fine, text = seen == injection.expected, told(seen)
         except Exception as error:
             fine, text = False, f"{type(error).__name__}: {error}"
         text = text.replace(folder, "DIR")
@@ -70,19 +70,28 @@ def main() -> int:
     args = parser.parse_args()
     wanted = {int(number) for number in args.only.split(",") if number}
     headings, rows, wrong = ("", "fault", "injected", "expected", "seen", "s"), [], 0
-    for drill in DRILLS:
-        if wanted and drill.number not in wanted:
+    for injection in INJECTIONS:
+        if wanted and injection.number not in wanted:
             continue
-        fine, seen, seconds = done(drill)
+        fine, seen, seconds = done(injection)
         wrong += not fine
-        say(f"{drill.number:2} {'as expected' if fine else 'DIFFERS'}: {drill.fault} ({seconds:.0f} s)")
-        seen = "as expected" if fine and seen == told(drill.expected) else ("" if fine else "DIFFERS: ") + seen
-        rows.append((str(drill.number), drill.fault, drill.injected, told(drill.expected), seen, f"{seconds:.0f}"))
+        say(f"{injection.number:2} {'as expected' if fine else 'DIFFERS'}: {injection.fault} ({seconds:.0f} s)")
+        seen = "as expected" if fine and seen == told(injection.expected) else ("" if fine else "DIFFERS: ") + seen
+        rows.append(
+            (
+                str(injection.number),
+                injection.fault,
+                injection.injected,
+                told(injection.expected),
+                seen,
+                f"{seconds:.0f}",
+            )
+        )
     print_table(headings, rows)
-    say("", f"{len(rows)} drills, {wrong} other than expected")
+    say("", f"{len(rows)} injections, {wrong} other than expected")
     if args.markdown:
-        how = "`python -m tests.fault_injection --markdown docs/drill.md`"
-        intro = f"# The drill\n\nWritten by {how}; see [faults](faults.md).\n\n"
+        how = "`python -m tests.fault_injection --markdown docs/fault-injection.md`"
+        intro = f"# Results of the fault injection suite\n\nWritten by {how}; see [faults](faults.md).\n\n"
         args.markdown.write_text(intro + markdown(rows, headings), encoding="utf-8")
     return 1 if wrong else 0
 

@@ -1,8 +1,9 @@
 """All faults of the suite, in the order of their numbers."""
 
 from . import files, images, numbers, stops, surroundings
-from .stage import Drill
+from .stage import Injection
 
-DRILLS: list[Drill] = sorted(
-    [*files.DRILLS, *images.DRILLS, *numbers.DRILLS, *stops.DRILLS, *surroundings.DRILLS], key=lambda d: d.number
+INJECTIONS: list[Injection] = sorted(
+    [*files.INJECTIONS, *images.INJECTIONS, *numbers.INJECTIONS, *stops.INJECTIONS, *surroundings.INJECTIONS],
+    key=lambda d: d.number,
 )

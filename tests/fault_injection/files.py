@@ -16,8 +16,8 @@ from inbatch.training import checkpoint
 from .stage import (
     MAIN,
     TORCHRUN,
-    Drill,
     Ended,
+    Injection,
     copied,
     end,
     going,
@@ -57,8 +57,8 @@ def killed_while_saving(folder: Path) -> dict[str, Any]:
     out, halves = folder / "killed", 0
     for _ in range(4):
         with going(out, "--resume", "auto", epochs=200, method="moco", lines=3) as process:
-            until(lambda: (out / "checkpoints" / "last.pt").exists(), "it saved nothing", tick=0.0003)
-            until(lambda: bool(list(out.glob("checkpoints/.*.tmp"))), "it saved nothing more", tick=0.0003)
+            until(lambda: (out / "checkpoints" / "last.pt").exists(), "no checkpoint was saved", tick=0.0003)
+            until(lambda: bool(list(out.glob("checkpoints/.*.tmp"))), "no second checkpoint was begun", tick=0.0003)
             process.kill()
             end(process)
         halves += len(list(out.glob("checkpoints/.*.tmp")))
@@ -219,51 +219,51 @@ def state_dropped(folder: Path) -> dict[str, Any]:
 BITS = {"exit": 0, "state": "equal"}
 QUIET = {"executed": False}
 
-DRILLS = [
-    Drill(
+INJECTIONS = [
+    Injection(
         1, "killed while saving", "SIGKILL when a half-written checkpoint is there, 4 times; --resume",
         BITS | {"half-written files": 0}, killed_while_saving,
     ),
-    Drill(
+    Injection(
         2, "disk full", "RLIMIT_FSIZE of half a checkpoint",
         {"exit": 1, "checkpoints": "untouched", "says": ("Cannot write", "last.pt", "MB are free")}, disk_full,
     ),
-    Drill(
+    Injection(
         2, "a folder that cannot be", "a file in its place", {"exit": 1, "says": ("Cannot write", "Not a directory")},
         no_folder, quick=True,
     ),
     *(
-        Drill(
+        Injection(
             3, f"a checkpoint {kind}", "last.pt edited; --resume",
             BITS | {"says": (word, "Resuming from", "previous.pt")}, partial(damaged, kind),
         )
         for kind, word in (("flipped", "is damaged"), ("truncated", "is damaged"), ("emptied", "is empty"))
     ),
-    Drill(
+    Injection(
         4, "a pickle as a checkpoint", "os.system in last.pt, its checksum right; --resume",
         QUIET | {"exit": 0, "says": ("holds more than plain values", "Resuming from")}, malicious_checkpoint,
     ),
-    Drill(
+    Injection(
         4, "code in a recipe", "a YAML tag !!python/object", QUIET | {"exit": 2, "says": ("is not valid YAML",)},
         malicious_recipe, quick=True,
     ),
-    Drill(
+    Injection(
         4, "a pickle as weights", "os.system in --init", QUIET | {"exit": 3, "says": ("weights.pt",)},
         malicious_weights, quick=True,
     ),
-    Drill(4, "a pickle as data", "os.system in images.npy", QUIET | {"exit": 3}, malicious_data, quick=True),
-    Drill(
+    Injection(4, "a pickle as data", "os.system in images.npy", QUIET | {"exit": 3}, malicious_data, quick=True),
+    Injection(
         15, "two runs, one folder", "started twice", {"exit": 2, "says": ("is being written by process",)}, two_writers
     ),
-    Drill(
+    Injection(
         15, "a stale lock", "SIGKILL, then --resume",
         {"exit": 0, "says": ("was last written by process", "its lock is void")}, stale_lock,
     ),
-    Drill(16, "resumed twice", "SIGTERM, SIGTERM", BITS, resumed_twice),
-    Drill(16, "resumed at an epoch's end", "SIGTERM in its last step", BITS, at_an_epochs_end),
-    Drill(16, "resumed with other data workers", "--workers 0, then 2", BITS, other_workers),
-    Drill(16, "resumed by fewer processes", "2 ranks, then 1", {"exit": 0, "images": "same order"}, other_world),
-    Drill(
+    Injection(16, "resumed twice", "SIGTERM, SIGTERM", BITS, resumed_twice),
+    Injection(16, "resumed at an epoch's end", "SIGTERM in its last step", BITS, at_an_epochs_end),
+    Injection(16, "resumed with other data workers", "--workers 0, then 2", BITS, other_workers),
+    Injection(16, "resumed by fewer processes", "2 ranks, then 1", {"exit": 0, "images": "same order"}, other_world),
+    Injection(
         17, "state dropped", "each part deleted from last.pt in turn",
         {"refused, and named": "method, optimizer, progress, target, network"}, state_dropped,
     ),

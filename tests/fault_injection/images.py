@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from .stage import MAIN, TORCHRUN, Drill, Ended, end, going, images, pictures, pretrain, run, script
+from .stage import MAIN, TORCHRUN, Ended, Injection, end, going, images, pictures, pretrain, run, script
 
 MANY = 300
 
@@ -120,7 +120,7 @@ def hostile_names(folder: Path) -> dict[str, Any]:
     said += [run(["inspect", str(out)]), run(["pretrain", "--resume", str(out), "--json"])]
     said += [run(["embed", str(out), str(data), "-o", str(folder / "f.npz")])]
     text = "".join(one.out + one.err for one in said)
-    return {"exits": [one.code for one in said], "escapes in what was said": text.count("\x1b") + text.count("\u202e")}
+    return {"exits": [one.code for one in said], "escapes in the messages": text.count("\x1b") + text.count("\u202e")}
 
 
 def listed_outside(folder: Path) -> dict[str, Any]:
@@ -146,21 +146,23 @@ STREAMED = ["--workers", "1", "--set", "cache_on_device=false"]
 LISTED = {"exit": 0, "listed": 2}
 ODD = "2 bad ones among 307; CMYK, 16 bit, 1x1, turned, moving, odd names"
 
-DRILLS = [
-    Drill(11, "unreadable images, resident", ODD, LISTED | {"says": ("cannot be read",)}, partial(unreadable, 2, [])),
-    Drill(
+INJECTIONS = [
+    Injection(
+        11, "unreadable images, resident", ODD, LISTED | {"says": ("cannot be read",)}, partial(unreadable, 2, []),
+    ),
+    Injection(
         11, "unreadable images, streamed", ODD, LISTED | {"says": ("truncated.png", "bomb.png")},
         partial(unreadable, 2, STREAMED),
     ),
     *(
-        Drill(
+        Injection(
             11, f"too many unreadable images, {kind}", "4 of 311: over 1 %",
             {"exit": 3, "says": ("cannot be read", "1%")}, partial(unreadable, 4, words),
         )
         for kind, words in (("resident", []), ("streamed", STREAMED))
     ),
     *(
-        Drill(
+        Injection(
             12, fault, "a folder of them", {"exit": 3, "left": ["images"], "says": says},
             partial(too_few, count, alike), quick=True,
         )
@@ -171,17 +173,17 @@ DRILLS = [
             ("images all alike", 40, True, ("are identical", "at least two different images")),
         )
     ),
-    Drill(13, "images deleted and overwritten during a run", "streamed, 2 of 300", LISTED, vanishes),
-    Drill(
+    Injection(13, "images deleted and overwritten during a run", "streamed, 2 of 300", LISTED, vanishes),
+    Injection(
         19, "an uneven last batch", "211 images, batches of 40, 2 ranks",
         {"exit": 0, "batches": 10, "samples twice in a batch": 0}, uneven,
     ),
-    Drill(
+    Injection(
         21, "hostile names", "classes called <script>, ESC[2J, [red], =1+1; five commands",
-        {"exits": [0] * 5, "escapes in what was said": 0}, hostile_names,
+        {"exits": [0] * 5, "escapes in the messages": 0}, hostile_names,
     ),
-    Drill(22, "a path out of the folder, CSV", "../secret.png", {"exit": 3, "says": ("..",)}, listed_outside),
-    Drill(
+    Injection(22, "a path out of the folder, CSV", "../secret.png", {"exit": 3, "says": ("..",)}, listed_outside),
+    Injection(
         22, "a path out of the folder, tar", "../../outside.png",
         {"exit": 3, "written outside": False, "says": ("..",)}, packed_outside,
     ),

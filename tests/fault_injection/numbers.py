@@ -4,7 +4,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .stage import MAIN, TORCHRUN, Drill, pretrain, report, run, script
+from .stage import MAIN, TORCHRUN, Injection, pretrain, report, run, script
 
 NAN = (
     """
@@ -88,22 +88,22 @@ def whitening(folder: Path) -> dict[str, Any]:
     return {"refused or finite": ended.code in (0, 2, 4) and "Traceback" not in ended.err}
 
 
-DRILLS = [
+INJECTIONS = [
     *(
-        Drill(
+        Injection(
             9, f"{value} in a weight", "at step 4; inbatch replay",
             {"exit": 4, "status": "failed", "captured": True, "replayed": 0}, partial(not_finite, value),
         )
         for value in ("nan", "inf")
     ),
-    Drill(9, "a rate too large", "optimizer.lr=1e30", {"exit": 4, "status": "failed", "captured": True}, diverged),
-    Drill(
+    Injection(9, "a rate too large", "optimizer.lr=1e30", {"exit": 4, "status": "failed", "captured": True}, diverged),
+    Injection(
         10, "collapse", "SimSiam without stop-gradient and predictor; --stop-on-collapse",
         {"exit": 4, "status": "failed", "says": ("collapse: their", "did not recover")}, collapsed,
     ),
-    Drill(
+    Injection(
         18, "extremes of precision", "T 0.01; zero, constant, huge, small rows; batch 1; half precision",
         {"exit": 0, "says": ("cases, 0 not finite",)}, extremes, quick=True,
     ),
-    Drill(18, "fewer samples than dimensions", "W-MSE, groups of 10", {"refused or finite": True}, whitening),
+    Injection(18, "fewer samples than dimensions", "W-MSE, groups of 10", {"refused or finite": True}, whitening),
 ]  # fmt: skip

@@ -29,7 +29,7 @@ MAIN = "from inbatch.apps.cli import main\nmain()\n"
 
 
 @dataclass(frozen=True)
-class Drill:
+class Injection:
     """One fault. act: inject it in an empty folder and return the results.
 
     expected: required results by name; for `says`, words that the output must contain.

@@ -14,7 +14,7 @@ from .stage import (
     INBATCH,
     MAIN,
     TORCHRUN,
-    Drill,
+    Injection,
     below,
     end,
     going,
@@ -142,10 +142,10 @@ def restarted(at: int, folder: Path) -> dict[str, Any]:
 
 PREEMPTED = {"status": "preempted", "checkpoint": "of the last step", "processes left": 0}
 
-DRILLS = [
+INJECTIONS = [
     *(
-        Drill(
-            5, "asked to stop", f"{name} to the process",
+        Injection(
+            5, "a signal to stop", f"{name} to the process",
             {"exit": code, "says": ("checkpoint saved",)} | PREEMPTED | status, partial(asked, number, "process"),
         )
         for name, number, code, status in (
@@ -156,38 +156,40 @@ DRILLS = [
         )
     ),
     *(
-        Drill(
-            5, "asked to stop, 2 ranks", f"{signal.Signals(number).name} to {to}",
+        Injection(
+            5, "a signal to stop, 2 ranks", f"{signal.Signals(number).name} to {to}",
             {"exit": 1} | PREEMPTED, partial(asked, number, to),
         )
         for number, to in (
             (signal.SIGTERM, "torchrun"), (signal.SIGUSR1, "torchrun"), (signal.SIGTERM, "one rank")
         )
     ),
-    Drill(
+    Injection(
         6, "a second signal", "SIGTERM twice, 0.1 s apart", {"exit": 75, "checkpoint": "of the last step"}, twice
     ),
-    Drill(6, "Ctrl-C again and again", "SIGINT thrice in a step", {"exit": 130, "at once": True}, three_interrupts),
-    Drill(
+    Injection(
+        6, "Ctrl-C three times", "SIGINT three times in a step", {"exit": 130, "at once": True}, three_interrupts,
+    ),
+    Injection(
         7, "a rank dies", "os._exit(9) on rank 1; --dist-timeout 10",
         {"exit": 1, "in time": True, "processes left": 0, "says": ("rank 1",)}, partial(rank_fails, "os._exit(9)"),
     ),
-    Drill(
+    Injection(
         7, "a rank hangs", "sleep on rank 1; --dist-timeout 10",
         {"exit": 1, "in time": True, "processes left": 0, "says": ("rank 1", "--dist-timeout")},
         partial(rank_fails, "time.sleep(1000)"),
     ),
-    Drill(
+    Injection(
         8, "ranks disagree", "another --seed on each",
         {"exit": 1, "says": ("rank 1 has a different one from rank 0", "exitcode : 2")}, ranks_disagree,
     ),
-    Drill(14, "a data worker killed", "SIGKILL", {"exit": 1, "says": ("--workers 0",)}, worker_killed),
-    Drill(14, "no shared memory", "/dev/shm of 64 kB", {"exit": 1, "says": ("--workers 0",)}, no_shared_memory),
-    Drill(
+    Injection(14, "a data worker killed", "SIGKILL", {"exit": 1, "says": ("--workers 0",)}, worker_killed),
+    Injection(14, "no shared memory", "/dev/shm of 64 kB", {"exit": 1, "says": ("--workers 0",)}, no_shared_memory),
+    Injection(
         23, "torchrun starts again", "both ranks die at step 12; --max-restarts 1 --resume auto",
         {"exit": 0, "status": "finished", "steps logged": [1, 10, 20]}, partial(restarted, 12),
     ),
-    Drill(
+    Injection(
         23, "torchrun starts again", "both ranks die before the first checkpoint",
         {"exit": 0, "status": "finished", "steps logged": [1, 10, 20]}, partial(restarted, 3),
     ),

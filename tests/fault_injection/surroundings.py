@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .stage import INBATCH, MAIN, TORCHRUN, Drill, end, environment, images, pictures, pretrain, run, script, start
+from .stage import INBATCH, MAIN, TORCHRUN, Injection, end, environment, images, pictures, pretrain, run, script, start
 
 OFFLINE = (
     """
@@ -70,23 +70,23 @@ def no_terminal(folder: Path) -> dict[str, Any]:
 
 PLAIN = {"exit": 0, "traceback": False, "says": ("epoch 1", "trained encoder")}
 
-DRILLS = [
-    Drill(20, "no network", "every connection refused; four commands", {"exits": [0] * 4}, offline),
-    Drill(
+INJECTIONS = [
+    Injection(20, "no network", "every connection refused; four commands", {"exits": [0] * 4}, offline),
+    Injection(
         20, "a download without a network", "--init timm", {"exit": 2, "traceback": False, "says": ("resnet10t",)},
         download,
     ),
-    Drill(
+    Injection(
         24, "no terminal, no display", "pipes, DISPLAY unset",
         {"exit": 0, "escapes": False, "curves": True, "says": ("step 1/10", "trained encoder")}, no_terminal,
         quick=True,
     ),
-    Drill(24, "TERM=dumb", "on a terminal", PLAIN | {"escapes": False}, partial(on_terminal, 80, "dumb", {})),
-    Drill(
+    Injection(24, "TERM=dumb", "on a terminal", PLAIN | {"escapes": False}, partial(on_terminal, 80, "dumb", {})),
+    Injection(
         24, "NO_COLOR", "on a terminal", PLAIN | {"colours": False},
         partial(on_terminal, 80, "xterm-256color", {"NO_COLOR": "1"}),
     ),
-    Drill(
+    Injection(
         24, "a narrow terminal", "20 columns", {"exit": 0, "traceback": False},
         partial(on_terminal, 20, "xterm-256color", {}),
     ),

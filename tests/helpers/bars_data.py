@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from feature_sets import Pictures
-from small_runs import leave_out_judgement
+from small_runs import leave_out_evaluation
 from typer.testing import CliRunner, Result
 
 import inbatch
@@ -45,7 +45,7 @@ def bars_run(folder: Path, **options: int) -> Path:
         "views": "simclr_cifar",
     }
     with pytest.MonkeyPatch.context() as patch:
-        leave_out_judgement(patch)
+        leave_out_evaluation(patch)
         inbatch.pretrain(str(file), "simclr", out=folder / "run", quiet=True, **settings)
     return folder / "run"
 

@@ -110,7 +110,7 @@ def animals() -> list[Animal]:
         Animal("truncated.tif", encoded(rgb, "TIFF")[:900], None, why="cannot be read"),
         Animal("truncated.bmp", encoded(rgb, "BMP")[:900], None, why="truncated"),
         Animal("empty.jpg", b"", None, why="it is empty"),
-        Animal("text.jpg", b"this is no image at all\n" * 9, None, why="not one of"),
+        Animal("text.jpg", b"this is not an image at all\n" * 9, None, why="not one of"),
         Animal("page.png", b"<html><script>alert(1)</script></html>", None, why="not one of"),
         Animal("script.bmp", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", None, why="not one of"),
         Animal("bomb.png", bomb(), None, why="cannot be read"),

@@ -1,4 +1,4 @@
-"""Parts of runs as a user writes them: a method, an encoder, views, data and callbacks that are none of the package."""
+"""Parts of runs as a user writes them: a method, an encoder, views, data and callbacks outside of the package."""
 
 from collections.abc import Callable
 from typing import Any
@@ -105,14 +105,14 @@ class Count(inbatch.Callback):
 
 
 class Meddle(inbatch.Callback):
-    """Changes weights without saying so, in a way that leaves the version of the tensor as it is."""
+    """Changes weights without declaring it, in a way that leaves the version of the tensor as it is."""
 
     def on_step(self, moment: Moment) -> None:
         next(moment.encoder.parameters()).data.mul_(1.5)
 
 
 class Meddles(Meddle):
-    """Says so."""
+    """Declares that it changes weights."""
 
     changes_weights = True
 
@@ -133,7 +133,7 @@ class Fails(inbatch.Callback):
 
 
 class Ends(inbatch.Callback):
-    """Asks to stop at a step."""
+    """Requests a stop at a step."""
 
     def on_step(self, moment: Moment) -> None:
         if moment.step == 3:

@@ -12,7 +12,7 @@ from inbatch.nn.tiles import using
 
 
 class Board:
-    """What threads show each other, at one point of their programs after the other."""
+    """Values that threads exchange at successive points of their programs."""
 
     def __init__(self, world: int) -> None:
         self.barrier, self.shown = threading.Barrier(world), [None] * world

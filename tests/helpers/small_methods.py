@@ -235,7 +235,7 @@ def curator(
 def similar(
     plugs: Collection[str], network: Network, images: Callable[[Batch], Sequence[Tensor]], method: Method
 ) -> DropSimilar | None:
-    """Return what finds samples that are no negatives, if a plug needs it: by groups of three, or by features."""
+    """Return what finds samples that are not negatives, if a plug needs it: by groups of three, or by features."""
     if not {"group", "similar"} & set(plugs):
         return None
 
@@ -411,7 +411,7 @@ def _curated(plugs: Collection[str], model: Network, batch: Batch, images: Seque
 def _same(
     plugs: Collection[str], network: Network, batch: Batch, images: Sequence[Tensor], bank: MemoryBank | None
 ) -> tuple[Tensor | None, BankGroups | None]:
-    """Return numbers that samples, and rows of the bank, share if they are no negatives of each other, pair by pair."""
+    """Return equal numbers for samples and rows of the bank that are not negatives of each other, pair by pair."""
     n, held = len(batch), 0 if bank is None else int(bank.filled)
     if "group" in plugs:
         tags = groups_of(batch)
@@ -430,7 +430,7 @@ def _same(
     same = list(range(n + (0 if bank is None else bank.size)))
     for i, j in pairs * n:
         same[i] = same[j] = min(same[i], same[j])
-    assert 0 < len(set(same[:n])) < n, "the plug does nothing"
+    assert 0 < len(set(same[:n])) < n, "the plug-in has no effect"
     return torch.tensor(same[:n]), None if bank is None else BankGroups(torch.tensor(same[n:]), tags)
 
 

@@ -40,10 +40,10 @@ def use_few_images(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make `tiny` learn from fewer images, and evaluate every run on few."""
     for name, value in {"subset": 80, "batch_size": 16, "context": 8}.items():
         monkeypatch.setitem(TINY, name, value)
-    judge_by_few_images(monkeypatch)
+    evaluate_on_few_images(monkeypatch)
 
 
-def judge_by_few_images(monkeypatch: pytest.MonkeyPatch) -> None:
+def evaluate_on_few_images(monkeypatch: pytest.MonkeyPatch) -> None:
     """Evaluate runs on few images, during training and at its end."""
     real = evaluation_plan.choose_online_subsets
     monkeypatch.setattr(
@@ -51,12 +51,12 @@ def judge_by_few_images(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-def leave_out_judgement(monkeypatch: pytest.MonkeyPatch) -> None:
+def leave_out_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
     """End runs without protocols, pictures and the comparison with the untrained encoder.
 
     Most of a tiny run's time is this; tests in test_run_evaluation.py, test_loop.py and test_cli.py check it.
     """
-    judge_by_few_images(monkeypatch)
+    evaluate_on_few_images(monkeypatch)
     leave_out_comparison(monkeypatch)
     monkeypatch.setattr(run_result, "evaluation", lambda *_: {"knn": {"top1": 0.5}})
 

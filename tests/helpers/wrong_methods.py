@@ -166,7 +166,7 @@ class LosesGradient(Right):
 
 
 class ReadsLabels(Right):
-    """Reads labels without saying so."""
+    """Reads labels without declaring it."""
 
     def loss(self, online: Rows, target: Rows, batch: Batch) -> Losses:
         return {"loss": nt_xent(online["projection"], 0.2) + batch.label.double().mean()}

@@ -96,7 +96,7 @@ def test_a_dead_feature_costs_one_and_has_no_gradient() -> None:
 
 
 @pytest.mark.parametrize("shape", [(1, 4, 3), (2, 1, 3)], ids=["one view", "one sample"])
-def test_what_it_cannot_answer_is_refused(shape: tuple[int, ...]) -> None:
+def test_invalid_input_is_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="Barlow Twins"):
         barlow_twins(torch.randn(shape))
 

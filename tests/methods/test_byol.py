@@ -62,12 +62,12 @@ def test_from_0_to_8() -> None:
 
 
 @pytest.mark.parametrize("shape", [(1, 4, 3), (2, 0, 3)], ids=["one view", "no sample"])
-def test_what_it_cannot_answer_is_refused(shape: tuple[int, ...]) -> None:
+def test_invalid_input_is_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="BYOL"):
         byol(torch.randn(shape), torch.randn(shape))
 
 
-def test_without_a_predictor_the_projection_is_compared() -> None:
+def test_projection_is_compared_without_a_predictor() -> None:
     heads = BYOL(hidden_dim=8, out_dim=5, predictor=False).heads(12)
     assert isinstance(heads["prediction"].network, nn.Identity) and heads["prediction"].source == "projection"
     with_one = BYOL(hidden_dim=8, out_dim=5).heads(12)["prediction"]

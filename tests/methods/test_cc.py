@@ -110,7 +110,7 @@ def test_a_cluster_without_samples_has_a_finite_gradient() -> None:
     assert losses["entropy"].item() == pytest.approx(2 * (math.log(3) - math.log(2)), rel=1e-5)
 
 
-def test_the_number_of_clusters_is_that_of_the_classes_or_told() -> None:
+def test_number_of_clusters_is_given_or_that_of_the_classes() -> None:
     told = {"images": 50, "batch": 10, "views": 2}
     for given, classes, made in ((None, 7, 7), (4, 7, 4), (4, 0, 4)):
         method = METHODS["cc"](num_clusters=given)
@@ -122,7 +122,7 @@ def test_the_number_of_clusters_is_that_of_the_classes_or_told() -> None:
         method.heads(6)
 
 
-def test_what_cannot_be_contrasted_is_refused() -> None:
+def test_invalid_shapes_are_refused() -> None:
     for shape in ((1, 6, 4), (2, 1, 4)):
         with pytest.raises(ValueError, match="2 views of 2"):
             contrast(torch.randn(shape), 0.5)

@@ -84,6 +84,6 @@ def test_close_pairs_do_not_hide_what_else_is_there() -> None:
 
 
 @pytest.mark.parametrize("shape", [(1, 6, 4), (2, 1, 4)], ids=["one view", "one sample"])
-def test_what_the_equation_cannot_answer_is_refused(shape: tuple[int, ...]) -> None:
+def test_invalid_input_is_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="at least 2 views of 2 samples"):
         dcl(torch.randn(shape))

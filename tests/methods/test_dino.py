@@ -86,7 +86,7 @@ def test_the_equation_as_loops(views: int) -> None:
     assert not dino(student.detach(), teacher, center).requires_grad
 
 
-def test_the_teacher_sees_the_large_views_and_follows_ever_slower() -> None:
+def test_teacher_gets_the_large_views_and_a_rising_momentum() -> None:
     method = DINO(num_prototypes=6, momentum=0.9)
     assert (list(method.online_views(8)), list(method.target_views(8))) == (list(range(8)), [0, 1])
     momenta = [method.target_momentum(progress / 4) for progress in range(5)]
@@ -131,6 +131,6 @@ def test_views_are_the_authors() -> None:
 @pytest.mark.parametrize(
     ("student", "teacher"), [((1, 4, 3), (1, 4, 3)), ((2, 4, 3), (3, 4, 3))], ids=["one view", "a view too many"]
 )
-def test_what_the_equation_cannot_answer_is_refused(student: tuple[int, ...], teacher: tuple[int, ...]) -> None:
+def test_invalid_input_is_refused(student: tuple[int, ...], teacher: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="a view predicts the others"):
         dino(torch.randn(student), torch.randn(teacher), torch.zeros(3))

@@ -143,7 +143,7 @@ def test_the_gradient_is_that_of_the_global_objective() -> None:
     torch.testing.assert_close(slope, difference + 0.4, rtol=1e-7, atol=0)
 
 
-def test_with_the_batchs_own_sums_it_is_dcl() -> None:
+def test_gamma_1_gives_dcl() -> None:
     """gamma = 1: T times the gradient of the decoupled contrastive loss, both directions added."""
     ours, theirs = draw(2, 6, 4).requires_grad_(), draw(2, 6, 4).requires_grad_()
     sogclr(ours, draw(6), 0.5, 1.0)[0].backward()

@@ -162,7 +162,7 @@ def test_knn(golden: Path, name: str, chunk: int | None, dtype: torch.dtype) -> 
     result = knn(embeddings(bank, case["bank_labels"]), embeddings(query, labels), **options)
     assert result["top1"] == pytest.approx(case.arrays["top1"].item(), abs=1e-12)
     five = case["ranking"][:, :5]
-    scored = case["class_scores"].gather(1, five) > 0  # a class without a vote is no hit
+    scored = case["class_scores"].gather(1, five) > 0  # a class without a vote is not a hit
     hit = ((five == labels[:, None]) & scored).any(1)
     assert result["top5"] == pytest.approx(hit.double().mean().item(), abs=1e-12)
 

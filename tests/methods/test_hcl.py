@@ -69,7 +69,7 @@ def test_the_equation_as_loops(views: int, same: list[int] | None) -> None:
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
-def test_without_correction_it_is_nt_xent() -> None:
+def test_hcl_without_correction_is_nt_xent() -> None:
     z = rows(3, 6, 4)
     torch.testing.assert_close(hcl(z, 0.3, 0.0, 0.0), nt_xent(z, 0.3), rtol=1e-12, atol=0)
 

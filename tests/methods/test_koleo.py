@@ -75,7 +75,7 @@ def test_dino_adds_it_over_the_two_large_views() -> None:
     assert torch.equal(losses["dino"], base) and set(plain.loss(*given)) == {"loss"}
 
 
-def test_what_it_cannot_answer_is_refused() -> None:
+def test_invalid_input_is_refused() -> None:
     for shape, neighbours in (((1, 1, 3), 1), ((1, 4, 3), 4), ((1, 4, 3), 0), ((0, 4, 3), 1)):
         with pytest.raises(ValueError, match="KoLeo needs"):
             koleo(torch.randn(shape), neighbours)

@@ -167,7 +167,7 @@ def test_ranks_share_the_directions() -> None:
         assert found == pytest.approx(projected(0), rel=1e-12)
 
 
-def test_what_it_cannot_answer_is_refused() -> None:
+def test_invalid_input_is_refused() -> None:
     z, directions = torch.randn(2, 4, 3), torch.randn(3, 2)
     for call in (
         lambda: lejepa(z[:1], directions), lambda: lejepa(z, directions, global_views=3),

@@ -246,7 +246,7 @@ def test_every_equation_is_here() -> None:
 @EVERY
 @examples(15)
 @given(problem=problems())
-def test_it_is_finite_or_refused_with_a_reason(name: str, problem: Given) -> None:
+def test_losses_are_finite_or_refuse_their_input(name: str, problem: Given) -> None:
     """The value, and the gradient in at least float32, as in training; half precision only rounds that gradient."""
     given, leaf = problem.z.detach().requires_grad_(), wide(problem.z).detach().requires_grad_()
     loss = answered(lambda: problem(name, leaf))
@@ -266,7 +266,7 @@ PLACES = st.tuples(st.sampled_from([0, 1]), st.integers(0, 100), st.integers(0, 
 @EVERY
 @examples(6)
 @given(problem=problems(least=2), place=PLACES, value=st.sampled_from([math.nan, math.inf, -math.inf]))
-def test_what_is_not_finite_never_becomes_a_number(
+def test_non_finite_rows_give_a_non_finite_loss(
     name: str, problem: Given, place: tuple[int, int, int], value: float
 ) -> None:
     """For values that the equation uses: a known label, the first view or the last."""
@@ -278,7 +278,7 @@ def test_what_is_not_finite_never_becomes_a_number(
         assert not answered(lambda: EQUATIONS[name](z, y, problem.t)).isfinite()
 
 
-def test_a_row_too_long_to_be_squared_is_no_row() -> None:
+def test_row_whose_square_overflows_gives_nan() -> None:
     """Such a row became a row of zeros, and its loss a number."""
     z = draw(0, 2, 6, 4).float()
     z[0, 0] *= 1e25
@@ -315,7 +315,7 @@ def test_a_temperature_is_above_0() -> None:
                 print(name, t, float(EQUATIONS[name](z, y, t)))  # shown if nothing is raised
 
 
-def test_other_temperatures_are_above_0() -> None:
+def test_further_temperatures_must_be_above_0() -> None:
     z = draw(0, 2, 5, 4)
     with pytest.raises(ValueError, match="above 0"):
         dcl(z, sigma=0.0)
@@ -401,7 +401,7 @@ def test_all_rows_may_be_turned(name: str, problem: Given, seed: int) -> None:
 @pytest.mark.parametrize("name", ["wmse", "wmse, plain"])
 @examples(6)
 @given(seed=st.integers(0, 2**31), d=st.integers(1, 4))
-def test_whitening_undoes_scales_shifts_and_what_a_feature_has_of_those_before_it(name: str, seed: int, d: int) -> None:
+def test_whitening_removes_scales_shifts_and_triangular_mixtures(name: str, seed: int, d: int) -> None:
     z, y = draw(seed, 2, 12, d), torch.zeros(12, dtype=torch.long)
     change = torch.eye(d, dtype=torch.float64) + draw(seed + 1, d, d).triu(1)
     torch.testing.assert_close(EQUATIONS[name](3 + 7 * z @ change, y, 1.0), EQUATIONS[name](z, y, 1.0))
@@ -409,7 +409,7 @@ def test_whitening_undoes_scales_shifts_and_what_a_feature_has_of_those_before_i
 
 @examples(6)
 @given(problem=problems(least=2, kinds=["random"]), seed=st.integers(0, 2**31))
-def test_barlow_twins_sees_no_scale_or_shift_of_a_feature(problem: Given, seed: int) -> None:
+def test_barlow_twins_is_invariant_to_scale_and_shift_of_features(problem: Given, seed: int) -> None:
     scale, shift = 1e3 * draw(seed, 1, problem.z.shape[2]).exp(), draw(seed + 1, 1, problem.z.shape[2])
     z = 1e3 * problem.z.double()
     torch.testing.assert_close(barlow_twins(z * scale + shift)["loss"], barlow_twins(z)["loss"], rtol=1e-4, atol=1e-4)
@@ -474,7 +474,7 @@ def test_float32_is_float64_but_for_roundings(name: str, problem: Given, t: floa
 @EVERY
 @examples(6)
 @given(problem=problems())
-def test_it_is_pure(name: str, problem: Given) -> None:
+def test_losses_are_pure(name: str, problem: Given) -> None:
     """Two calls give the same value and gradient, bit for bit; rows and labels are unchanged."""
     z, y = problem.z.clone(), problem.y.clone()
     leaf, found = problem.z.detach().requires_grad_(), []

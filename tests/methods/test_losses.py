@@ -213,7 +213,7 @@ def test_cross_entropy(seed: int, v: int, n: int, classes: int, smoothing: float
     )
 
 
-def test_without_labels_supcon_is_nt_xent() -> None:
+def test_supcon_without_labels_is_nt_xent() -> None:
     z, alone = draw(0, 3, 5, 4), torch.full((5,), -1)
     for labels in (None, alone):
         torch.testing.assert_close(supcon(z, labels, 0.3, base_temperature=0.3), nt_xent(z, 0.3))
@@ -285,6 +285,6 @@ def test_extreme_rows_have_finite_loss_and_gradient(name: str, rows: str, dtype:
         "few keys",
     ],
 )
-def test_what_the_equation_cannot_answer_is_refused(call: Callable[[], Tensor]) -> None:
+def test_invalid_input_is_refused(call: Callable[[], Tensor]) -> None:
     with pytest.raises(ValueError, match=r"NT-Xent|SupCon|InfoNCE"):
         call()

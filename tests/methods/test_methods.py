@@ -53,7 +53,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 
 @EVERY
-def test_it_has_the_heads_it_reads(variant: str) -> None:
+def test_method_has_the_heads_that_it_reads(variant: str) -> None:
     method = create(variant)
     heads = method.heads(12)
     assert method.online and set(method.online) - {"features"} <= set(heads)
@@ -65,7 +65,7 @@ def test_it_has_the_heads_it_reads(variant: str) -> None:
 
 
 @EVERY
-def test_no_trainable_parameter_stands_after_the_seam(variant: str) -> None:
+def test_methods_have_no_trainable_parameters(variant: str) -> None:
     assert list(create(variant).parameters()) == []
 
 
@@ -102,7 +102,7 @@ def test_the_order_of_samples_does_not_matter(variant: str) -> None:
 
 
 @pytest.mark.parametrize("variant", ["simclr", "moco-symmetric", "supcon", "barlow-3", "vicreg-3", "wmse-4"])
-def test_views_may_change_places_where_the_equation_says_so(variant: str) -> None:
+def test_swapped_views_give_the_same_loss_if_the_equation_is_symmetric(variant: str) -> None:
     method = create(variant).double()
     first, second = (method.loss(*rows(variant, order))["loss"] for order in (lambda x: x, lambda x: x.flip(0)))
     torch.testing.assert_close(first, second, rtol=1e-12, atol=0)
@@ -147,7 +147,7 @@ def test_memory_changes_after_the_optimiser_and_never_before(variant: str, monke
 
 @pytest.mark.grid(10)
 @EVERY
-def test_its_state_is_complete(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_state_of_a_method_is_complete(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A new method that loads the state of a trained one gives the same loss, also after the next step."""
     trained = small.parts(variant)
     with monkeypatch.context() as patch:
@@ -204,7 +204,7 @@ def test_momentum_is_a_share(name: str) -> None:
     assert all(0 <= method.target_momentum(progress / 10) <= 1 for progress in range(11))
 
 
-def test_moco_looks_up_before_it_remembers() -> None:
+def test_moco_reads_the_queue_before_it_pushes() -> None:
     """A key among its own negatives would cost at least log 2."""
     method = METHODS["moco"](temperature=0.01, queue_size=40, out_dim=8)
     keys = {"projection": torch.eye(8)[None]}
@@ -243,7 +243,7 @@ def test_supervised_accuracy_counts_labelled_samples() -> None:
     assert METHODS["supervised"](3).loss({"classifier": logits}, {}, batch)["accuracy"] == pytest.approx(2 / 3)
 
 
-def test_a_memory_bank_longer_than_the_set_is_said() -> None:
+def test_memory_bank_longer_than_the_data_set_is_noted() -> None:
     for name, options in (("moco", {}), ("nnclr", {}), ("pcl", {}), ("swav", {"num_prototypes": 4})):
         longer = METHODS[name](queue_size=40, **options).notes(39)
         assert "40 rows, more than the 39 images" in longer[0] and "method.queue_size to 39" in longer[0]

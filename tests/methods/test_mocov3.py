@@ -48,7 +48,7 @@ def test_any_number_of_views(views: int) -> None:
     torch.testing.assert_close(found.grad, expected.grad, rtol=1e-10, atol=1e-12)
 
 
-def test_what_it_cannot_answer_is_refused() -> None:
+def test_invalid_input_is_refused() -> None:
     with pytest.raises(ValueError, match="MoCo v3"):
         ctr(torch.randn(0, 3), torch.randn(0, 3))
 

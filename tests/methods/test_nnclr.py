@@ -90,7 +90,7 @@ def test_only_filled_rows_are_neighbours_and_while_there_are_none_the_row_itself
         assert torch.equal(neighbours(z, support, torch.tensor(filled)), expected)
 
 
-def test_it_looks_up_before_it_remembers() -> None:
+def test_nnclr_reads_the_queue_before_it_pushes() -> None:
     """If rows were stored first, each would find itself as neighbour, and the loss would be almost 0."""
     method = full(NNCLR(0.01, out_dim=4, queue_size=8), torch.eye(4)[3].expand(8, 4))
     rows = torch.eye(4)[:3].expand(2, 3, 4)
@@ -100,7 +100,7 @@ def test_it_looks_up_before_it_remembers() -> None:
     assert method.loss(*given)["loss"] < 1e-6
 
 
-def test_only_view_0_is_remembered_as_unit_rows() -> None:
+def test_queue_stores_view_0_as_unit_rows() -> None:
     method = NNCLR(out_dim=4, queue_size=8)
     z = 5 * torch.randn(3, 2, 4)
     method.after_step({"projection": z, "prediction": z}, {}, unlabelled(2), 0.0)
@@ -108,7 +108,7 @@ def test_only_view_0_is_remembered_as_unit_rows() -> None:
     assert torch.equal(method.queue.rows[:2], normalize(z[0]))
 
 
-def test_what_it_cannot_answer_is_refused() -> None:
+def test_invalid_input_is_refused() -> None:
     with pytest.raises(ValueError, match="NNCLR"):
         nnclr(torch.randn(1, 3), torch.randn(1, 3))
 

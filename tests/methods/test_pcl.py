@@ -107,7 +107,7 @@ def test_k_means_repeats_itself_on_one_thread() -> None:
         k_means(rows[:20], 21, 1, 10, seed=0)
 
 
-def test_clusters_of_identical_rows_are_no_division_by_zero() -> None:
+def test_clusters_of_identical_rows_have_a_finite_concentration() -> None:
     zero = concentration(torch.zeros(6), torch.tensor([0, 0, 1, 1, 2, 2]), 3, 0.2)
     assert torch.equal(zero, torch.full((3,), 0.2))
     single = concentration(torch.zeros(3), torch.arange(3), 3, 0.2)
@@ -213,7 +213,7 @@ def test_images_that_cannot_be_read_have_no_cluster() -> None:
     np.testing.assert_array_equal(method.clusterings.every[0].assignment[38:], [0, 0])
 
 
-def test_what_cannot_be_is_refused() -> None:
+def test_invalid_options_are_refused() -> None:
     with pytest.raises(ValueError, match="25,000 clusters cannot be made of 40 images"):
         PCL(queue_size=4).prepare(images=40, classes=3, batch=8, views=2)
     with pytest.raises(ValueError, match="a prototype for every query"):

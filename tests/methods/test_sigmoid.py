@@ -84,7 +84,7 @@ def test_temperature_and_bias_start_as_set_and_learn_in_the_head() -> None:
     assert float(losses["scale"]) == pytest.approx(5) and float(losses["bias"]) == pytest.approx(-3)
 
 
-def test_a_large_scale_is_no_collapse() -> None:
+def test_large_scale_is_not_reported_as_collapse() -> None:
     """Scale and bias are the same in all rows; the monitor of collapse does not see them."""
     torch.manual_seed(0)
     encoder, method = nn.Sequential(nn.Flatten(), nn.Linear(48, 16)), Sigmoid(scale=100.0, bias=-50.0, layers=2)

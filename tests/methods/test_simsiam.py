@@ -65,7 +65,7 @@ def test_half_precision_rows_are_added_up_in_single() -> None:
 
 
 @pytest.mark.parametrize("shape", [(1, 4, 3), (2, 0, 3)], ids=["one view", "no sample"])
-def test_what_it_cannot_answer_is_refused(shape: tuple[int, ...]) -> None:
+def test_invalid_input_is_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="SimSiam"):
         simsiam(torch.randn(shape), torch.randn(shape))
 
@@ -84,7 +84,7 @@ def test_the_schedule_leaves_the_predictor_s_rate_alone() -> None:
         assert all(rates[id(p)] == 0.1 for p in modules["projection"].parameters())
 
 
-def test_without_a_predictor_the_projection_predicts_itself() -> None:
+def test_projection_is_compared_without_a_predictor() -> None:
     heads = SimSiam(hidden_dim=8, out_dim=6, predictor=False).heads(12)
     assert isinstance(heads["prediction"].network, nn.Identity) and heads["prediction"].source == "projection"
 

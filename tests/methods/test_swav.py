@@ -165,7 +165,7 @@ def test_codes_of_scores_that_no_exponential_holds(dtype: torch.dtype) -> None:
     torch.testing.assert_close(codes.sum(1), torch.ones(6))
 
 
-def test_all_prototypes_are_used_alike_in_the_end() -> None:
+def test_prototypes_are_used_equally_after_many_iterations() -> None:
     codes = sinkhorn(torch.randn(12, 4, dtype=torch.float64), 0.5, 200)
     torch.testing.assert_close(codes.sum(0), torch.full((4,), 3.0, dtype=torch.float64))
     torch.testing.assert_close(codes.sum(1), torch.ones(12, dtype=torch.float64))
@@ -226,7 +226,7 @@ def test_the_queue_waits_for_its_epoch_and_until_it_is_full() -> None:
     ],
     ids=["no iteration", "no rows", "one view", "more codes than views", "no codes"],
 )
-def test_what_the_equations_cannot_answer_is_refused(call) -> None:
+def test_invalid_input_is_refused(call) -> None:
     with pytest.raises(ValueError, match=r"Sinkhorn|predicts"):
         call()
 

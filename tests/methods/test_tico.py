@@ -32,7 +32,7 @@ def test_vectors(golden: Path, dtype: torch.dtype, detach: bool, gradient: str) 
         case.check(method.covariance, "C_after", step)
 
 
-def test_gradients_of_the_two_conventions_differ_as_the_page_says(golden: Path) -> None:
+def test_gradients_of_the_two_conventions_differ_as_documented(golden: Path) -> None:
     case = Case(golden, "tico_steps__1")
     gaps = (case["grad_z_a"] - case["grad_z_a_through_C"]).abs().flatten(1).max(1).values
     assert (gaps / case["grad_z_a"].abs().flatten(1).max(1).values).max().item() == pytest.approx(0.125, abs=0.001)

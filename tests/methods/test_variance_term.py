@@ -13,7 +13,7 @@ from inbatch.methods.vicreg import vicreg
 from inbatch.nn.functional import variance_hinge
 
 
-def test_it_is_vicregs_term() -> None:
+def test_variance_term_is_that_of_vicreg() -> None:
     z = torch.randn(2, 7, 5, dtype=torch.float64) * torch.tensor([0.1, 0.5, 1.0, 2.0, 0.0])
     terms = [max(0.0, 1 - (float(z[v, :, j].var()) + 1e-4) ** 0.5) for v in range(2) for j in range(5)]
     torch.testing.assert_close(variance_hinge(z), torch.tensor(sum(terms) / 10, dtype=torch.float64))

@@ -93,7 +93,7 @@ def test_statistics_are_of_all_samples() -> None:
     assert torch.cosine_similarity(whole.flatten(), halves.flatten(), 0) < 0.95
 
 
-def test_without_the_variance_a_constant_is_the_optimum() -> None:
+def test_constant_rows_are_optimal_without_the_variance_term() -> None:
     """Effect of the option `std` = 0: collapsed rows cost nothing, and nearly 25 with the default."""
     rows = {"projection": torch.ones(2, 16, 8)}
     assert VICReg(std_coeff=0.0).loss(rows, {}, unlabelled(16))["loss"] == 0
@@ -101,7 +101,7 @@ def test_without_the_variance_a_constant_is_the_optimum() -> None:
 
 
 @pytest.mark.parametrize("shape", [(1, 4, 3), (2, 1, 3)], ids=["one view", "one sample"])
-def test_what_it_cannot_answer_is_refused(shape: tuple[int, ...]) -> None:
+def test_invalid_input_is_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="VICReg"):
         vicreg(torch.randn(shape))
 

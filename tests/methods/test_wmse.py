@@ -176,7 +176,7 @@ def test_shrinking_needs_no_jitter() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:features depend on each other")
-def test_what_is_no_number_stays_none() -> None:
+def test_nan_stays_nan() -> None:
     z = torch.randn(2, 32, 6)
     z[0, 0, 0] = torch.nan
     assert wmse(z, torch.arange(32)[None], 16)["loss"].isnan()
@@ -186,7 +186,7 @@ def test_what_is_no_number_stays_none() -> None:
     ("shape", "size"), [((1, 32, 4), 16), ((2, 32, 4), 12), ((2, 32, 16), 16), ((2, 8, 4), 16)],
     ids=["one view", "no divisor", "too wide", "larger than the batch"],
 )  # fmt: skip
-def test_what_it_cannot_answer_is_refused(shape: tuple[int, ...], size: int) -> None:
+def test_invalid_input_is_refused(shape: tuple[int, ...], size: int) -> None:
     with pytest.raises(ValueError, match=f"w_size {size}"):
         wmse(torch.randn(shape), torch.arange(shape[1])[None], size)
 

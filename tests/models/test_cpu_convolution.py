@@ -97,7 +97,9 @@ def test_a_layer_of_ones_own_is_not_touched() -> None:
 @pytest.mark.grid(2)
 @pytest.mark.parametrize("precision", ["bf16", "float32"])
 @pytest.mark.parametrize("slow", [True, False])
-def test_where_a_run_takes_it(precision: str, slow: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_uses_it_for_slow_weight_gradients_only(
+    precision: str, slow: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("inbatch.training.build.slow_weight_gradients", lambda: slow)
     images = torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8)
     built = prepare(images, encoder="tiny", batch_size=8, settings={"precision": precision}, device="cpu")

@@ -74,7 +74,7 @@ def test_torchvision_and_timm_resnets_are_the_same():
     assert torch.allclose(ours(x), theirs.eval()(x), atol=1e-5)
 
 
-def test_fixed_size_models_are_told_the_size():
+def test_models_of_fixed_size_get_the_image_size():
     encoder = create_encoder("vit_tiny_patch16_224", size=32, patch_size=4, depth=1)
     assert encoder.stem is None
     assert encoder.backbone.patch_embed.num_patches == 64
@@ -138,7 +138,7 @@ def test_weights_without_a_network(monkeypatch):
 def test_weights_in_the_hubs_cache_need_no_network(tmp_path, monkeypatch):
     name = "mobilenetv3_small_050"
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(ConfigError, match=r"in no cache, and https://.* does not answer.*safetensors"):
+    with pytest.raises(ConfigError, match=r"not in a cache, and https://.* does not answer.*safetensors"):
         create_encoder(name, size=224, init="timm")
     repository = tmp_path / f"models--{timm.get_pretrained_cfg(name).hf_hub_id.replace('/', '--')}"
     (repository / "snapshots" / "abc").mkdir(parents=True)
@@ -182,7 +182,7 @@ def test_prepare_refuses(wrong):
         create_encoder("tiny", size=20, channels=1).prepare(wrong)
 
 
-def test_embed_takes_whatever_holds_images():
+def test_embed_accepts_arrays_tensors_and_lists():
     encoder = used(create_encoder("tiny", size=20, channels=3))
     batch = images(5, 3, 20, 20)
     expected = encoder(encoder.prepare(batch)).detach().numpy()
@@ -243,7 +243,7 @@ def test_preprocess_is_what_embed_computes_with():
             assert np.allclose(encoder(prepared).numpy(), encoder.embed(given), atol=1e-5)
 
 
-def test_images_that_are_not_normalised_are_said_once():
+def test_unnormalised_images_give_one_warning():
     batch = images(2, 3, 20, 20)
     for raw in (batch / 255, batch.float()):
         encoder = create_encoder("tiny", size=20, channels=3).eval()
@@ -328,7 +328,7 @@ def test_timm_loads_what_we_save(tmp_path, name, size, channels, kwargs):
     assert saved["num_classes"] == 0
 
 
-def test_damage_is_noticed(tmp_path):
+def test_damaged_weights_are_refused(tmp_path):
     save_encoder(create_encoder("tiny", size=20, channels=1), tmp_path)
     file = tmp_path / "model.safetensors"
     data = bytearray(file.read_bytes())

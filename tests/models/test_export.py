@@ -69,7 +69,7 @@ def test_a_program_of_torch(small: Encoder, tmp_path: Path) -> None:
     assert export_model(small, tmp_path / "out", "torch") and (tmp_path / "out").stat().st_ino != before
 
 
-def test_what_cannot_be_built_elsewhere_is_refused(small: Encoder, tmp_path: Path) -> None:
+def test_encoders_that_a_target_cannot_build_are_refused(small: Encoder, tmp_path: Path) -> None:
     own = Encoder(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 5)), name="mine", size=2)
     cifar = create_encoder("resnet10", size=16, check=False)
     two = create_encoder("vit_tiny_patch16_224", size=16, channels=2, depth=1, check=False)
@@ -85,7 +85,7 @@ def test_what_cannot_be_built_elsewhere_is_refused(small: Encoder, tmp_path: Pat
     assert not list(tmp_path.iterdir())
 
 
-def test_other_features_are_an_error(small: Encoder) -> None:
+def test_differing_features_are_an_error(small: Encoder) -> None:
     right = lambda images: torch.from_numpy(small.embed(images))  # noqa: E731
     assert compare(small, right, "it")[0] <= 1e-6
     for run_, why in (
@@ -210,7 +210,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
     yield Hub
 
 
-def test_hf_has_a_card_and_is_pushed_only_when_asked(
+def test_hf_export_has_a_card_and_is_pushed_only_on_request(
     hub: type[Hub], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_encoder(settled("vit_tiny_patch16_224", 16, depth=1), tmp_path / "encoder")

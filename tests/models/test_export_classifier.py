@@ -80,7 +80,7 @@ def test_a_program_of_torch_computes_the_probabilities(small: Path, tmp_path: Pa
         np.testing.assert_allclose(module(images).numpy(), classifier.predict_proba(images), atol=1e-6)
 
 
-def test_other_targets_are_refused_and_the_folder_of_a_model_stays(small: Path, tmp_path: Path) -> None:
+def test_unsupported_targets_are_refused_and_the_folder_is_kept(small: Path, tmp_path: Path) -> None:
     before = {file.name: file.read_bytes() for file in small.iterdir()}
     shutil.copytree(small, tmp_path / "other")
     for words, why in (
@@ -103,7 +103,7 @@ def test_other_targets_are_refused_and_the_folder_of_a_model_stays(small: Path, 
     assert np.array_equal(inbatch.load(tmp_path / "encoder").embed(images), inbatch.load(small).embed(images))
 
 
-def test_other_probabilities_are_an_error() -> None:
+def test_differing_probabilities_are_an_error() -> None:
     classifier = trained("tiny", 12, channels=1)
     right = lambda images: torch.from_numpy(classifier.predict_proba(images))  # noqa: E731
     assert compare(classifier, right, "it")[0] == 0

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small_runs import assert_same_state, leave_out_judgement
+from small_runs import assert_same_state, leave_out_evaluation
 
 import inbatch
 from inbatch.api import embed_run, prepare
@@ -47,7 +47,7 @@ def _rows(n: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(n, 6, generator=g) @ torch.randn(6, 6, generator=torch.Generator().manual_seed(9)) + 3
 
 
-def test_fast_works_on_about_32_pixels_whatever_the_images_are() -> None:
+def test_fast_reduces_any_image_to_about_32_pixels() -> None:
     for size, side in ((20, 20), (32, 32), (64, 32), (96, 48), (128, 32)):
         encoder = create_encoder("fast", size=size, width=8)
         assert encoder.width == 64
@@ -218,7 +218,7 @@ def test_a_first_layer_of_whitened_patches_stays_as_the_images_made_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is computed from the images, is not trained, and is part of the untrained encoder, resume, init and files."""
-    leave_out_judgement(monkeypatch)
+    leave_out_evaluation(monkeypatch)
     settings = {"encoder.width": 8}
     run = inbatch.pretrain(IMAGES, "byol", out=tmp_path / "run", preset="fast", epochs=1, batch_size=16, quiet=True,
                            settings=settings)  # fmt: skip

@@ -62,7 +62,7 @@ def test_maps_of_other_families() -> None:
         assert [(m.shape[1], m.shape[2]) for m in encoder.features(pictures(1, encoder))] == shapes, name
 
 
-def test_maps_have_a_gradient_if_the_caller_wants_one() -> None:
+def test_feature_maps_have_a_gradient_if_enabled() -> None:
     encoder = create_encoder("tiny", size=20, channels=1)
     stages(encoder.backbone, torch.rand(2, 1, 20, 20))[-1].sum().backward()
     assert all(p.grad is not None for p in encoder.parameters())

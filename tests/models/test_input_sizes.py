@@ -64,7 +64,7 @@ def test_views_of_another_size_or_of_no_multiple_are_refused_before_the_first_st
             build(make(SMALL | settings), Images(), device=torch.device("cpu"))
 
 
-def test_a_side_that_is_no_multiple_of_the_patch_is_refused_but_saved_encoders_load(tmp_path):
+def test_side_that_is_not_a_multiple_of_the_patch_is_refused_except_in_saved_encoders(tmp_path):
     for name, size, options, other in (
         ("vit_tiny_patch16_224", 32, {"patch_size": 14, "depth": 1}, "28 or 42"),
         ("test_convnext", 34, {}, "32 or 36"),

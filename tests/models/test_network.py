@@ -45,7 +45,7 @@ def views(*sizes: int) -> list[Tensor]:
         (nn.BatchNorm2d(8, track_running_stats=False), (8, 8), [5, 5]),
     ],
 )
-def test_views_of_a_size_run_together_where_samples_do_not_meet(
+def test_views_of_one_size_run_together_if_samples_do_not_interact(
     norm: nn.Module, sizes: Sequence[int], calls: list[int]
 ) -> None:
     """The heads still normalise every view separately; all results equal those of single views."""

@@ -198,7 +198,7 @@ def test_vision_transformers(tmp_path: Path) -> None:
         assert_holds(backbone, w)
 
 
-def test_shapes_of_a_file_are_named_as_they_are_in_it(tmp_path: Path) -> None:
+def test_errors_state_the_shapes_in_the_file(tmp_path: Path) -> None:
     torch.save(state(vit(embed_dim=8)), tmp_path / "w.pth")
     with pytest.raises(ConfigError, match=r"patch_embed.proj.weight \(8x3x8x8 in the file, 16x3x4x4 here\)"):
         loaded(tmp_path / "w.pth", vit(patch_size=4))
@@ -326,7 +326,7 @@ def test_checkpoints_with_settings_of_omegaconf_are_read(tmp_path: Path) -> None
     assert list(read_contents(tmp_path / "w.ckpt").tensors) == ["a"]
 
 
-def test_what_is_no_file_of_weights_is_named(tmp_path: Path) -> None:
+def test_files_that_are_not_weights_are_named(tmp_path: Path) -> None:
     torch.save({"a": torch.ones(100)}, tmp_path / "w")
     whole = (tmp_path / "w").read_bytes()
     with zipfile.ZipFile(tmp_path / "script", "w") as archive:
@@ -471,7 +471,7 @@ def test_weights_of_the_hub_come_from_its_cache(tmp_path: Path, monkeypatch: pyt
     hub_cache(tmp_path, "owner/large", {"model.safetensors.index.json": index} | parts)
     encoder = create_encoder("test_resnet", size=64, init="hub:owner/large")
     assert_holds(encoder.backbone, dict(published.backbone.state_dict()))
-    with pytest.raises(ConfigError, match="hub:owner/other are in no cache, and HF_HUB_OFFLINE is set"):
+    with pytest.raises(ConfigError, match="hub:owner/other are not in a cache, and HF_HUB_OFFLINE is set"):
         create_encoder("test_resnet", size=64, init="hub:owner/other")
     with pytest.raises(ConfigError, match=r"there is no such repository; write hub:OWNER/NAME"):
         create_encoder("test_resnet", size=64, init="hub:a b/c/d")

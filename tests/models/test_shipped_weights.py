@@ -68,7 +68,7 @@ def test_a_folder_of_this_name_is_meant_first(shipped: Any, tmp_path: Path) -> N
     assert with_shipped(Path("inbatch/small")) == Path("inbatch/small")
 
 
-def test_the_weights_that_come_along_are_described() -> None:
+def test_shipped_weights_have_a_record_and_a_hash() -> None:
     """Every folder has its record, and the hash in it is that of the file."""
     import hashlib
     import json

@@ -43,7 +43,7 @@ def test_every_kind_of_image_has_the_values_of_preprocess(tmp_path):
     assert torch.equal(net.transform(Image.new("L", (9, 9), 3))[None], net.preprocess([Image.new("L", (9, 9), 3)]))
 
 
-def test_what_is_no_image():
+def test_values_that_are_not_images_are_refused():
     transform = create_encoder("tiny", size=20).transform
     for value, words in (("a.png", "not str"), (torch.zeros(1, 5, 5, dtype=torch.uint8), "3 channels")):
         with pytest.raises(DataError, match=words):

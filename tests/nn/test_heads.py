@@ -11,7 +11,7 @@ def kinds(network: nn.Sequential) -> list[str]:
     return [type(layer).__name__ for layer in network]
 
 
-def test_mlp_is_linear_layers_with_what_stands_between() -> None:
+def test_mlp_has_norms_and_activations_between_linear_layers() -> None:
     assert kinds(mlp(8, 3)) == ["Linear"]
     assert kinds(mlp(8, 6, 3, norm=False)) == ["Linear", "ReLU", "Linear"]
     assert kinds(mlp(8, 6, 6, 3)) == ["Linear", "BatchNorm1d", "ReLU", "Linear", "BatchNorm1d", "ReLU", "Linear"]
@@ -30,7 +30,7 @@ def test_the_last_normalisation_learns_scale_and_shift_or_does_not() -> None:
     assert mlp(8, 6, 3, last="norm")[4].affine and not mlp(8, 6, 3, last="norm_plain")[4].affine
 
 
-def test_one_width_is_no_network() -> None:
+def test_mlp_of_one_width_is_refused() -> None:
     with pytest.raises(ValueError, match="input and an output"):
         mlp(8)
     for widths in ((8, 0), (8, -2, 3)):

@@ -68,7 +68,7 @@ def test_sums_of_sigmoids(told: dict[str, Any]) -> None:
     assert len(told["sigmoids"]) == 12 and all(error <= 1 for error in told["sigmoids"].values()), told["sigmoids"]
 
 
-def test_other_weights_than_groups_are_left_to_the_products_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_that_are_not_groups_use_matrix_products(monkeypatch: pytest.MonkeyPatch) -> None:
     """A kernel cannot call a function in Python; the choice is made in one place, for all sums."""
 
     class Own:
@@ -119,7 +119,7 @@ def test_no_columns_are_lost_in_the_dealing() -> None:
 
 @CUDA
 @pytest.mark.parametrize("case", list(cases()), ids=lambda case: case[0])
-def test_on_a_card(case: Case) -> None:
+def test_kernels_on_a_gpu_equal_float64(case: Case) -> None:
     assert triton_logsumexp.usable(torch.ones(1, 1, device="cuda"))
     found = errors(case, "cuda")
     assert all(error <= 1 for error in found.values()), found
@@ -141,7 +141,7 @@ def test_equal_bits_on_a_card() -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")
-def test_the_benchmark_says_that_it_needs_a_card() -> None:
+def test_benchmark_without_a_gpu_exits_with_1() -> None:
     script = Path(__file__).parents[2] / "benchmarks" / "kernels.py"
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
     assert done.returncode == 1 and "no CUDA device" in done.stderr and "Traceback" not in done.stderr

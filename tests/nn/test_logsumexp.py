@@ -72,7 +72,7 @@ def test_rows_and_keys(n: int, m: int, dtype: torch.dtype, tolerance: float, tem
 @pytest.mark.parametrize("temperature", [0.5, 0.03, 0.01])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, FLOAT32)])
 @pytest.mark.parametrize("n", [2, 7, 8, 40])
-def test_rows_meet_themselves(n: int, dtype: torch.dtype, tolerance: float, temperature: float) -> None:
+def test_logsumexp_of_rows_with_themselves(n: int, dtype: torch.dtype, tolerance: float, temperature: float) -> None:
     u, more = rows(n, 6, dtype=dtype), rows(n + 9, 6, seed=1, dtype=dtype)
     same(lambda u: logsumexp.logsumexp(u, u, temperature, exclude_self=True), u, tolerance=tolerance)
     same(lambda u: logsumexp.logsumexp(u, u, temperature), u, tolerance=tolerance)
@@ -153,7 +153,7 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.grid(1)
 @pytest.mark.parametrize("name", [name for name in LOSSES if "mask" not in name])
-def test_no_matrix_of_pairs_is_ever_held(name: str, monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
+def test_no_matrix_of_pairs_is_allocated(name: str, monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
     monkeypatch.setattr(tiles, "TILE", 32)
     monkeypatch.setattr(logsumexp, "_BLOCK", 2**12)
     z = rows(2, 600, 8, dtype=torch.float32).requires_grad_()
@@ -189,7 +189,7 @@ def test_kept_tiles_change_no_bit_and_are_limited(monkeypatch: pytest.MonkeyPatc
         assert all(torch.equal(x, y) for x, y in zip(found[0], found[most], strict=True))
 
 
-def test_it_is_chosen_by_size(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tiled_mode_is_chosen_by_size(monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
     monkeypatch.setattr(logsumexp._Tiled, "apply", lambda *args: made.append(args) or torch.zeros(()))
     monkeypatch.setattr(logsumexp, "LEAST", 400)
@@ -203,7 +203,7 @@ def test_it_is_chosen_by_size(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(made) == 2
 
 
-def test_the_way_back_can_be_gone_twice() -> None:
+def test_backward_pass_can_be_repeated() -> None:
     u, q, k = (rows(20, 4, seed=s).requires_grad_() for s in range(3))
     with logsumexp.using(mode="always"):
         for value, leaf in ((logsumexp.logsumexp(u, u, 0.1, True), u), (logsumexp.logsumexp(q, k.detach(), 0.1), q)):
@@ -220,7 +220,7 @@ def test_autocast_does_not_round_the_products() -> None:
     assert torch.equal(plain, inside)
 
 
-def test_bf16_products_are_rounded_and_only_where_asked_for() -> None:
+def test_bf16_products_are_rounded_only_on_request() -> None:
     u = rows(200, 16, dtype=torch.float32).requires_grad_()
     value, exact = {}, {}
     for kind in ("float32", "bf16"):
@@ -232,7 +232,7 @@ def test_bf16_products_are_rounded_and_only_where_asked_for() -> None:
     torch.testing.assert_close(value["bf16"], value["float32"], rtol=1e-3, atol=1e-3)
 
 
-def test_the_setting_of_torch_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_setting_of_torch_is_restored(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also after an error inside, and with two overlapping losses of which the first ends first."""
     monkeypatch.setattr(cpu_matmul, "onednn", lambda: True)
     matmul = torch.backends.mkldnn.matmul
@@ -289,7 +289,7 @@ def test_each_rank_and_core_makes_its_share_of_the_tiles(threads: int, one_threa
     assert all(max(c) - min(c) <= 1 for c in zip(*counts, strict=True))
 
 
-def test_ranks_with_other_threads_cut_alike(one_thread: None) -> None:
+def test_tiles_do_not_depend_on_the_threads_of_a_rank(one_thread: None) -> None:
     """Every pair is in one tile, or in one on or above the diagonal, for any number of cores of a rank."""
     u = rows(108, 4)
     for k, expected in ((None, torch.ones(108, 108).triu()), (rows(95, 4), torch.ones(108, 95))):
@@ -326,7 +326,7 @@ def test_cores_side_by_side_find_the_same_and_bit_for_bit_again(threads: int, on
         assert torch.equal(b, c)
 
 
-def test_a_run_computes_its_loss_as_its_recipe_says() -> None:
+def test_run_uses_the_loss_precision_of_its_recipe() -> None:
     given = {"subset": 80, "batch_size": 16, "precision": "float32", "settings": {"loss_precision": "bf16"}}
     built, plans = api.prepare("digits-canvas", "simclr", **given, device="cpu"), []
     compute = built.method.loss

@@ -184,7 +184,7 @@ def test_the_kernels_are_given_both_sides_of_a_block(name: str, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])
-def test_a_rank_sends_what_the_formula_says(world: int) -> None:
+def test_rank_sends_the_stated_number_of_bytes(world: int) -> None:
     """Of a log-sum-exp of rows with themselves, W / 2 blocks of three times own rows; no rank gathers any row."""
 
     def own(rank: int) -> dict[str, int]:
@@ -201,7 +201,7 @@ def test_a_rank_sends_what_the_formula_says(world: int) -> None:
 @pytest.mark.parametrize(
     ("loss", "numbers"), [(losses.barlow_twins, 5**2 + 8 * 5), (losses.vicreg, 2 * 5**2 + 6 * 5 + 1)]
 )
-def test_gradients_that_every_rank_knows_are_not_sent(loss: Callable[..., dict[str, Tensor]], numbers: int) -> None:
+def test_gradients_that_every_rank_has_are_not_sent(loss: Callable[..., dict[str, Tensor]], numbers: int) -> None:
     """Matrices of D x D are added up once, not again in the backward pass; of Barlow Twins, gradients of 2 D are."""
 
     def own(rank: int) -> dict[str, int]:

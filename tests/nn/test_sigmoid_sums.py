@@ -26,7 +26,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @dataclass(frozen=True)
 class Ramp:
-    """Weights that are no function of groups."""
+    """Weights that are not function of groups."""
 
     def tile(self, rows: slice, columns: slice) -> Tensor:
         i, j = torch.arange(rows.start, rows.stop), torch.arange(columns.start, columns.stop)

@@ -124,7 +124,7 @@ BenchmarkRounds("sleeping", "s", [Implementation("one", job)]).run(1, {}, show_m
 
 
 @pytest.mark.slow
-def test_contestants_and_their_halted_workers_end_with_the_race(tmp_path: Path) -> None:
+def test_benchmark_processes_end_with_the_benchmark(tmp_path: Path) -> None:
     (tmp_path / "sleeping").mkdir()
     (tmp_path / "sleeping" / "contestant.py").write_text(SLEEPS)
     path = os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH"))))
@@ -172,7 +172,7 @@ def test_a_program_ends_with_its_parent(tmp_path: Path, way: str) -> None:
     assert not left(pids)
 
 
-def test_a_program_whose_parent_is_gone_ends_at_once(tmp_path: Path) -> None:
+def test_program_without_a_parent_ends_at_once(tmp_path: Path) -> None:
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     child = subprocess.Popen(
@@ -287,7 +287,7 @@ COMMANDS = {  # words, number of its processes while it works, exit codes
 @pytest.mark.slow
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
 @pytest.mark.parametrize("name", COMMANDS)
-def test_nothing_is_left_of_a_command(name: str, number: signal.Signals, learned: Path, tmp_path: Path) -> None:
+def test_command_leaves_no_process_behind(name: str, number: signal.Signals, learned: Path, tmp_path: Path) -> None:
     text, several, codes = COMMANDS[name]
     run = launch(["-m", "inbatch", *text.format(learned=learned).split()], tmp_path)
     if several:

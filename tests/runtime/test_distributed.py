@@ -13,7 +13,7 @@ import pytest
 import torch
 from rank_pool import on_ranks
 from safetensors.torch import load_file
-from small_runs import leave_out_judgement, use_narrow_encoder
+from small_runs import leave_out_evaluation, use_narrow_encoder
 
 import inbatch
 import inbatch.training.checkpoint
@@ -27,7 +27,7 @@ RUN = {"subset": 200, "batch_size": 40, "context": 20, "epochs": 2, "precision":
 def job(out: str, extra: dict[str, Any]) -> dict[str, Any]:
     """Make a whole run on ranks with an existing process group, as under Ray Train or in a user's script."""
     with pytest.MonkeyPatch.context() as patch:
-        leave_out_judgement(patch)
+        leave_out_evaluation(patch)
         use_narrow_encoder(patch)
         run = inbatch.pretrain("digits-canvas", "moco", out=out, settings={"method.queue_size": 64}, **(RUN | extra))
     return run.result
@@ -116,7 +116,7 @@ def test_ranks_that_disagree_are_refused(tmp_path: Path) -> None:
         assert "rank 1 has a different one from rank 0" in found
 
 
-def test_a_launcher_that_starts_too_few_is_noticed(tmp_path: Path) -> None:
+def test_too_few_processes_are_an_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="2 processes were expected, 1 started"):
         job(str(tmp_path / "run"), {"expect_world_size": 2})
 
@@ -157,7 +157,7 @@ def torchrun(out: Path, *words: str) -> subprocess.Popen:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_torchrun_saves_when_told_to_stop_and_goes_on_alone(number: int, tmp_path: Path) -> None:
+def test_torchrun_saves_after_a_signal_and_one_process_continues(number: int, tmp_path: Path) -> None:
     """A signal to the launcher: both ranks stop at one step, with one checkpoint; one process can finish the run."""
     out = tmp_path / "run"
     process = torchrun(out, "--epochs", "400", "--set", "evaluate_every=400")

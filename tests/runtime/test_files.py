@@ -69,7 +69,7 @@ def without_locks(monkeypatch):
     monkeypatch.setattr(fcntl, "flock", refuse)
 
 
-def test_folder_without_locks_is_said(tmp_path, monkeypatch):
+def test_folder_without_locks_is_reported(tmp_path, monkeypatch):
     without_locks(monkeypatch)
     with files.locked(tmp_path) as note:
         assert "cannot be locked ([Errno 95] Operation not supported)" in note
@@ -111,7 +111,7 @@ def test_a_writer_leaves_nothing_and_removes_what_dead_ones_left(tmp_path):
     assert target.read_bytes() == b"whole" and sorted(tmp_path.iterdir()) == [other, target]
 
 
-def test_what_a_dead_process_with_the_same_id_left_is_replaced_without_locks(tmp_path, monkeypatch):
+def test_files_of_a_dead_process_with_the_same_id_are_replaced_without_locks(tmp_path, monkeypatch):
     """In a container, ids start again at 1."""
     without_locks(monkeypatch)
     mine, other = (tmp_path / f".features.npz.{process}.0123abcd.tmp" for process in (os.getpid(), 7))

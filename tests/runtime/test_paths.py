@@ -26,7 +26,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_what_is_no_path_is_named(home: Path) -> None:
+def test_invalid_paths_are_named(home: Path) -> None:
     for value, problem in (
         (None, "out must be a path (str or pathlib.Path), not NoneType"), (3, "not int"), ([], "not list"),
         ("", "out is blank"), (" ", "out is blank"), ("a\0b", "null character"), ("~nobody-here/x", "home directory"),

@@ -58,13 +58,13 @@ def rolls(world: int, timeout: float = 5.0) -> list[RankStore]:
     return [RankStore(store, "run 0", rank, world, timeout) for rank in range(world)]
 
 
-def test_ranks_that_agree_go_on_and_meet_again() -> None:
+def test_ranks_that_agree_continue_and_can_compare_again() -> None:
     together = rolls(3)
     for _ in range(2):
         assert at_once(*(lambda r=r: r.meet({"seed": "1"}) for r in together)) == [None] * 3
 
 
-def test_what_differs_is_named_on_every_rank() -> None:
+def test_differing_settings_are_named_on_every_rank() -> None:
     together = rolls(3)
     found = at_once(*(lambda r=r: r.meet({"batch_size": "64", "seed": "12"[r.rank == 2]}) for r in together))
     for error in found:
@@ -91,7 +91,7 @@ def test_a_rank_that_never_comes_is_named() -> None:
         assert isinstance(error, RankError) and "lost rank 2" in str(error) and error.speaks == (i == 0)
 
 
-def test_a_roll_call_tells_who_is_lost_from_a_connection_that_broke(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lost_rank_is_distinguished_from_a_broken_connection(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rank_store, "GRACE", 0.3)
     together = rolls(4)
     left = [together[1], together[3]]
@@ -112,7 +112,7 @@ def test_ranks_that_start_again_share_nothing_with_those_before() -> None:
         first = told
 
 
-def test_a_rank_that_goes_on_is_waited_for_and_one_that_does_not_is_named() -> None:
+def test_rank_with_progress_is_awaited_and_one_without_is_named() -> None:
     """Embedding in parts: the time of a part has no limit in all, only that without progress."""
     first, second, third = rolls(3, timeout=0.4)
 
@@ -130,7 +130,7 @@ def test_a_rank_that_goes_on_is_waited_for_and_one_that_does_not_is_named() -> N
     assert time.monotonic() - began < 5
 
 
-def test_the_way_to_continue_is_that_of_the_command() -> None:
+def test_error_states_how_to_continue_the_command() -> None:
     first = RankStore(dist.HashStore(), "run 0", 0, 2, 0.1, "with the same command")
     with pytest.raises(RankError, match="continue with the same command"):
         first.follow("parts", [1])
@@ -300,7 +300,7 @@ def relabelled() -> str:
 
 
 @pytest.mark.slow
-def test_other_labels_on_one_rank_are_refused() -> None:
+def test_different_labels_on_one_rank_are_refused() -> None:
     for found in on_ranks(2, relabelled):
         assert "disagree about the names or labels of the images: rank 1 has a different one from rank 0" in found
 
@@ -329,7 +329,7 @@ def killed(out: str, step: int) -> Any:
 
 
 @pytest.mark.slow
-def test_where_rank_0_dies_another_writes_the_report(tmp_path: Path) -> None:
+def test_another_rank_writes_the_report_if_rank_0_dies(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="lost rank 0"):
         on_ranks(2, killed, str(tmp_path / "run"), 3)
     report = json.loads((tmp_path / "run" / "run.json").read_text())

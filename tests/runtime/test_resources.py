@@ -34,7 +34,7 @@ def test_limits_of_version_2(tmp_path: Path) -> None:
     assert sorted(limited_bytes(tree(tmp_path, files))) == [0, 350, 400]
 
 
-def test_a_container_sees_its_own_group_as_the_root(tmp_path: Path) -> None:
+def test_limits_of_a_container_are_read_from_the_root_group(tmp_path: Path) -> None:
     files = {"proc/self/cgroup": "0::/docker/abc\n"} | group("", "1000", 200, 0)
     assert limited_bytes(tree(tmp_path, files)) == [800]
 

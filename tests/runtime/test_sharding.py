@@ -72,7 +72,7 @@ def test_shards_of_other_methods_and_numbers_of_ranks(world: int) -> None:
 
 def test_lists_of_blocks() -> None:
     assert [type(block).__name__ for block in blocks(vit())] == ["Block", "Block"]
-    small = timm.create_model("resnet18", num_classes=0, layers=[1, 1, 1, 1])  # stages of one block are no units
+    small = timm.create_model("resnet18", num_classes=0, layers=[1, 1, 1, 1])  # stages of one block are not units
     assert [type(block).__name__ for block in blocks(small)] == ["Conv2d", "BatchNorm2d"] + ["BasicBlock"] * 4
     resnet = timm.create_model("resnet18", num_classes=0)
     assert [type(block).__name__ for block in blocks(resnet)] == ["BasicBlock"] * 8

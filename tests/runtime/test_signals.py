@@ -85,7 +85,7 @@ def test_outside_the_main_thread_nothing_is_changed():
     assert isinstance(stop, Stop) and stop.requested is None and during == before
 
 
-def test_a_signal_is_acknowledged_while_the_work_goes_on(monkeypatch):
+def test_signal_is_acknowledged_during_the_work(monkeypatch):
     monkeypatch.setattr(signals, "ACKNOWLEDGED", 0.02)
     heard = []
     with signals.answered_in_time(lambda error: None, heard.append) as stop:

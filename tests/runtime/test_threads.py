@@ -136,7 +136,7 @@ def test_steps_are_timed_with_the_threads_of_a_run(beside: list[float]) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_tells_and_records_its_threads(
+def test_run_prints_and_records_its_threads(
     beside: list[float], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     small: dict[str, Any] = {"epochs": 2, "subset": 64, "batch_size": 32, "evaluate_every": 2}

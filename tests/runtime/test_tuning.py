@@ -79,7 +79,7 @@ def test_waiting_threads_sleep() -> None:
 
 @pytest.mark.slow
 @LINUX
-def test_openmp_of_torch_is_told_how_to_wait() -> None:
+def test_openmp_of_torch_has_a_passive_wait_policy() -> None:
     code = "from inbatch.runtime import tuning; tuning.begin(); import torch"
     run = [sys.executable, "-c", code]
     seen = subprocess.run(run, env=environment(OMP_DISPLAY_ENV="verbose"), capture_output=True, text=True).stderr
@@ -103,7 +103,7 @@ def test_a_library_leaves_the_process_alone() -> None:
     )
 
 
-def test_other_programs_wait_as_they_ship() -> None:
+def test_other_programs_keep_their_wait_policy() -> None:
     """Implementations compared in a benchmark do not inherit this program's thread settings, only the user's."""
     code = "from inbatch.runtime import tuning; tuning.begin(); import os; os.environ = tuning.untuned()"
     assert told(code + WAITING) == "None None None"

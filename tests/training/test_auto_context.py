@@ -107,7 +107,7 @@ def test_a_group_that_would_take_too_long_is_predicted(
     assert found.context == 1024 and max(made) == 256 and "predicted by dry steps" in found.sentence()
 
 
-def test_what_groups_there_are() -> None:
+def test_candidates_are_divisors_of_the_batch() -> None:
     recipe, _ = planned(batch_size=24)
     assert candidates(recipe, 2) == [2, 3, 4, 6, 12]
     assert candidates(planned(batch_size=24, sync_norm=True)[0], 2) == [4, 6, 8, 12, 24]  # at least two on every rank
@@ -197,7 +197,9 @@ def test_plug_ins_are_on_in_the_dry_steps(free: Callable[[float], None], monkeyp
 
 
 @pytest.mark.slow
-def test_a_full_gpu_is_no_error(free: Callable[[float], None], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_gpu_means_that_the_context_does_not_fit(
+    free: Callable[[float], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     real = memory_bench.dry_step
 
     def step(built: Any, samples: int, *rest: Any, **more: Any) -> None:
@@ -216,7 +218,7 @@ def test_a_full_gpu_is_no_error(free: Callable[[float], None], monkeypatch: pyte
 
 
 @pytest.mark.slow
-def test_where_the_system_tells_nothing_bytes_are_counted(
+def test_bytes_are_counted_if_the_system_reports_no_memory(
     free: Callable[[float], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(memory_bench, "held", lambda device: None)
@@ -226,7 +228,7 @@ def test_where_the_system_tells_nothing_bytes_are_counted(
     assert 2 <= found.context < 128 and "counted with a margin of 50 %" in found.sentence()
 
 
-def test_nothing_fits(free: Callable[[float], None]) -> None:
+def test_error_if_no_context_fits(free: Callable[[float], None]) -> None:
     free(3)
     with pytest.raises(ConfigError, match=r"even a group of 2 takes \d+ MB .* of the 3 MB free .* smaller encoder"):
         auto_context.fit(*planned(), CPU)
@@ -252,7 +254,7 @@ def test_waiting_batches_and_rows_count(free: Callable[[float], None]) -> None:
 
 
 @pytest.mark.slow
-def test_nothing_of_the_caller_changes(free: Callable[[float], None], tmp_path: Path, monkeypatch: Any) -> None:
+def test_state_of_the_caller_is_unchanged(free: Callable[[float], None], tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)
     free(40)
     before = torch.get_rng_state(), np.random.get_state()[1].tolist(), torch.is_grad_enabled()
@@ -294,13 +296,13 @@ def test_a_run_keeps_the_number(
 
 
 @pytest.mark.slow
-def test_a_run_that_was_begun_without_goes_on_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_started_without_a_context_resumes_without_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny("simclr", tmp_path, context=None, epochs=1)
     monkeypatch.setattr(auto_context, "fit", lambda *_: pytest.fail("searched"))
     assert tiny("simclr", tmp_path, context="auto", epochs=1, resume=True).recipe.context is None
 
 
-def test_build_wants_a_number() -> None:
+def test_build_needs_a_resolved_context() -> None:
     with pytest.raises(ConfigError, match="resolve"):
         build(*planned(), device=CPU)
 
@@ -312,7 +314,7 @@ LINE = "pretrain --data digits-canvas --set subset=200 --batch 40 --dry-run"
 
 
 @pytest.mark.slow
-def test_a_dry_run_tells_the_answer(free: Callable[[float], None], tmp_path: Path, monkeypatch: Any) -> None:
+def test_dry_run_prints_the_context_found(free: Callable[[float], None], tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)
     free(27)
     said = run(f"{LINE} --context auto")
@@ -331,14 +333,14 @@ def test_a_dry_run_tells_the_answer(free: Callable[[float], None], tmp_path: Pat
 
 
 @pytest.mark.parametrize("value", ["nonsense", "0", "1", "-8", "2.5", "true", "[8]"])
-def test_what_is_no_context_is_refused(value: str) -> None:
+def test_invalid_contexts_are_refused(value: str) -> None:
     ways = [f"--set context={value}"] + ([f"--context={value}"] if value != "[8]" else [])
     for words in ways:
         refused = run(f"{LINE} {words}")
         assert refused.exit_code == 2 and "whole number of at least 2, auto, or null" in refused.stderr, refused.stderr
 
 
-def test_what_is_a_context() -> None:
+def test_valid_contexts() -> None:
     for value, wanted in ((None, None), ("auto", "auto"), (8, 8), ("8", 8)):
         recipe = make({"data": "photos", "context": value})
         assert recipe.context == wanted and make(recipe.flat()) == recipe

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_runs import assert_same_state, leave_out_judgement, saved, stop_after
+from small_runs import assert_same_state, leave_out_evaluation, saved, stop_after
 from typer.testing import CliRunner
 
 import inbatch
@@ -95,7 +95,7 @@ def test_pace_counts_cheaper_steps_of_a_run_whose_images_grow() -> None:
     assert math.isclose(pace.fitting(0.0, per_step=1.0, progress=0.75), 100, rel_tol=0.05)
 
 
-def test_keeper_ends_a_run_in_time_whatever_steps_take() -> None:
+def test_keeper_ends_a_run_in_time_for_any_duration_of_steps() -> None:
     for slow_from, factor in ((10**9, 1.0), (50, 2.0), (20, 0.5), (80, 5.0)):
         now = 0.0
         timeline = Timeline(100)
@@ -236,7 +236,7 @@ def test_a_budget_is_planned_kept_and_repeated_without_calibrating(
         raise AssertionError("calibrated again")
 
     monkeypatch.setattr(calibration, "_costs", refuse)
-    leave_out_judgement(monkeypatch)
+    leave_out_evaluation(monkeypatch)
     inbatch.pretrain(
         IMAGES, config=tmp_path / "run/recipe.json", out=tmp_path / "again", quiet=True, settings={"budget": None}
     )
@@ -254,7 +254,7 @@ def _plan(**given: Any) -> Choice:
     return plan_budget(IMAGES, given, time.perf_counter(), **options)[0]
 
 
-def test_what_the_user_gives_stays_and_a_context_is_looked_for_before_a_step(
+def test_given_settings_are_kept_and_the_context_is_searched_first(
     monkeypatch: pytest.MonkeyPatch, short: None
 ) -> None:
     monkeypatch.setattr(calibration, "step_seconds", lambda built, samples: 0.01)
@@ -289,7 +289,7 @@ def test_whole_steps_are_not_made_if_they_would_take_the_budget(
         _plan(budget="15s", encoder__name="tiny", encoder__init=str(tmp_path))
 
 
-def test_another_length_or_part_takes_the_place_of_a_files() -> None:
+def test_command_line_replaces_length_and_parts_of_a_file() -> None:
     planned = {"budget": 60.0, "steps": 5, "epochs": 2, "replans": [[1, 2]], "evaluate_every": 3, "knn_k": 7}
     planned |= {"encoder.name": "fast", "encoder.width": 24, "schedule.warmup_epochs": 0.1}
     assert requested_settings._over(planned, {"seed": 1}) == planned | {"seed": 1}
@@ -305,7 +305,7 @@ def test_another_length_or_part_takes_the_place_of_a_files() -> None:
 
 
 @pytest.mark.slow
-def test_a_resumed_run_is_judged_by_as_many_images(
+def test_resumed_run_is_evaluated_on_as_many_images(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, short: None
 ) -> None:
     labels = torch.arange(64) % 4
@@ -320,7 +320,7 @@ def test_a_resumed_run_is_judged_by_as_many_images(
     assert run.result["calibration"]["tried"]
 
 
-def test_one_hour_is_the_default_on_a_processor_where_nothing_else_says_what_to_do() -> None:
+def test_one_hour_is_the_default_budget_on_a_cpu() -> None:
     cpu = torch.device("cpu")
     default = requested_settings.with_default_budget({}, "photos", cpu, configured=False)
     assert default["budget"] == "1h" and requested_settings.needs_plan(default)

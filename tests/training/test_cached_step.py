@@ -226,7 +226,7 @@ class Detached(nn.Module):
 
 
 @pytest.mark.parametrize(("chunks", "sizes"), [(1, [13]), (4, [4, 3, 3, 3]), (6, [3, 2, 2, 2, 2, 2])])
-def test_chunks_are_as_many_as_asked_and_detached_outputs_are_allowed(chunks: int, sizes: list[int]) -> None:
+def test_number_of_chunks_is_kept_and_detached_outputs_are_allowed(chunks: int, sizes: list[int]) -> None:
     network, x = Detached(), torch.randn(13, 3, generator=torch.Generator().manual_seed(0))
     with inbatch.grad_cache(network, chunks) as step:
         step(x, lambda z: z["rows"].square().sum())

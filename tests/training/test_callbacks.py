@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from own_code import Count, Ends, Evaluates, Fails, Meddle, Meddles
 from rank_pool import on_ranks
-from small_runs import assert_same_state, leave_out_judgement, saved, tiny, use_few_images
+from small_runs import assert_same_state, leave_out_evaluation, saved, tiny, use_few_images
 
 import inbatch
 from inbatch.errors import ConfigError, TrainingError
@@ -53,7 +53,7 @@ def test_callback_that_fails_or_changes_weights_is_named(brief: None, tmp_path: 
 def called_on_rank(out: str) -> str:
     patch = pytest.MonkeyPatch()
     use_few_images(patch)
-    leave_out_judgement(patch)
+    leave_out_evaluation(patch)
     try:
         tiny("simclr", Path(out), callbacks=[FailsOnRank1], context=8, precision="float32")
     except TrainingError as error:

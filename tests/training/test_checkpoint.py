@@ -153,7 +153,7 @@ def test_killed_between_the_two_renames(two, monkeypatch, left=2):
     assert_whole(found)
 
 
-def test_killed_between_best_and_last_the_best_is_made_again(two, monkeypatch):
+def test_best_is_written_again_after_a_kill_between_best_and_last(two, monkeypatch):
     real = os.replace
 
     def die_after_best(source, target):
@@ -219,7 +219,7 @@ def damaged(data):
 
 
 @pytest.mark.parametrize("kind", damaged(bytes(1000)))
-def test_damaged_file_gives_way_to_previous(two, kind):
+def test_previous_checkpoint_replaces_a_damaged_one(two, kind):
     last = two / "last.pt"
     last.write_bytes(damaged(last.read_bytes())[kind])
     found = checkpoint.load(two)
@@ -246,7 +246,7 @@ def test_only_damaged_files(two):
         checkpoint.load(two)
 
 
-def test_nothing_stands_in_for_best(two):
+def test_missing_best_is_an_error(two):
     with pytest.raises(ConfigError, match=r"No checkpoint best\.pt"):
         checkpoint.load(two, "best.pt")
 
@@ -285,7 +285,7 @@ def test_malicious_checkpoint_is_refused(two, tmp_path_factory, monkeypatch):
 
 
 @pytest.mark.parametrize("value", [np.float64(0.5), np.zeros(2), Path("x")], ids=lambda v: type(v).__name__)
-def test_what_could_not_be_loaded_is_not_saved(two, value):
+def test_state_that_could_not_be_loaded_is_not_saved(two, value):
     with pytest.raises(TypeError, match="plain values and tensors only"):
         checkpoint.save(two, {"value": value}, step=3)
     assert checkpoint.load(two).step == 2

@@ -122,7 +122,7 @@ def test_every_missing_or_wrong_entry_is_named() -> None:
     restored(components, state)
 
 
-def test_nothing_is_restored_from_an_incomplete_state() -> None:
+def test_incomplete_state_restores_no_part() -> None:
     state, components = trained(built("simclr")), built("simclr")
     before = copy.deepcopy(components.network.state_dict())
     state["progress"]["step"] = -1

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_runs import leave_out_judgement, stop_after, tiny, use_few_images
+from small_runs import leave_out_evaluation, stop_after, tiny, use_few_images
 
 import inbatch
 from inbatch.errors import ConfigError, InbatchError, Preempted
@@ -27,7 +27,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     out = tmp_path_factory.mktemp("stopped") / "run"
     with pytest.MonkeyPatch.context() as patch:
         use_few_images(patch)
-        leave_out_judgement(patch)
+        leave_out_evaluation(patch)
         with patch.context() as at, pytest.raises(Preempted):
             stop_after(at, 3)
             tiny("moco", out)
@@ -88,7 +88,7 @@ def stored(recipe: Recipe, step: int) -> checkpoint.Checkpoint:
     return checkpoint.Checkpoint({}, step, Path("last.pt"), None, run_facts(recipe, 8, 1))
 
 
-def test_what_a_resume_may_change_is_accepted() -> None:
+def test_changes_that_a_resume_may_make_are_accepted() -> None:
     recipe, file = recipe_with(), Path("recipe.json")
     check_recipe(stored(recipe, 5), replace(recipe, data="/elsewhere/photos"), file)
     # The context follows from the number of ranks, and a resumed run keeps it.
@@ -150,7 +150,7 @@ def test_an_emptied_optimiser_is_refused(copy: Path) -> None:
     assert caught.value.exit_code == 1
 
 
-def test_more_epochs_name_the_way_to_train_for_longer(copy: Path) -> None:
+def test_more_epochs_are_refused_with_the_remedy(copy: Path) -> None:
     with pytest.raises(ConfigError, match=rf"epochs = 5 \(the run has 2\).*--init {copy} instead of --resume"):
         inbatch.pretrain(resume=copy, epochs=5, quiet=True)
     (copy / "encoder").mkdir()

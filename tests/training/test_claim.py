@@ -34,7 +34,7 @@ def test_a_folder_that_cannot_be_created_is_a_sentence(tmp_path: Path) -> None:
         claim(numbered(tmp_path / "runs" / "simclr-photos"))
 
 
-def test_what_a_run_would_replace_is_refused(tmp_path: Path) -> None:
+def test_existing_files_of_the_user_are_not_replaced(tmp_path: Path) -> None:
     check_free(tmp_path / "new")
     check_free(tmp_path)
     (tmp_path / "encoder").mkdir()
@@ -46,7 +46,7 @@ def test_what_a_run_would_replace_is_refused(tmp_path: Path) -> None:
         check_free(tmp_path)
 
 
-def test_another_run_in_the_folder_is_noticed(tmp_path: Path) -> None:
+def test_second_run_in_the_folder_is_refused(tmp_path: Path) -> None:
     before = occupant(tmp_path)
     check_unchanged(tmp_path, before)
     (tmp_path / "recipe.json").write_text("{}")

@@ -46,7 +46,7 @@ def test_a_probe_has_the_figures_of_the_evaluation_and_survives_its_folder(train
     assert np.allclose(logits.softmax(1), likely, atol=1e-6)
 
 
-def test_its_encoder_loads_alone_and_initialises_others(trained):
+def test_encoder_of_a_classifier_loads_alone_and_as_init(trained):
     made, folder, _ = trained
     images = torch.stack(bars(5).images)
     assert np.array_equal(inbatch.load(folder).embed(images), inbatch.load(made).embed(images))
@@ -170,7 +170,7 @@ def test_images_that_cannot_train_a_classifier(trained, tmp_path):
         load_classifier(tmp_path / "absent")
 
 
-def test_identical_images_train_a_classifier_that_knows_nothing(trained, tmp_path):
+def test_identical_images_give_a_classifier_at_chance(trained, tmp_path):
     made, _, _ = trained
     same = np.full((40, 1, 20, 20), 7, np.uint8)
     found = inbatch.train_classifier(made, (same, np.arange(40) % 2), out=tmp_path / "same")

@@ -45,7 +45,7 @@ def run(method: str, settings: dict[str, Any], out: Path) -> dict[str, Any]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", BROKEN)
-def test_what_is_broken_is_said_to_collapse(name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_broken_runs_are_reported_as_collapsed(name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     method, settings = BROKEN[name]
     result = run(method, settings, tmp_path)
     said = [line for line in capfd.readouterr().err.splitlines() if "collapse:" in line]
@@ -57,7 +57,9 @@ def test_what_is_broken_is_said_to_collapse(name: str, tmp_path: Path, capfd: py
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["byol", "simsiam", "vicreg"])
-def test_what_is_whole_is_not(method: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_intact_runs_are_not_reported_as_collapsed(
+    method: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     result = run(method, {}, tmp_path)
     assert result["collapsed"] == [] and "collapse" not in capfd.readouterr().err
     watched = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from command_line import run
 from PIL import Image
-from small_runs import leave_out_judgement
+from small_runs import leave_out_evaluation
 
 import inbatch
 from inbatch.errors import ConfigError, DataError
@@ -44,11 +44,11 @@ def animals(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def learned(animals: Path, tmp_path_factory: pytest.TempPathFactory) -> inbatch.Run:
     """Return a finished run without labels: those of the default column are not classes."""
     with pytest.MonkeyPatch.context() as patch:
-        leave_out_judgement(patch)
+        leave_out_evaluation(patch)
         return inbatch.pretrain(animals, out=tmp_path_factory.mktemp("runs") / "a", image_column="photo", **SMALL)
 
 
-def test_a_run_without_classes_says_why_it_has_no_accuracy(learned: inbatch.Run) -> None:
+def test_run_without_classes_states_why_it_has_no_accuracy(learned: inbatch.Run) -> None:
     assert learned.result["evaluation"] is None and learned.recipe.columns["image_column"] == "photo"
     assert "list<" in learned.result["label_note"] and "neither whole numbers nor names" in learned.result["label_note"]
 
@@ -73,7 +73,9 @@ def test_embed_writes_the_ids_of_the_data(learned: inbatch.Run, animals: Path, t
         inbatch.embed_run(learned.directory, animals, tmp_path / "f.npz", label_column="kind")
 
 
-def test_evaluation_skips_k_nn_and_probe_and_says_so(learned: inbatch.Run, animals: Path, tmp_path: Path) -> None:
+def test_evaluation_without_classes_reports_the_skipped_protocols(
+    learned: inbatch.Run, animals: Path, tmp_path: Path
+) -> None:
     found = inbatch.evaluate_run(learned.directory)
     assert "unlabelled" in found and "k-NN and the linear probe are left out" in found["note"]
     with pytest.raises(ConfigError, match=r"has no labels for the evaluation \(.*list<"):

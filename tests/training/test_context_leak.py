@@ -33,7 +33,7 @@ def test_a_signature_is_found() -> None:
     assert "--shuffle-groups" in str(sign(found, False)) and "shuffled" in str(sign(found, True))
 
 
-def test_a_centred_group_is_no_leak() -> None:
+def test_centred_group_is_not_a_leak() -> None:
     """Batch normalisation removes the group's mean: its halves lie on opposite sides, which gives less than chance."""
     centred = rows(1.0)
     centred -= centred.mean(2, keepdim=True)
@@ -44,7 +44,7 @@ def test_a_centred_group_is_no_leak() -> None:
 @pytest.mark.parametrize(("fuse", "attend", "expected"), [
     (None, None, False), ("set", None, True), (None, "ba2m", True), (None, "batchformer", True), (None, "se", False),
 ])  # fmt: skip
-def test_it_is_asked_where_samples_meet(fuse: str | None, attend: str | None, expected: bool) -> None:
+def test_leak_is_measured_if_samples_interact(fuse: str | None, attend: str | None, expected: bool) -> None:
     given = {key: value for key, value in (("fuse", fuse), ("attend", attend)) if value}
     assert meets(api.prepare("digits-canvas", subset=80, batch_size=16, **given)) is expected
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from small_runs import leave_out_judgement, stop_after, use_few_images
+from small_runs import leave_out_evaluation, stop_after, use_few_images
 
 import inbatch
 from inbatch.data import open_data, write_folder
@@ -46,7 +46,7 @@ def test_a_path_is_kept_as_absolute_and_relative_to_the_run(tmp_path: Path, monk
     assert located(Path(moved, "runs", "one"), RECIPE).data == "photos"
 
 
-def test_images_that_are_gone_are_named_with_the_way_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_images_are_named_with_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     run = Path("run")
     write_json(run / "recipe.json", RECIPE.nested())
@@ -86,7 +86,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     write_folder(open_data("digits-canvas", subset=40), folder / "photos")
     with pytest.MonkeyPatch.context() as patch:
         use_few_images(patch)
-        leave_out_judgement(patch)
+        leave_out_evaluation(patch)
         patch.setenv("INBATCH_CACHE", "off")
         patch.chdir(folder)
         with pytest.raises(Preempted):

@@ -58,7 +58,7 @@ def test_every_image_with_its_split(encoder: Path, tmp_path: Path) -> None:
         inbatch.embed_run(encoder, photos, tmp_path / "one.npz", split="extra")
 
 
-def test_the_program_tells_the_splits_and_takes_several_paths(encoder: Path, tmp_path: Path) -> None:
+def test_embed_prints_the_splits_and_accepts_several_paths(encoder: Path, tmp_path: Path) -> None:
     one, two = write(tmp_path / "one", "train/1.png", "test/2.png"), write(tmp_path / "two", "3.png")
     found = run(f"embed {encoder} {one} {two} -o {tmp_path / 'f.npz'}")
     assert (

@@ -87,7 +87,7 @@ def test_two_ranks_write_the_file_of_one_and_none_twice(encoder: Path, tmp_path:
         assert "disagree about the images: rank 1 has a different one from rank 0" in error
 
 
-def test_what_an_interrupted_command_has_finished_is_not_embedded_again(
+def test_finished_parts_of_an_interrupted_command_are_reused(
     encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     alone, _ = embedded(encoder, tmp_path / "alone.npz")
@@ -113,7 +113,7 @@ def test_parts_of_other_features_are_not_used(
     assert "features of another encoder: they are removed" in capfd.readouterr().err.replace("\n", " ")
 
 
-def test_nothing_is_left_of_a_command_without_a_finished_part(
+def test_interrupted_command_without_a_finished_part_leaves_no_files(
     encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     interrupted(encoder, tmp_path / "features.npz", monkeypatch, at=2)

@@ -69,7 +69,7 @@ def test_a_resumed_run_is_the_same(stop: int, tmp_path: Path, brief: None, monke
     assert_same_state(saved(tmp_path / "parts"), saved(tmp_path / "whole"))
 
 
-def test_state_restored_within_the_start_goes_on_bit_for_bit() -> None:
+def test_state_restored_within_the_start_continues_bit_for_bit() -> None:
     """Parts without an optimiser state for the encoder, as saved then, are accepted and continue in the same way."""
     options = {"subset": 80, "batch_size": 20, "context": 10, "epochs": 2, "device": "cpu"}
     settings = {"method.hidden_dim": 8, "method.out_dim": 8} | FROZEN

@@ -82,7 +82,7 @@ def test_only_one_groups_views_are_held(method: str, plug: dict, monkeypatch: py
     assert max(drawn) <= 8
 
 
-def test_the_way_back_keeps_no_graph_of_other_groups() -> None:
+def test_backward_pass_holds_the_graph_of_one_group() -> None:
     """With several groups the first pass keeps no graph and returns only rows."""
     _, network, _ = small.parts("simclr")
     images = next(small.batches(N, 1, 2))[1]

@@ -14,7 +14,7 @@ import pytest
 import torch
 from rank_pool import on_ranks
 from small_methods import SMALL
-from small_runs import assert_same_state, leave_out_judgement, saved, stop_after, tiny
+from small_runs import assert_same_state, leave_out_evaluation, saved, stop_after, tiny
 
 import inbatch
 from inbatch.errors import ConfigError, DataError, Preempted, TrainingError
@@ -95,7 +95,7 @@ def test_a_run_leaves_everything_that_repeats_it(tmp_path: Path, monkeypatch: py
     left = {p.name for p in (tmp_path / "run").iterdir()}
     assert {"recipe.json", "run.json", "result.json", "metrics.jsonl", "curves.png", "checkpoints", "encoder"} <= left
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "finished"
-    leave_out_judgement(monkeypatch)
+    leave_out_evaluation(monkeypatch)
     again = inbatch.pretrain(config=tmp_path / "run" / "recipe.json", out=tmp_path / "again", quiet=True)
     assert again.recipe == run.recipe and again.recipe.method.options["temperature"] == 0.3
     assert_same_state(saved(tmp_path / "again"), saved(tmp_path / "run"))
@@ -112,7 +112,7 @@ def test_the_same_features_alone_and_among_others(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_an_overwrite_is_asked_for(tmp_path: Path) -> None:
+def test_existing_run_needs_overwrite(tmp_path: Path) -> None:
     tiny("simclr", tmp_path, epochs=1)
     with pytest.raises(ConfigError, match="--overwrite"):
         tiny("simclr", tmp_path, epochs=1)
@@ -166,7 +166,7 @@ def test_arrays_in_memory(tmp_path: Path) -> None:
         ({"settings": {"encoder.init": "nowhere.pt"}}, DataError, "nowhere.pt"),
     ],
 )
-def test_what_cannot_work_is_refused_before_the_first_step(
+def test_invalid_settings_are_refused_before_the_first_step(
     fields: dict[str, Any], error: type[Exception], words: str, tmp_path: Path
 ) -> None:
     with pytest.raises(error, match=words):
@@ -200,7 +200,7 @@ def test_a_signal_to_the_whole_group_saves_before_the_workers_end(tmp_path: Path
     assert checkpoint.load(tmp_path / "checkpoints").step > 0
 
 
-def test_what_features_are_judged_by(tmp_path: Path) -> None:
+def test_images_of_the_evaluation(tmp_path: Path) -> None:
     """A test split, else a tenth held out; a run on unlabelled images is evaluated on labelled test data alone."""
     images = torch.randint(0, 255, (60, 3, 16, 16), dtype=torch.uint8)
     labels = torch.arange(60) % 3
@@ -232,9 +232,7 @@ def test_what_features_are_judged_by(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_that_cannot_be_judged_at_its_end_says_so_and_can_go_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_run_whose_last_evaluation_fails_can_be_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*args: Any, **options: Any) -> None:
         raise DataError("an image is gone")
 
@@ -247,7 +245,7 @@ def test_a_run_that_cannot_be_judged_at_its_end_says_so_and_can_go_on(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("resident", [True, False])
-def test_looks_on_the_way_take_some_of_a_streamed_set_and_the_end_takes_all(
+def test_online_evaluation_uses_some_streamed_images_and_the_last_one_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resident: bool
 ) -> None:
     from inbatch.training.monitors import online_evaluation

@@ -93,7 +93,7 @@ def test_the_target_and_norm_layers_keep_frozen_weights() -> None:
         assert not norm.training and torch.equal(norm.running_mean, torch.zeros(64))
 
 
-def test_what_cannot_learn_so_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_combinations_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def prepared(rank: Any = 2, **settings: Any) -> object:
         named = {key.replace("_", ".", 1): value for key, value in settings.items()}
         return api.prepare("digits-canvas", "simclr", settings={"encoder.lora": rank} | named, **SMALL)

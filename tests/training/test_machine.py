@@ -14,7 +14,7 @@ from inbatch.training.machine import machine, record
 from inbatch.training.recipe import make
 
 
-def test_where_images_are_held_is_part_of_the_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_on_device_is_part_of_the_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
     """Free memory decides it once; crops of streamed images are resized by other code than those of resident ones."""
     settings: dict[str, Any] = {"data": "digits-canvas", "subset": 40, "batch_size": 20, "encoder.name": "tiny"}
     settings |= {"preset": "digits"}

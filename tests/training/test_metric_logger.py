@@ -128,7 +128,7 @@ def test_quiet_is_quiet(tmp_path):
         assert len(lines(tmp_path)) == 4
 
 
-def test_missing_tensorboard_is_said(tmp_path, monkeypatch):
+def test_missing_tensorboard_is_reported(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     console = plain()
     with Log(tmp_path, total_steps=20, console=console):
@@ -177,7 +177,7 @@ with Log(Path(sys.argv[1]), total_steps=40) as log:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("term", ["xterm", "dumb"])
-def test_on_a_terminal(tmp_path, term):
+def test_log_on_a_terminal(tmp_path, term):
     ours, theirs = pty.openpty()
     env = os.environ | {"TERM": term, "COLUMNS": "100"}
     run = subprocess.run(

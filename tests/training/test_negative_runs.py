@@ -76,7 +76,7 @@ def test_recipe_command_and_description(kind: str, videos: Path) -> None:
     assert f"negatives: {kind}" in " ".join(dry.split())
 
 
-def test_earlier_rows_of_near_duplicates_are_no_negatives() -> None:
+def test_earlier_rows_of_near_duplicates_are_not_negatives() -> None:
     """The bank keeps groups or features, and a sample's own earlier row is a near duplicate."""
     images = np.random.default_rng(0).integers(256, size=(16, 12, 12, 3), dtype=np.uint8)
     for settings in ({"negatives.threshold": 0.999}, {"negatives.by": "group"}):
@@ -131,7 +131,7 @@ BAD = {
 }  # fmt: skip
 
 
-def test_what_cannot_be_is_refused_before_the_first_step(videos: Path) -> None:
+def test_invalid_settings_are_refused_before_the_first_step(videos: Path) -> None:
     for message, fields in BAD.items():
         given = dict(fields)
         with pytest.raises(ConfigError) as refused:

@@ -58,7 +58,7 @@ def train(optimizer, modules, steps):
 
 
 @pytest.mark.parametrize("name", optim.OPTIMIZERS)
-def test_resumed_optimiser_goes_on_bit_for_bit(name):
+def test_resumed_optimiser_continues_bit_for_bit(name):
     whole, resumed = network(), network()
     train(optim.build_optimizer(name, groups_of(whole)), whole, range(4))
 

@@ -40,7 +40,7 @@ def undisturbed(out: Path) -> None:
     inbatch.pretrain("digits-canvas", "simclr", out=str(out), epochs=3, device="cpu", quiet=True)
 
 
-def test_a_run_under_ray_goes_on_after_a_lost_worker(tmp_path: Path) -> None:
+def test_run_under_ray_continues_after_a_lost_worker(tmp_path: Path) -> None:
     """Ray starts both workers again, and the run ends as one without Ray that nothing disturbs."""
     pytest.importorskip("ray")
     lost, whole = tmp_path / "lost", tmp_path / "whole"

@@ -12,7 +12,7 @@ import torch
 from command_line import run as run_line
 from own_code import Momentum, OwnMethod, OwnNet, OwnViews
 from rank_pool import on_ranks
-from small_runs import assert_same_state, leave_out_judgement, saved, stop_after, tiny, use_few_images
+from small_runs import assert_same_state, leave_out_evaluation, saved, stop_after, tiny, use_few_images
 from torchvision.transforms import v2
 
 import inbatch
@@ -123,7 +123,7 @@ def test_options_of_an_inherited_preset_must_be_arguments_of_the_constructor() -
 def run_on_rank(out: str, world: int) -> None:
     patch = pytest.MonkeyPatch()
     use_few_images(patch)
-    leave_out_judgement(patch)
+    leave_out_evaluation(patch)
     try:
         own_run(Path(out), precision="float32", context=8, callbacks=[own_code.Count], epochs=1)
     finally:
@@ -210,7 +210,7 @@ def test_objects_that_cannot_be_parts_are_refused(tmp_path: Path) -> None:
         ({"encoder": 3}, "pass a name, an nn.Module"),
         ({"encoder": lambda: 3}, "must make an nn.Module, not int"),
         ({"encoder": OwnNet, "settings": {"encoder.widt": 3}}, "no setting 'widt': did you mean 'width'"),
-        ({"encoder": OwnNet(1), "settings": {"encoder.width": 3}}, "a module that exists, without settings"),
+        ({"encoder": OwnNet(1), "settings": {"encoder.width": 3}}, "an existing module, which has no settings"),
         ({"encoder": torch.nn.Identity()}, "instead of one row of pooled features"),
         ({"encoder": Returning(lambda x: (x, x))}, "gives tuple for one image"),
         ({"encoder": Returning(lambda x: x.flatten(1).long())}, "of torch.int64 for one image"),
@@ -225,8 +225,8 @@ def test_objects_that_cannot_be_parts_are_refused(tmp_path: Path) -> None:
         ({"views": lambda image: 1 / 0}, "ZeroDivisionError.*Leave out steps for Pillow images"),
         ({"views": [v2.CenterCrop(12), 3]}, "pass a name, a View or several"),
         ({"views": v2.CenterCrop(12), "crops": "adjacent"}, "need views that are cut at random"),
-        ({"callbacks": [OwnMethod]}, "is no inbatch.Callback"),
-        ({"callbacks": own_code.Count()}, "callbacks is a list"),
+        ({"callbacks": [OwnMethod]}, "is not an inbatch.Callback"),
+        ({"callbacks": own_code.Count()}, "callbacks must be a list"),
     ]  # fmt: skip
     for fields, message in cases:
         with pytest.raises(ConfigError, match=message):

@@ -146,7 +146,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("message", BAD)
-def test_what_cannot_be_is_refused_before_the_first_step(message: str) -> None:
+def test_invalid_settings_are_refused_before_the_first_step(message: str) -> None:
     given = dict(BAD[message])
     method = given.pop("method", "simclr")
     with pytest.raises(ConfigError, match=message.replace("(", "\\(")):
@@ -154,7 +154,7 @@ def test_what_cannot_be_is_refused_before_the_first_step(message: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_dry_run_tells_the_plug_ins_and_what_they_hold() -> None:
+def test_dry_run_prints_the_plug_ins_and_their_parameters() -> None:
     given = {
         "subset": 80,
         "batch_size": 16,

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small_runs import assert_same_state, judge_by_few_images, saved, stop_after, tiny
+from small_runs import assert_same_state, evaluate_on_few_images, saved, stop_after, tiny
 from typer.testing import CliRunner, Result
 
 from inbatch import api
@@ -41,7 +41,7 @@ def unjudged() -> Iterator[None]:
         nothing = {"comparison_seconds": 0.0, "initial": "untrained encoder", "untrained": {}, "unlabelled": {}}
         patch.setattr("inbatch.training.run_result.compare_with_initial", lambda *_: nothing)
         patch.setattr("inbatch.training.run_result.plot_curves", lambda *_: None)
-        judge_by_few_images(patch)
+        evaluate_on_few_images(patch)
         yield
 
 
@@ -77,7 +77,7 @@ def falsify(result: dict[str, Any]) -> None:
 # Band
 
 
-def test_the_band_is_what_it_says() -> None:
+def test_band_equals_the_literal_version() -> None:
     """Against a literal version: three seeds, evaluated after different epochs; at an evaluation and between two."""
     seeds = [curve(0.1, 0.4, 0.6), curve(0.2, 0.45, 0.5), curve(0.3, 0.9, every=2)]
     reference = Reference("r", seeds)
@@ -104,7 +104,7 @@ def test_a_band_has_a_floor(seeds: int) -> None:
         assert bands[measure] == pytest.approx((entry[measure] - half, entry[measure], entry[measure] + half))
 
 
-def test_a_seed_that_ends_early_is_left_out_behind_its_end() -> None:
+def test_seed_that_ends_early_is_left_out_after_its_end() -> None:
     reference = Reference("r", [curve(0.2, 0.4), curve(0.4, 0.6, 0.8)])
     half = 3 * math.sqrt(0.02 * 2)  # the deviation at the evaluation before, of one seed
     assert reference.band("knn", 2) == pytest.approx((0.8 - half, 0.8, 0.8 + half))
@@ -133,10 +133,10 @@ def test_sentences_say_what_is_outside_and_where() -> None:
     ]
     for loss, words in {math.nan: "loss nan is not a number", math.inf: "loss inf is above"}.items():
         (sentence,) = reference.outside(inside | {"loss": loss})
-        assert sentence.startswith(words), "what is no number is not masked"
+        assert sentence.startswith(words), "what is not a number is not masked"
 
 
-def test_leaving_and_coming_back_are_told_once() -> None:
+def test_leaving_and_entering_the_band_are_reported_once() -> None:
     reference, mine, told = Reference("r", [curve(*[0.5] * 8)]), [], []
     compared = Comparison(reference, mine, range(8), 5)
     for entry in curve(0.5, 0.4, 0.3, 0.9, math.nan, math.nan, 0.5, 0.5, 0.9):  # the last one beyond the reference
@@ -200,7 +200,7 @@ def test_a_mean_masks_no_nan() -> None:
 
 
 @pytest.mark.slow
-def test_a_run_outside_says_so_and_ends_as_ever(finished: Path, tmp_path: Path) -> None:
+def test_run_outside_the_band_is_reported_and_exits_with_0(finished: Path, tmp_path: Path) -> None:
     wrong = changed(finished, tmp_path / "wrong.json", falsify)
     done = run(f"--epochs 2 --set evaluate_every=1 --compare {wrong} --out {tmp_path / 'run'}")
     assert done.exit_code == 0
@@ -229,7 +229,7 @@ def test_a_resumed_run_has_the_same_curve_and_verdict(
     assert result["compared"]["outside"]["knn"] == [1] and result["compared"]["looks"] == 3
 
 
-def test_what_differs_from_the_reference_is_told_at_the_start(finished: Path) -> None:
+def test_differences_from_the_reference_are_printed_at_the_start(finished: Path) -> None:
     reference = read_reference(finished)
     recipe = load_run(finished).recipe.nested()
 

@@ -43,7 +43,7 @@ def test_every_old_name_is_an_error_that_gives_the_new_one():
                 make({"data": "photos", old: 1} | named)
 
 
-def test_a_part_without_the_renamed_option_is_not_said_to_have_it():
+def test_part_without_the_renamed_option_is_not_suggested():
     for settings in ({"method.name": "simclr", "method.m": 0.9}, {"views.name": "digits", "views.area": 0.2}):
         with pytest.raises(ConfigError, match="has no setting"):
             make({"data": "photos"} | settings)
@@ -69,7 +69,7 @@ def migrate(*words: object) -> int:
     return 0
 
 
-def test_the_script_renames_settings_and_nothing_else(tmp_path: Path):
+def test_script_renames_only_settings(tmp_path: Path):
     run = tmp_path / "run"
     (run / "heads").mkdir(parents=True)
     (tmp_path / "mine.yaml").write_text(OLD, encoding="utf-8")

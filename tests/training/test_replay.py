@@ -60,7 +60,7 @@ def kept(out: Path, built: RunComponents, step: int = 0) -> Any:
 
 
 @pytest.mark.usefixtures("brief")
-def test_a_run_stops_before_its_weights_change_and_says_how_to_go_on(
+def test_run_stops_before_its_weights_change_and_states_the_remedy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
@@ -132,7 +132,7 @@ def test_a_view_that_is_not_a_number_is_named_by_its_image(tmp_path: Path, monke
 
 
 @pytest.mark.slow
-def test_bf16_is_made_again_in_float32(tmp_path: Path) -> None:
+def test_bf16_step_is_repeated_in_float32(tmp_path: Path) -> None:
     kept(tmp_path, built(settings={"precision": "bf16"}))
     found = replay_run(tmp_path)
     assert (found["precision"], found["float32"]["precision"]) == ("bfloat16", "float32")
@@ -153,7 +153,7 @@ def _diverge_on_a_rank(folder: str) -> str:
 
 
 @pytest.mark.slow
-def test_two_ranks_are_made_again_by_one_process(tmp_path: Path) -> None:
+def test_step_of_two_ranks_is_repeated_by_one_process(tmp_path: Path) -> None:
     for said in on_ranks(2, _diverge_on_a_rank, str(tmp_path)):
         assert "inbatch replay" in said
     assert {p.name for p in (tmp_path / FOLDER).iterdir()} == {
@@ -177,7 +177,7 @@ def test_two_ranks_and_one_process_find_the_same_loss(tmp_path: Path) -> None:
     np.testing.assert_allclose(replay_run(tmp_path)["loss"], losses, rtol=1e-6)
 
 
-def test_what_is_no_capture_is_refused(tmp_path: Path) -> None:
+def test_invalid_captures_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="holds no captured step"):
         replay_run(tmp_path)
     kept(tmp_path, built())

@@ -35,6 +35,6 @@ def test_a_finished_run_is_found_only_by_a_restart(tmp_path: Path, monkeypatch: 
     assert restarted(run) == run
 
 
-def test_without_an_identity_the_launcher_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_launcher_process_is_the_identity_if_torchrun_gives_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     assert launch_id() == f"{socket.gethostname()} {os.getppid()}"

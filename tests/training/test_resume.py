@@ -69,7 +69,7 @@ def test_resuming_does_not_depend_on_workers(tmp_path: Path, monkeypatch: pytest
 
 
 @pytest.mark.slow
-def test_ctrl_c_is_told_apart_and_can_be_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_has_its_own_exit_code_and_can_be_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch, pytest.raises(Interrupted) as caught:
         stop_after(patch, 4, signal.SIGINT)
         tiny("simclr", tmp_path)
@@ -78,7 +78,7 @@ def test_ctrl_c_is_told_apart_and_can_be_resumed(tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.slow
-def test_killed_again_and_again_it_ends_as_if_nothing_had_happened(tmp_path: Path) -> None:
+def test_run_killed_many_times_ends_as_the_uninterrupted_one(tmp_path: Path) -> None:
     """Fault 1: SIGKILL at any moment, saving included (a checkpoint after every 5 steps of some milliseconds)."""
     fields = {"epochs": 40, "evaluate_every": 40, "settings": {"method.out_dim": 8}}
     out, words = tmp_path / "killed", ["pretrain", "--data", "digits-canvas", "--batch", "40", "--context", "20"]
@@ -105,7 +105,7 @@ def test_killed_again_and_again_it_ends_as_if_nothing_had_happened(tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_killed_before_its_first_checkpoint_a_run_begins_anew(tmp_path: Path) -> None:
+def test_run_killed_before_its_first_checkpoint_starts_from_step_0(tmp_path: Path) -> None:
     """Faults 1 and 23: a launcher's restart with `--resume auto` is not refused because of incomplete files."""
     tiny("simclr", tmp_path, epochs=1)
     shutil.rmtree(tmp_path / "checkpoints")
@@ -173,7 +173,7 @@ def test_images_that_have_changed_since_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("brief")
-def test_auto_begins_anew_where_no_checkpoint_was_saved_yet(tmp_path: Path) -> None:
+def test_auto_starts_from_step_0_without_a_checkpoint(tmp_path: Path) -> None:
     """A launcher that restarts a run killed before its first checkpoint must not be refused."""
     tiny("simclr", tmp_path, epochs=1)
     shutil.rmtree(tmp_path / "checkpoints")

@@ -80,7 +80,7 @@ def test_the_images_of_a_stopped_run_are_not_needed(copy: Path) -> None:
 
 
 @pytest.mark.slow
-def test_embed_says_which_step_the_encoder_is_from(stopped: Path, tmp_path: Path) -> None:
+def test_embed_states_the_step_of_the_encoder(stopped: Path, tmp_path: Path) -> None:
     out = tmp_path / "f.npz"
     found = run(f"embed {words(stopped)} digits-canvas --split test -o {out}")
     assert found.exit_code == 0 and f"the run in {stopped} {SENTENCE}" in found.stdout
@@ -95,7 +95,7 @@ def test_embed_says_which_step_the_encoder_is_from(stopped: Path, tmp_path: Path
 
 
 @pytest.mark.slow
-def test_evaluate_judges_a_stopped_run(copy: Path) -> None:
+def test_evaluate_accepts_a_stopped_run(copy: Path) -> None:
     found = run(f"evaluate {words(copy)} --protocol knn,clustering")
     assert found.exit_code == 0 and SENTENCE in found.stdout and "untrained encoder" in found.stdout
     written = json.loads((copy / "evaluation.json").read_text())
@@ -127,7 +127,7 @@ def test_a_run_to_begin_from_must_fit(stopped: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("few")
-def test_what_a_run_began_from_may_be_gone(tmp_path: Path) -> None:
+def test_initial_weights_of_a_run_are_not_needed_later(tmp_path: Path) -> None:
     """Its weights, mean and std are stored with the run: to load, to evaluate, to resume."""
     weights = tmp_path / "weights"
     with torch.random.fork_rng():
@@ -195,7 +195,7 @@ def test_averaged_weights_are_preferred(copy: Path) -> None:
 # Errors and stages
 
 
-def test_where_there_is_neither_encoder_nor_checkpoint(copy: Path, tmp_path: Path) -> None:
+def test_run_without_encoder_and_checkpoint_is_refused(copy: Path, tmp_path: Path) -> None:
     shutil.rmtree(copy / "checkpoints")
     for line in (
         f"embed {words(copy)} digits-canvas -o f.npz",

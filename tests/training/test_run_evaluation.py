@@ -76,7 +76,7 @@ def test_measures_literally() -> None:
     assert label_free.same_image(first, first) == 1 and label_free.alignment(first, first) == 0
 
 
-def test_collapsed_features_are_told_by_every_measure_but_alignment() -> None:
+def test_collapse_is_visible_in_every_measure_except_alignment() -> None:
     same = torch.ones(50, 8)
     found = label_free.measures(label_free.Embedded(same, same, same, torch.arange(50)))
     assert found["same_image"] == pytest.approx(1 / 50) and found["rankme"] == pytest.approx(1, abs=0.01)
@@ -186,7 +186,7 @@ def test_images_that_cannot_be_read_are_left_out(photos: Path, tmp_path: Path, m
         label_free.embed_all({"it": encoder}, views, label_free.Chosen(gone, None, 0), 0)
 
 
-def test_the_sheet_shows_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_neighbour_grid_shows_both_encoders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A row: the query, its neighbours before and after; frames mark right and wrong only if there are labels."""
     source = open_data((torch.randint(0, 100, (30, 3, 12, 10), dtype=torch.uint8), torch.arange(30) % 3))
     before, after = torch.randn(30, 5), torch.eye(3)[source.labels] + 0.01 * torch.randn(30, 3)
@@ -283,7 +283,7 @@ def test_real_photographs(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_what_is_drawn_is_what_was_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_neighbour_grid_draws_the_encoder_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """After a run without a step, both sides are the same encoder."""
     built = inbatch.api.prepare("digits-canvas", subset=100, batch_size=50)
     found = run_evaluation.compare_with_initial(built, None, tmp_path)

@@ -119,7 +119,7 @@ def test_a_second_signal_while_saving_changes_nothing(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
-def test_a_signal_while_the_run_is_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+def test_signal_during_the_last_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(run_result, "plot_curves", lambda *_: os.kill(os.getpid(), number))
         with pytest.raises(Interrupted if number == signal.SIGINT else Preempted, match="step 10 of 10") as caught:
@@ -153,7 +153,7 @@ def test_stop_on_collapse_saves_and_ends_with_4(tmp_path: Path, capfd: pytest.Ca
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("brief")
-def test_without_collapse_stop_on_collapse_changes_nothing(tmp_path: Path) -> None:
+def test_stop_on_collapse_has_no_effect_without_collapse(tmp_path: Path) -> None:
     tiny("simclr", tmp_path / "plain")
     tiny("simclr", tmp_path / "watched", stop_on_collapse=True)
     assert_same_state(saved(tmp_path / "plain"), saved(tmp_path / "watched"))

@@ -83,7 +83,7 @@ def test_the_user_reads_what_has_no_effect(tmp_path: Path) -> None:
     assert unused in said(epochs=1, negatives="drop-similar", settings=by_features)
 
 
-def test_what_cannot_be_composed_is_refused() -> None:
+def test_invalid_samplers_are_refused() -> None:
     with pytest.raises(ConfigError, match="did you mean 'balanced'"):
         api.prepare("digits-canvas", sampler="balance")
     with pytest.raises(ConfigError, match=r"sampler\.size must be at least 2"):

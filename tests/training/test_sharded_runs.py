@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from rank_pool import on_ranks
-from small_runs import leave_out_judgement, tiny
+from small_runs import leave_out_evaluation, tiny
 from test_sharded_checkpoints import leaves
 
 import inbatch
@@ -52,7 +52,7 @@ def run(
     callbacks = [StopAt(stop)] if stop else []
     settings = SMALL | fields.pop("settings", {}) if fields.get("encoder", "vit").startswith("vit") else {}
     with pytest.MonkeyPatch.context() as patch, contextlib.suppress(*([Preempted] if stop else [])):
-        leave_out_judgement(patch)
+        leave_out_evaluation(patch)
         tiny(method, out, settings=settings, callbacks=callbacks, **(VIT | {"shard": True} | fields))
 
 
@@ -108,14 +108,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIONS)
-def test_an_option_beside_shards(tmp_path: Path, name: str) -> None:
+def test_options_work_with_shards(tmp_path: Path, name: str) -> None:
     on_ranks(2, run, tmp_path, "simclr", None, OPTIONS[name])
     assert inbatch.load(tmp_path).width > 0
 
 
 def run_for_a_minute(out: Path) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch:
-        leave_out_judgement(patch)
+        leave_out_evaluation(patch)
         return inbatch.pretrain(
             "digits-canvas", out=out, encoder="tiny", shard=True, budget="1m", subset=80, batch_size=16, image_size=20,
             workers=0, quiet=True,
@@ -123,7 +123,7 @@ def run_for_a_minute(out: Path) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_a_budget_beside_shards(tmp_path: Path) -> None:
+def test_budget_works_with_shards(tmp_path: Path) -> None:
     """All ranks time the same steps; rank 0 alone times evaluations, of the gathered encoder."""
     first, second = on_ranks(2, run_for_a_minute, tmp_path)
     assert first == second and first["world"] == 2 and first["recipe"]["shard"]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from small_runs import assert_same_state, leave_out_judgement, saved, stop_after, tiny, use_few_images
+from small_runs import assert_same_state, leave_out_evaluation, saved, stop_after, tiny, use_few_images
 
 from inbatch.errors import Preempted
 from inbatch.training.metric_logger import Log, spent
@@ -66,7 +66,7 @@ def test_an_empty_log_gets_the_evaluations_of_the_checkpoint(tmp_path: Path) -> 
         assert [json.loads(line) for line in lines] == expected
 
 
-def test_a_damaged_report_is_dropped_and_said(tmp_path: Path) -> None:
+def test_damaged_report_is_dropped_and_reported(tmp_path: Path) -> None:
     for name, text in REPORTS.items():
         (tmp_path / "run.json").write_text(text)
         (tmp_path / "data.json").write_text(text)
@@ -103,7 +103,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("stopped") / "run"
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Preempted):
         use_few_images(patch)
-        leave_out_judgement(patch)
+        leave_out_evaluation(patch)
         stop_after(patch, 3)
         tiny("simclr", out)
     return out
@@ -134,7 +134,7 @@ def replaced(run: Path) -> None:
         ),
     ],
 )  # fmt: skip
-def test_a_run_goes_on_without_its_side_files(
+def test_run_continues_without_its_side_files(
     damage: Callable[[Path], None], said: tuple[str, ...], stopped: Path, tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip

@@ -158,7 +158,7 @@ def test_the_first_step_has_nothing_to_save(tmp_path: Path, monkeypatch: pytest.
 @pytest.mark.parametrize(
     ("method", "where"), [("simclr", (online_evaluation, "knn")), ("pcl", (PCL, "survey"))], ids=str
 )
-def test_a_lost_evaluation_or_survey_is_made_again(
+def test_interrupted_evaluation_or_survey_is_repeated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, where: tuple[Any, str]
 ) -> None:
     def ask(*args: Any, **options: Any) -> Any:

@@ -62,6 +62,6 @@ def test_shapes_and_parameters() -> None:
     assert told["rows"] == {name: list(x.shape) for name, x in rows.items()}
 
 
-def test_the_recipe_in_words() -> None:
+def test_recipe_as_text() -> None:
     words = summary.describe(built(context=16, schedule__scaling="linear", optimizer__lr=0.3))
     assert "64 = 4 context groups of 16" in words and "lr 0.075 = 0.3 x 64/256" in words

@@ -42,7 +42,7 @@ def state_of(folder: Path) -> dict[str, list]:
     return {f"{m}.{k}": x.tolist() for m, module in modules.items() for k, x in module.state_dict().items()}
 
 
-def test_the_teacher_sees_the_students_views_in_its_own_form() -> None:
+def test_teacher_gets_the_views_in_its_own_normalisation() -> None:
     teacher = create_encoder("fast", size=24, width=4, mean=(0.2,) * 3, std=(0.5,) * 3).eval()
     student = create_encoder("tiny", size=20)
     images = torch.randint(0, 256, (3, 3, 24, 24), dtype=torch.uint8)

@@ -21,7 +21,7 @@ IMAGES = torch.randint(0, 256, (64, 3, 16, 16), dtype=torch.uint8, generator=tor
 CPU = torch.device("cpu")
 
 
-def test_timing_a_step_changes_nothing_of_the_run() -> None:
+def test_timing_a_step_does_not_change_the_run() -> None:
     for method, more in (("simclr", {}), ("byol", {}), ("simclr", {"context": 8, "fuse.name": "conv"}),
                          ("simclr", {"negatives.name": "drop-similar", "curate.name": "redraw"})):  # fmt: skip
         recipe, source = resolve_recipe(
@@ -39,7 +39,7 @@ def test_timing_a_step_changes_nothing_of_the_run() -> None:
         assert all(p.grad is None for p in built.network.parameters())
 
 
-def test_passes_besides_the_step_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_additional_forward_passes_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Near duplicates take one view of each sample more, curation all views, and as many as it redraws."""
     monkeypatch.setattr("time.perf_counter", iter(range(10**6)).__next__)  # every measured pass takes one second
     seconds = {}
@@ -76,7 +76,7 @@ def test_smaller_choices_take_less_time() -> None:
     assert choices and all(how.startswith("--encoder ") for how, _ in choices)
 
 
-def test_a_dry_run_says_how_long_the_run_takes() -> None:
+def test_dry_run_states_the_expected_duration() -> None:
     found = dry_run(IMAGES, encoder="tiny", epochs=3, batch_size=32)
     assert found["seconds_estimate"]["training"] > 0 and "Expected: about" in found["description"]
 

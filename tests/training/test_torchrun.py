@@ -129,7 +129,7 @@ def same(out: Path, whole: Path) -> None:
         ("rank 1", signal.SIGINT, "interrupted"),
     ],
 )
-def test_a_signal_stops_all_ranks_at_one_step_and_the_run_goes_on(
+def test_signal_stops_all_ranks_at_one_step_and_the_run_resumes(
     whom: str, number: signal.Signals, status: str, whole: Path, tmp_path: Path
 ) -> None:
     """Fault 5."""
@@ -219,9 +219,7 @@ def test_data_workers_end_with_a_trainer_that_is_killed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("first", "then"), [(1, 2), (2, 1)])
-def test_another_number_of_ranks_goes_on_with_the_same_images(
-    first: int, then: int, whole: Path, tmp_path: Path
-) -> None:
+def test_other_number_of_ranks_resumes_with_the_same_images(first: int, then: int, whole: Path, tmp_path: Path) -> None:
     """The same order, the same groups: equal to rounding."""
     out = tmp_path / "run"
     for world in (first, then):
@@ -243,7 +241,7 @@ def test_another_number_of_ranks_goes_on_with_the_same_images(
 
 
 @pytest.mark.parametrize("given", [["nomethod"], ["simclr", "--compare", "nowhere"]], ids=["method", "reference"])
-def test_what_all_ranks_find_wrong_is_told_once(given: list[str], tmp_path: Path) -> None:
+def test_errors_of_all_ranks_are_printed_once(given: list[str], tmp_path: Path) -> None:
     """The launcher ends all ranks when one has ended: rank 0, which prints the error, ends first."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "inbatch"]
     command = [*launch, "pretrain", *given, "--data", "digits-canvas", "--out", str(tmp_path / "run")]

@@ -211,7 +211,7 @@ def test_failures_are_reported_once_and_kept(tmp_path, monkeypatch, offered):
     assert len(notes) == 3 and notes[2].startswith("hanging still records the run, in process ")
 
 
-def test_an_unwritable_place_is_no_error(tmp_path):
+def test_unwritable_folder_of_a_tracker_is_not_an_error(tmp_path):
     write_run(tmp_path, range(3))
     (tmp_path / "trackers").write_text("a file")
     notes, untracked = [], {}

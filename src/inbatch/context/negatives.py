@@ -106,7 +106,7 @@ class DropSimilar:
     def __call__(self, batch: Batch, gather: Gather, first: int) -> tuple[Batch, dict[str, float]]:
         """Return this rank's samples with `same`, and statistics; `first` is their position in the whole batch.
 
-        The statistics are dropped_pairs, the pairs of samples that are no negatives, and with features similar_pairs,
+        The statistics are dropped_pairs, the pairs of samples that are not negatives, and with features similar_pairs,
         those of them that are near duplicates themselves, not only by others between them. Pairs of a sample and a row
         of the memory bank count, too.
         """

@@ -127,7 +127,7 @@ class Loader:
                 f"{source.name} has {len(source):,} images, fewer than one batch of {batch:,}: "
                 f"use a batch of at most {len(source):,}, or more images"
             )
-        self.sampler, shared = sampler, None
+        self.sampler = sampler
         if sampler is not None:
             sampler.prepare(source, batch, seed)
             self.steps = sampler.steps
@@ -138,29 +138,40 @@ class Loader:
         )
         self.workers = self.drawers = 0
         self._order = Order()
-        if self.held is not None and drawer is not None and self.device.type == "cpu":
-            self.drawers = processes(workers, world)
-            outputs = 4 * sum(view.size**2 for view in views.views)
-            room_to_share(min(PIECE, batch // world) * source.channels * outputs, self.drawers)
-            if self.drawers:
-                drawn = DrawnDataset(self.held.images, self.held.size, drawer, seed)
-                self._start(stream(drawn, self._order, self.drawers, self.device, pinned=False))
         if self.held is None:
-            self.workers = processes(workers, world)
-            if self.plan is not None:
-                self.workers = self.plan.workers(rank, world, PIECE, self.workers)
-            self._cuts = self._pieces()
-            if sampler is not None:
-                shared = torch.zeros(self.steps * batch, dtype=torch.long).share_memory_()
-            self._shared = shared
-            order = SampleReader(source, seed, batch, shared) if self.plan is None else StreamReader(source, self.plan)
-            made = CanvasDataset(order, canvas, drawer) if whole else CropDataset(order, views)
-            self._pin = self.device.type == "cuda"
-            outputs = sum(view.size**2 for view in views.views)
-            pixels = canvas**2 + (4 * outputs if drawer else 0) if whole else outputs
-            room_to_share(min(PIECE, batch // world) * source.channels * pixels, self.workers)
-            pinned = self._pin and len(self._cuts) == 1  # other batches are pinned when they are assembled
-            self._start(stream(made, self._order, self.workers, self.device, pinned))
+            self._read_in_workers(views, workers, canvas, whole, drawer)
+        elif drawer is not None and self.device.type == "cpu":
+            self._draw_in_workers(self.held, views, workers, drawer)
+
+    def _draw_in_workers(self, held: Resident, views: Boxes, workers: int | None, drawer: Drawer) -> None:
+        """Start the processes that draw the views of decoded images."""
+        self.drawers = processes(workers, self.world)
+        outputs = 4 * sum(view.size**2 for view in views.views)
+        room_to_share(min(PIECE, self.batch // self.world) * self.source.channels * outputs, self.drawers)
+        if self.drawers:
+            drawn = DrawnDataset(held.images, held.size, drawer, self.seed)
+            self._start(stream(drawn, self._order, self.drawers, self.device, pinned=False))
+
+    def _read_in_workers(
+        self, views: Boxes, workers: int | None, canvas: int, whole: bool, drawer: Drawer | None
+    ) -> None:
+        """Start the processes that read and decode images, of which they return the views' crops or the whole."""
+        source, batch, shared = self.source, self.batch, None
+        self.workers = processes(workers, self.world)
+        if self.plan is not None:
+            self.workers = self.plan.workers(self.rank, self.world, PIECE, self.workers)
+        self._cuts = self._pieces()
+        if self.sampler is not None:
+            shared = torch.zeros(self.steps * batch, dtype=torch.long).share_memory_()
+        self._shared = shared
+        order = SampleReader(source, self.seed, batch, shared) if self.plan is None else StreamReader(source, self.plan)
+        made = CanvasDataset(order, canvas, drawer) if whole else CropDataset(order, views)
+        self._pin = self.device.type == "cuda"
+        outputs = sum(view.size**2 for view in views.views)
+        pixels = canvas**2 + (4 * outputs if drawer else 0) if whole else outputs
+        room_to_share(min(PIECE, batch // self.world) * source.channels * pixels, self.workers)
+        pinned = self._pin and len(self._cuts) == 1  # other batches are pinned when they are assembled
+        self._start(stream(made, self._order, self.workers, self.device, pinned))
 
     def _start(self, made: DataLoader[Any]) -> None:
         """Keep a stream, and end its workers when the loader is closed or collected."""

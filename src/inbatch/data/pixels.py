@@ -28,7 +28,7 @@ def to_bytes(values: np.ndarray, levels: Levels | None, white: int = 65535) -> n
         raise ValueError(f"{values.dtype} values are not pixels: pass uint8, 0 (black) to 255")
     if levels is None and kind != ("u", 2):
         raise ValueError(
-            f"{values.dtype} values have no known range: say which two become 0 and 255, such as --set levels=[0,1], "
+            f"{values.dtype} values have no known range: set those that become 0 and 255, such as --set levels=[0,1], "
             "or give uint8"
         )
     out = np.empty(values.shape, np.uint8)
@@ -78,7 +78,7 @@ def from_pillow(image: Image.Image, channels: int, levels: Levels | None) -> np.
     elif image.mode in ("I", "F"):
         if levels is None:
             raise ValueError(
-                "32-bit pixels have no known range: say which two values become 0 and 255, such as "
+                "32-bit pixels have no known range: set the two values that become 0 and 255, such as "
                 "--set levels=[0,1], or save them with 8 or 16 bits"
             )
         image = Image.fromarray(to_bytes(np.asarray(image), levels))

@@ -108,7 +108,7 @@ class SampleReader:
                 return i, make(i)
             except DataError as error:
                 self.bad[i] = why = str(error)
-        raise DataError(f"{why}; nor can any other image that could take its place in the batch")
+        raise DataError(f"{why}; and no readable image is left to replace it in the batch")
 
     def again(self, epoch: int, place: int, make: Callable[[int], Made]) -> tuple[int, Made]:
         """Do what `read` does, for a position that was read before."""

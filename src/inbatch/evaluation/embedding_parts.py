@@ -44,14 +44,15 @@ class _Part:
 
 
 class EmbeddingParts:
-    """The parts of a file of embeddings, in the folder FILE.parts beside it, which all ranks must see.
+    """Parts of a file of embeddings, in the folder FILE.parts next to it, which all ranks must be able to read.
 
     Args:
         encoder: The encoder.
         sources: The images by split.
         out: The file.
         tokens: Layout of a file of tokens.
-        facts: What decides the features apart from the images, by its name; parts of others are computed again.
+        facts: Everything except the images that determines the features, by name; parts with other facts are computed
+            again.
     """
 
     def __init__(

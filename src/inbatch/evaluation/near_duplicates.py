@@ -68,8 +68,8 @@ def descriptors(
 def similar_pairs(thumbnails: AnyRows, k: int, index: str = "exact") -> tuple[Int[Tensor, "p 2"], Float[Tensor, "p"]]:
     """Return pairs of images that may be near duplicates, the lower position first, and their correlation.
 
-    Each image, the crops of it at its corners and in its middle, and the mirror images of all of these name the k
-    images nearest to them.
+    The candidates of an image are the k images nearest to it, to its crops at the corners and in the middle, and to
+    the mirror images of all of these.
 
     Args:
         thumbnails: (N, 32, 32) grey values.

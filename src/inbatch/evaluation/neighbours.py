@@ -19,7 +19,7 @@ INDEXES = ("exact", "approximate")
 def check_index(index: str) -> str:
     """Return the name of an index; ConfigError if it is unknown."""
     if index not in INDEXES:
-        raise ConfigError(f"the index is {' or '.join(INDEXES)}, not {index!r}")
+        raise ConfigError(f"unknown index {index!r}: choose {' or '.join(INDEXES)}")
     return index
 
 

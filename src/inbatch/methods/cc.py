@@ -68,7 +68,7 @@ class CC(Method):
                  out_dim: int = 128, entropy_weight: float = 1.0) -> None:  # fmt: skip
         super().__init__()
         if not 0 <= entropy_weight < math.inf:
-            raise ValueError(f"entropy_weight is a finite number of 0 or more, not {entropy_weight}")
+            raise ValueError(f"entropy_weight {entropy_weight} must be finite and at least 0")
         check_temperature(temperature, cluster_temperature)
         self.num_clusters, self.out_dim = num_clusters, out_dim
         self.temperature, self.cluster_temperature = temperature, cluster_temperature

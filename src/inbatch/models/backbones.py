@@ -81,12 +81,12 @@ def own_backbone(own: OwnPart, size: int, channels: int, kwargs: dict[str, Any])
         kwargs: Other arguments of the class or function.
 
     Raises:
-        ConfigError: If it cannot be built so, or is no module.
+        ConfigError: If it cannot be built so, or is not a module.
     """
     maker = own.maker
     if isinstance(maker, nn.Module):
         if kwargs:
-            raise ConfigError(f"encoder.{next(iter(kwargs))}: {own.name} is a module that exists, without settings")
+            raise ConfigError(f"encoder.{next(iter(kwargs))}: {own.name} is an existing module, which has no settings")
         return copy.deepcopy(maker).cpu()
     known = inspect.signature(maker).parameters
     given = {key: value for key, value in (("size", size), ("channels", channels)) if key in known}
@@ -159,7 +159,7 @@ def _cached(name: str) -> dict[str, Any]:
     file = try_to_load_from_cache(cfg.hf_hub_id, cfg.hf_hub_filename or "model.safetensors")
     if not isinstance(file, str):
         raise ConfigError(
-            f"the published weights of {name} are in no cache, and {constants.ENDPOINT} does not answer. {_INSTEAD}"
+            f"the published weights of {name} are not in a cache, and {constants.ENDPOINT} does not answer. {_INSTEAD}"
         )
     return {"pretrained_cfg_overlay": {"file": file}}
 

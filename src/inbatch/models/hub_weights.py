@@ -94,7 +94,7 @@ def _file(name: str, file: str) -> Path | None:
                 return None
             why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{constants.ENDPOINT} does not answer"
             raise ConfigError(
-                f"the weights of {name} are in no cache, and {why}. Without a network, give init the path of a "
+                f"the weights of {name} are not in a cache, and {why}. Without a network, give init the path of a "
                 "downloaded .safetensors file"
             )
         return Path(hf_hub_download(repository, file, revision=revision or None))

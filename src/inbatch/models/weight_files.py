@@ -108,7 +108,7 @@ def read_contents(path: Path) -> Contents:
         else:
             loaded = _load_indexed(path) if is_index(path) else _load(path)
         if not isinstance(loaded, Mapping):
-            raise DataError(f"it holds a {type(loaded).__name__} instead of tensors with names")
+            raise DataError(f"it holds a {type(loaded).__name__} instead of named tensors")
         tensors = {_WRAPPERS.sub("", name): tensor for name, tensor in _named(loaded)}
         if not tensors:
             raise DataError("it holds no tensors")
@@ -134,7 +134,7 @@ def is_index(path: Path) -> bool:
 
 
 def indexed_files(path: Path) -> dict[str, list[str]]:
-    """Return the files that an index names, and the names of the tensors in each; DataError if it is no index."""
+    """Return the files that an index names, and the names of the tensors in each; DataError if it is not an index."""
     try:
         places = json.loads(path.read_bytes())["weight_map"]
         named = [(str(name), str(file)) for name, file in places.items()]
@@ -162,7 +162,7 @@ def _load_indexed(path: Path) -> dict[str, Any]:
         except safetensors.SafetensorError:
             raise DataError(f"{file} is damaged. Copy or download it again") from None
         if not isinstance(part, Mapping):
-            raise DataError(f"{file} holds a {type(part).__name__} instead of tensors with names")
+            raise DataError(f"{file} holds a {type(part).__name__} instead of named tensors")
         if missing := [name for name in names if name not in part]:
             raise DataError(f"{file} lacks {listed(missing, 3)}, which its index places there")
         tensors |= {name: part[name] for name in names}

@@ -19,7 +19,7 @@ class Negatives:
     Attributes:
         same: (N,) integers; samples with equal integers are never negatives of each other. None: every other sample is
             a negative.
-        bank: (L,) integers; a row of the memory bank is no negative of the samples with an equal integer in `same`.
+        bank: (L,) integers; a row of the memory bank is not a negative of the samples with an equal integer in `same`.
             None: every row of it is a negative.
         tau_plus: probability that a negative is of the query's class, for the correction; None: no correction.
         beta: weight of hard negatives in the correction; 0: all count alike.

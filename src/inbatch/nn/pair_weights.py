@@ -57,7 +57,7 @@ class SameGroup:
     def __post_init__(self) -> None:
         """Raise ValueError for a weight below 0 or ids that are not integers."""
         if not 0 <= self.weight < float("inf"):
-            raise ValueError(f"a weight of {self.weight:g} has no logarithm: it must be finite and at least 0")
+            raise ValueError(f"weight {self.weight:g} must be finite and at least 0, because its logarithm is used")
         if (self.q_class is None) != (self.k_class is None):
             raise ValueError("classes are those of queries and keys, or of neither")
         every = [x for x in (self.q_ids, self.k_ids, self.q_class, self.k_class) if x is not None]

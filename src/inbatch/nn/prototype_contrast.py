@@ -50,7 +50,7 @@ def chosen_proto_nce(
         counts: False leaves a column out.
         samples: N, the number of samples.
         mixture: q are rows of mixed images; the target is shared by the prototypes of two samples.
-        same: prototypes of samples with equal numbers are no negatives of each other; None: all are.
+        same: prototypes of samples with equal numbers are not negatives of each other; None: all are.
     """
     n = samples
     if not batch_count(len(q), q) or n > len(columns):

@@ -31,7 +31,7 @@ def replacing(path: Path, keep: Path | None = None) -> Iterator[BinaryIO]:
     A missing folder is created; if `path` is a link, its target is replaced, not the link. Threads and processes may
     write the same file at the same time: each has a new file of its own, and the last one to finish replaces `path`.
 
-    Files that dead processes left beside it, unfinished versions of the same file, are removed.
+    Files that dead processes left next to it, unfinished versions of the same file, are removed.
 
     Args:
         path: file to replace.
@@ -63,7 +63,7 @@ def replacing(path: Path, keep: Path | None = None) -> Iterator[BinaryIO]:
 
 @contextmanager
 def _new_file(place: Path) -> Iterator[tuple[Path, BinaryIO]]:
-    """Create a file beside another one, under a name that no other writer has, and own it within the context.
+    """Create a file next to another one, under a name that no other writer has, and own it within the context.
 
     Another writer may take it for abandoned, and remove it, before it is owned: then another one is created.
     """

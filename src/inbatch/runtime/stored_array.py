@@ -52,7 +52,7 @@ def stored_member(file: str, opened: IO[bytes], archive: zipfile.ZipFile, name: 
 
     Raises:
         KeyError: If there is no such array.
-        ValueError: If it is no array.
+        ValueError: If it is not an array.
     """
     info = archive.getinfo(f"{name}.npy")
     if info.compress_type != zipfile.ZIP_STORED:

@@ -72,7 +72,7 @@ def check_method(
 
     Raises:
         MethodError: an AssertionError, if a test fails and `raise_errors` is True.
-        ConfigError: if `method` is no subclass of inbatch.methods.base.Method, or has no such option.
+        ConfigError: if `method` is not a subclass of inbatch.methods.base.Method, or has no such option.
     """
     if not (inspect.isclass(method) and issubclass(method, Method)):
         raise ConfigError(f"check_method takes a subclass of inbatch.methods.base.Method, not {method!r:.80}")
@@ -159,7 +159,7 @@ def _options(trial: Trial) -> Finding:
         except (TypeError, ValueError):
             same = False
         if not same:
-            return fails(f"{name} = {value!r:.60} is no value of JSON, and a recipe cannot store it: use numbers, "
+            return fails(f"{name} = {value!r:.60} is not a value of JSON, and a recipe cannot store it: use numbers, "
                          "text, booleans, None or lists, and make objects of them in the constructor")  # fmt: skip
     return Finding("options", True, "options have defaults and can be stored as JSON")
 

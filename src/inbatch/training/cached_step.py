@@ -72,7 +72,7 @@ class CachedStep:
 
         Raises:
             ConfigError: if the views do not hold the same samples, the samples are fewer than the chunks, or the loss
-                is no scalar or does not depend on the rows.
+                is not a scalar or does not depend on the rows.
         """
         several = not isinstance(views, Tensor)
         images: list[Tensor] = [views] if isinstance(views, Tensor) else list(views)

@@ -88,7 +88,7 @@ def named(callbacks: Sequence[Callback]) -> dict[str, Callback]:
     names: dict[str, Callback] = {}
     for callback in callbacks:
         if not isinstance(callback, Callback):
-            raise ConfigError(f"callbacks: {callback!r:.80} is no inbatch.Callback: derive its class from it")
+            raise ConfigError(f"callbacks: {callback!r:.80} is not an inbatch.Callback: derive its class from it")
         name, number = type(callback).__name__, 2
         while name in names:
             name, number = f"{type(callback).__name__}-{number}", number + 1

@@ -131,7 +131,7 @@ def _of_classes(source: Source, classes: tuple[str, ...]) -> Source:
 
 
 def _has_classes(source: Source) -> bool:
-    """Return whether an image has a class; several labels per image, (N, L), are no classes."""
+    """Return whether any image has a class; several labels per image, (N, L), are not classes."""
     return source.labels.ndim == 1 and bool((source.labels >= 0).any())
 
 

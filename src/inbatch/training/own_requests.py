@@ -85,7 +85,7 @@ def use_parts(*, method: Any = None, encoder: Any = None, views: Any = None, opt
 def requested_callbacks(values: Sequence[Any]) -> tuple[list[Callback], dict[str, OwnPart]]:
     """Return callbacks as objects, and as the user's own parts; classes are called without arguments."""
     if isinstance(values, Callback | type | OwnPart):
-        raise ConfigError("callbacks is a list: callbacks=[...]")
+        raise ConfigError("callbacks must be a list: pass callbacks=[...]")
     callbacks, parts = list[Callback](), dict[str, OwnPart]()
     for value in values:
         typed = value if isinstance(value, OwnPart) else None

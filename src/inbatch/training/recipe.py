@@ -88,9 +88,15 @@ class Recipe:
     """Everything that determines the computation of a run; the machine and the output are not part of it.
 
     Attributes:
-        data, split, subset: Images to learn from; subset: number of images, drawn with seed 0.
+        data: Images to learn from.
+        split: Split of the data to learn from.
+        subset: Number of images to learn from, drawn with seed 0; None for all.
         test: Data set for evaluation; None for the test split of the data or a held-out tenth.
-        channels, classes, levels: How the images are read (`data.open_data`).
+        channels: Channels of the images: 1 (grey), 3 (RGB), 2 or 4 (the same with alpha), or the number of channels of
+            TIFF files and arrays.
+        classes: File with the names of the classes; None for those of the data.
+        levels: The two values of images with more than 8 bits per channel that become 0 and 255; None for the full
+            16-bit range.
         image_column: Column of the images, in tar files their extension; None for the usual names.
         label_column: Column of the labels; None for the usual names, "none" for no labels.
         group_column: Column of known groups of the images, such as the video of a frame; of files "folder", or a
@@ -127,11 +133,12 @@ class Recipe:
             then states their number, on which the order depends.
         max_unreadable: Largest share of unreadable images.
         knn_k: Number of neighbours in k-NN evaluation.
-        evaluate_every, checkpoint_every: Intervals in epochs.
+        evaluate_every: Epochs from one online evaluation to the next.
+        checkpoint_every: Epochs from one checkpoint to the next.
         epochs: Passes over the images.
         seed: Seed of weights, order and views.
         sync_norm: Batch normalisation uses the statistics of all ranks; context then counts the samples of all ranks.
-        channels_last: Memory layout of images and convolution weights.
+        channels_last: Use the memory layout channels-last for images and convolution weights.
         compile: Compile the networks with torch.compile.
         shard: Divide the weights of the encoder, their gradients and the optimiser's state over the ranks (FSDP2), for
             models larger than a card; no effect on one rank.

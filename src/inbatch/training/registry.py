@@ -89,7 +89,7 @@ def make_part(part: str, options: Settings, size: int) -> Part | None:
     maker = maker_of(part, name)
     if not own_parts.is_maker(part, maker):
         for key in options.keys() - {"sizes", "object"}:
-            raise ConfigError(f"{part}.{key}: {name} is an object that exists, without settings")
+            raise ConfigError(f"{part}.{key}: {name} is an existing object, which has no settings")
         return Part(name, options)
     adapter, known = _schema(part, name, maker)
     if part == "views" and "size" in known:
@@ -101,7 +101,7 @@ def make_part(part: str, options: Settings, size: int) -> Part | None:
             raise ConfigError(f"{part} {name} has no setting {shown(key)}{nearest(key, known, usual=False)}")
     checked = validated(adapter, options, f"{part}.").model_dump()
     if part != "optimizer" and own_parts.find(part, name) is not None:
-        # Defaults that are no plain values stay those of the constructor.
+        # Defaults that are not plain values stay those of the constructor.
         return Part(name, {k: v for k, v in checked.items() if k in options or is_plain(v)})
     # Our own parts are written with all options; the options of torch's optimisers differ between versions.
     return Part(name, checked if part != "optimizer" else {k: checked[k] for k in options})

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from inbatch.batch import Batch, Rows, loss_fault, split_state
+from inbatch.batch import Batch, Losses, Rows, loss_fault, split_state
 from inbatch.context.curation import Curator
 from inbatch.context.mixing import Mixer
 from inbatch.context.negatives import DropSimilar
@@ -71,7 +71,7 @@ class Step:
         variance: Weight of VICReg's variance term over all rows that the loss reads, added to the loss of any method.
         scale: Return the scale of the image side at a share of the run, for progressive resizing.
         frozen: Number of steps at the start in which the encoder does not learn.
-        similar: Find the samples that are near duplicates, which are no negatives.
+        similar: Find the samples that are near duplicates, which are not negatives.
         commit: Called before anything except buffers of the networks and the curator changes; the step then completes.
     """
 
@@ -128,13 +128,7 @@ class Step:
         peers = ring.OwnRows(equal=True) if own else None
         shares: dict[str, Any] = {"rank": distributed.rank(), "world": distributed.world(), "add": distributed.add_}
         with logsumexp.using(products=self.products, peers=peers, **({} if own else shares)):
-            terms = (self.method if mixing is None else mixing).loss(rows, target_rows, samples)
-            if fault := loss_fault(terms, dict(self.method.named_buffers())):
-                raise ConfigError(f"{type(self.method).__name__}: {fault} (inbatch check-method tests all of a method)")
-            losses, state = split_state(terms)
-            if self.variance:
-                narrow = torch.stack([variance_hinge(x) for x in rows.values()]).mean()
-                losses |= {"loss": losses["loss"] + self.variance * narrow, "narrowness": narrow}
+            losses, state = self._losses(rows, target_rows, samples, mixing)
             losses["loss"].backward()
 
         self.optimizer.zero_grad(set_to_none=True)
@@ -160,6 +154,19 @@ class Step:
             self.method.store(state)
             self.method.after_step({name: x.detach() for name, x in rows.items()}, target_rows, samples, progress)
         return {name: x.detach() for name, x in losses.items()} | {"grad_norm": norm} | figures
+
+    def _losses(
+        self, rows: Rows, target_rows: Rows, samples: Batch, mixing: StepMixing | None
+    ) -> tuple[Losses, dict[str, Tensor]]:
+        """Return the losses of the batch, and the next values of the method's buffers."""
+        terms = (self.method if mixing is None else mixing).loss(rows, target_rows, samples)
+        if fault := loss_fault(terms, dict(self.method.named_buffers())):
+            raise ConfigError(f"{type(self.method).__name__}: {fault} (inbatch check-method tests all of a method)")
+        losses, state = split_state(terms)
+        if self.variance:
+            narrow = torch.stack([variance_hinge(x) for x in rows.values()]).mean()
+            losses |= {"loss": losses["loss"] + self.variance * narrow, "narrowness": narrow}
+        return losses, state
 
     def _forward(
         self, network: Network, call: nn.Module, batch: Batch, held: Sequence[Tensor] | None, views: list[int],

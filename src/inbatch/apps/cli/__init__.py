@@ -9,6 +9,7 @@ from inbatch.apps.cli import (
     collection,
     comparison,
     deployment,
+    evaluation,
     inspection,
     papers,
     system,
@@ -16,9 +17,6 @@ from inbatch.apps.cli import (
     training,
 )
 from inbatch.apps.cli.app import app, main
-
-# isort: split
-from inbatch.apps.cli import evaluation  # last: the order of the commands in the help
 
 __all__ = [
     "adaptation",

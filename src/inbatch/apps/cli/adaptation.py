@@ -51,7 +51,9 @@ def adapt(
     out: Annotated[
         Path | None, Option("--output-dir", "--out", "-o", help="Directory of the result; default runs/adapt-DATA-N.")
     ] = None,
-    seeds: Annotated[int, Option(min=1, max=1000, help="Number of runs; one alone is never shown to help.")] = 3,
+    seeds: Annotated[
+        int, Option(min=1, max=1000, help="Number of runs; one run cannot show that the training helped.")
+    ] = 3,
     budget: Annotated[
         str | None, Option(metavar="TIME", help="Wall time of the command, with its verdict: 30m, 2h.")
     ] = None,

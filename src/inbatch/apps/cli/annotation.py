@@ -41,7 +41,7 @@ def select(
     ] = None,
     labelled: Annotated[
         str | None,
-        Option(metavar="FILE|data|none", help="What is labelled already: a list, features, or the labels of the data."),
+        Option(metavar="FILE|data|none", help="Labelled images: a list, features, or the labels of the data."),
     ] = None,
     split: Split = None,
     write: Annotated[Path | None, Option("--write", metavar="CHOSEN.csv", help="List for --data.")] = None,
@@ -53,7 +53,7 @@ def select(
     encoder: OwnEncoder = None,
     as_json: Json = False,
 ) -> None:
-    """Choose the images to label next by their features; what is labelled already counts as chosen."""
+    """Choose the images to label next by their features; labelled images count as chosen."""
     with reported(as_json):
         from inbatch.apps.collection.select import select_images
         from inbatch.evaluation.selection import DEFAULT
@@ -87,7 +87,9 @@ def select(
 def labels(
     features: Features,
     data: Images = None,
-    count: Annotated[int | None, Option("-n", "--count", min=1, help="Most suspects; default: all.")] = None,
+    count: Annotated[
+        int | None, Option("-n", "--count", min=1, help="Maximum number of suspects; default: all.")
+    ] = None,
     folds: Annotated[int, Option(min=2, help="Parts of the cross-validation.")] = 5,
     neighbours: Annotated[int, Option("-k", "--neighbours", min=1, help="Neighbours of each image.")] = 30,
     split: Split = None,

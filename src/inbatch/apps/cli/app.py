@@ -21,26 +21,53 @@ from inbatch.runtime.files import check_writable
 from inbatch.runtime.paths import path_of
 
 USUAL = {
-    "--amp": "--precision", "--fp16": "--precision", "--mixed-precision": "--precision", "--optim": "--optimizer",
+    "--fp16": "--precision", "--fp32": "--precision", "--mixed-precision": "--precision", "--optim": "--optimizer",
     "--arch": "--encoder", "--weight-decay": "--set optimizer.weight_decay=", "--wd": "--set optimizer.weight_decay=",
     "--temperature": "--set method.temperature=", "--max-epochs": "--epochs", "--num-epochs": "--epochs",
     "--gpus": "--device", "--gpu": "--device", "--pretrained": "--init", "--momentum": "--set optimizer.momentum=",
-    "--warmup": "--set schedule.warmup_epochs=", "--queue-size": "--set method.queue_size=", "--root": "--data",
+    "--warmup": "--set schedule.warmup_epochs=", "--warmup-epochs": "--set schedule.warmup_epochs=",
+    "--scheduler": "--set schedule.name=", "--lr-scheduler": "--set schedule.name=", "--bs": "--batch-size",
+    "--queue-size": "--set method.queue_size=", "--root": "--data", "--data-dir": "--data", "--dataset": "--data",
+    "--img-size": "--image-size", "--input-size": "--image-size", "--crop-size": "--image-size",
+    "--checkpoint": "--resume", "--ckpt": "--resume", "--eval-every": "--set evaluate_every=",
+    "--save-every": "--set checkpoint_every=", "--proj-dim": "--set method.out_dim=", "--wandb": "--track",
+    "--log-dir": "--output-dir", "--save-dir": "--output-dir",
 }  # fmt: skip
-"""Options of other programs -> what to write here."""
+"""Options of other programs -> what to write here, if the command has that option."""
 
 
 class Program(typer.core.TyperGroup):
-    """The commands; for a usual option that a command does not have, the error names the one to use."""
+    """The commands in the order of a project; for an option of other programs, the error names the one to use."""
+
+    ORDER = (
+        "quickstart", "data", "views", "pretrain", "adapt", "evaluate", "embed", "export", "compare", "choose", "runs",
+        "explore", "search", "duplicates", "outliers", "select", "labels", "train-classifier", "predict", "methods",
+        "plugins", "check-method", "inspect", "crops", "replay", "table", "bench", "doctor", "slurm",
+    )  # fmt: skip
+
+    def _place(self, name: str) -> int:
+        return self.ORDER.index(name) if name in self.ORDER else len(self.ORDER)
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Return the names of the commands as the help lists them."""
+        return sorted(super().list_commands(ctx), key=self._place)
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command, or raise its usage error with a suggestion."""
         try:
             return super().invoke(ctx)
         except Exception as error:  # of typer's copy of click, or of click: both have the attribute
-            if (usual := USUAL.get(getattr(error, "option_name", None) or "")) is not None:
+            if usual := usual_option(error):
                 error.possibilities = [usual]  # type: ignore[attr-defined]
             raise
+
+
+def usual_option(error: Exception) -> str | None:
+    """Return what to write instead of an unknown option; None if the command has no such option either."""
+    usual = USUAL.get(getattr(error, "option_name", None) or "", "")
+    command = getattr(getattr(error, "ctx", None), "command", None)
+    has = {name for parameter in getattr(command, "params", ()) for name in parameter.opts}
+    return usual if usual.partition(" ")[0] in has else None
 
 
 app = typer.Typer(
@@ -49,7 +76,7 @@ app = typer.Typer(
     help="Self-supervised and supervised learning of image features, with interaction of the samples of a batch.",
     epilog="Start here:\n\n  inbatch quickstart\n\n  inbatch pretrain --data ~/photos\n\n"
     "  inbatch pretrain --help\n\n"
-    "Exit codes: 0 fine, 1 crash, 2 usage or settings, 3 data, 4 diverged or not learned, "
+    "Exit codes: 0 success, 1 crash, 2 usage or settings, 3 data, 4 diverged or not learned, "
     "75 stopped by a signal, 130 by Ctrl-C.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -85,10 +112,11 @@ def _run(stop: signals.Stop) -> None:
 
 
 def with_values(words: list[str]) -> list[str]:
-    """Return the words of a command line with `--resume auto` for `--resume` without a value."""
+    """Return the words of a command line with the values of `--resume` and `--amp`, which may be left out."""
+    values = {"--resume": "auto", "--amp": "bf16"}
     follows = [*words, "-"][1:]
     pairs = (
-        [word, "auto"] if word == "--resume" and then.startswith("-") else [word]
+        [word, values[word]] if word in values and then.startswith("-") else [word]
         for word, then in zip(words, follows, strict=True)
     )
     return [word for pair in pairs for word in pair]

@@ -41,13 +41,16 @@ def explore(
     ] = None,
     out: Annotated[Path, Option("--out", "-o", help="HTML file to write; replaced if it exists.")] = Path("map.html"),
     projection: Annotated[
-        str, Option(metavar="auto|pca|tsne|umap|pacmap", help="How features become two coordinates.")
+        str, Option(metavar="auto|pca|tsne|umap|pacmap", help="Projection of the features to two dimensions.")
     ] = "auto",
     thumbnails: Annotated[
         int | None, Option(min=0, help="Side in pixels, 0 for none; default 64, and 32 for over 10,000 images.")
     ] = None,
     inside: Annotated[
-        float, Option(metavar="MB", min=0, help="Thumbnails of more megabytes are written to a folder beside the file.")
+        float,
+        Option(
+            metavar="MB", min=0, help="Largest size of thumbnails in the file; larger ones go to a folder next to it."
+        ),
     ] = 30.0,
     index: Index = "exact",
     split: Split = None,
@@ -82,7 +85,7 @@ def _show_map(result: dict[str, Any]) -> None:
     duplicates, pictures = result["near_duplicates"], result["thumbnails"]
     say(f"Map:         {result['out']} ({result['bytes'] / 1e6:,.1f} MB)")
     if pictures and pictures["folder"]:
-        say(f"Thumbnails:  {pictures['folder']} ({pictures['bytes'] / 1e6:,.1f} MB); keep it beside the map")
+        say(f"Thumbnails:  {pictures['folder']} ({pictures['bytes'] / 1e6:,.1f} MB); keep it next to the map")
     elif not pictures:
         say("Thumbnails:  none" + ("" if result["features"][0].get("data") else ": pass DATA to show the images"))
     say(f"Images:      {result['images']:,}, {many(result['clusters'], 'cluster')}, by {result['projection']}")

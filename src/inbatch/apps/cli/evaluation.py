@@ -71,7 +71,7 @@ def evaluate(
         Option("--label-fraction", "--share", help="Fraction of the labels, for few; default 0.01, 0.1, 0.5."),
     ] = None,
     draws: Annotated[
-        int | None, Option("--label-seeds", "--draws", min=1, help="Draws of these labels; default 3.")
+        int | None, Option("--label-seeds", "--draws", min=1, help="Random draws of these labels; default 3.")
     ] = None,
     tuning: Annotated[str | None, Option(help="Fine-tuning recipe: small, upright, simclr-1, simclr-10.")] = None,
     tuning_share: Annotated[float | None, Option(help="Fraction of the labels, for finetune; default: all.")] = None,
@@ -87,7 +87,7 @@ def evaluate(
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Evaluate a run's encoder by k-NN, linear probe, clustering and more; every figure comes with its protocol.
+    """Evaluate a run's encoder by k-NN, linear probe, clustering and more, and state every figure's protocol.
 
     Under torchrun all ranks share the work.
     """

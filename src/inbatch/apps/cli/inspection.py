@@ -54,7 +54,7 @@ def views(
     preset: Annotated[str | None, Option(help="Use the views of this preset of the method.")] = None,
     crops: Annotated[str | None, Option(help="Geometry of the two views' crops; see inbatch crops.")] = None,
     method: Annotated[str | None, Option(help="Method whose presets are used; default simclr.")] = None,
-    size: Annotated[int | None, Option(min=1, help="Side of the views in pixels.")] = None,
+    size: Annotated[int | None, Option("--image-size", "--size", min=1, help="Side of the views in pixels.")] = None,
     count: Annotated[int, Option(min=1, help="Number of images.")] = 8,
     seed: Annotated[int, Option(min=0, max=SEEDS, help="Seed of the choice of images, and of the views.")] = 0,
     image_column: ImageColumn = None,
@@ -93,7 +93,7 @@ def data(
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Check every image before training: classes, sizes, duplicates, leaks, damage. Exits with 3 if a run would."""
+    """Check every image before training: classes, sizes, duplicates, leaks, damage; exit with 3 if no run can start."""
     with reported(as_json):
         from inbatch.apps.reports import dataset_text
         from inbatch.apps.reports.dataset import survey_data
@@ -171,7 +171,7 @@ def replay(
     views: OwnViews = None,
     as_json: Json = False,
 ) -> None:
-    """Repeat the step with a non-finite loss or gradient and report where it began. Exits with 4 if finite now."""
+    """Repeat the step with a non-finite loss or gradient and report where it began. Exits with 4 if it is finite."""
     with reported(as_json):
         from inbatch.api import replay_run
 

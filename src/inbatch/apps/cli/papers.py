@@ -16,7 +16,7 @@ from inbatch.runtime.paths import expanded, path_of
     epilog="Examples:\n\n  inbatch table     the list of tables\n\n"
     "  inbatch table ba-ssl-3     published and reproduced figures, and every command\n\n"
     "  inbatch table ba-ssl-3 --scale cpu --data cifar10=cifar/\n\n"
-    "  inbatch table ba-ssl-3 --scale cpu --on digits --seed 0\n\n"
+    "  inbatch table ba-ssl-3 --scale cpu --dataset digits --seed 0\n\n"
     "  inbatch table ba-ssl-3 --from results/records -o table.html",
 )
 def table(

@@ -14,15 +14,19 @@ from inbatch.runtime.paths import expanded, path_of
 
 @app.command(
     epilog="Examples:\n\n  inbatch bench --quick     a functional check, some minutes\n\n"
-    "  inbatch bench views data --size 224 --peers --out bench.json\n\n"
-    "  inbatch bench tower step --method simclr --method moco --batch 512 --device cuda --compile",
+    "  inbatch bench views data --image-size 224 --peers --out bench.json\n\n"
+    "  inbatch bench network step --method simclr --method moco --batch-size 512 --device cuda --compile",
 )
 def bench(
     sections: Annotated[
         list[str] | None, Argument(metavar="[SECTION]...", help="views, network, step, loss, data, evaluation.")
     ] = None,
-    size: Annotated[int, Option(help="Side of the views in pixels: 32, or 224 from photographs.")] = 32,
-    batch: Annotated[int | None, Option(help="Samples per step; default 256 at 32 pixels, 64 at 224.")] = None,
+    size: Annotated[
+        int, Option("--image-size", "--size", help="Side of the views in pixels: 32, or 224 from photographs.")
+    ] = 32,
+    batch: Annotated[
+        int | None, Option("--batch-size", "--batch", help="Samples per step; default 256 at 32 pixels, 64 at 224.")
+    ] = None,
     encoder: Annotated[str | None, Option(help="Encoder; default resnet18.")] = None,
     method: Annotated[list[str] | None, Option(help="Method to measure; repeatable; default simclr.")] = None,
     threads: Annotated[int | None, Option(help="Threads; default: 1 for views and decoding, else all cores.")] = None,

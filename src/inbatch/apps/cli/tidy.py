@@ -34,13 +34,14 @@ Keep = Annotated[Path | None, Option("--write", metavar="KEEP.csv", help="List o
 )
 def duplicates(
     data: Data,
-    run: Annotated[Path | None, Option(help="Run, or an encoder's folder, whose features name candidates.")] = None,
-    features: Annotated[Path | None, Option(help="File of inbatch embed whose features name candidates.")] = None,
+    run: Annotated[Path | None, Option(help="Run or encoder's folder; its features give candidates.")] = None,
+    features: Annotated[Path | None, Option(help="File of inbatch embed; its features give candidates.")] = None,
     threshold: Annotated[
-        float | None, Option(min=-1, max=1, help="Least value of the pixel check of a near duplicate.")
+        float | None, Option(min=-1, max=1, help="Smallest value of the pixel check for a near duplicate.")
     ] = None,
     candidates: Annotated[
-        str | None, Option(metavar="thumbnails|features|both", help="What names candidates; default: all there is.")
+        str | None,
+        Option(metavar="thumbnails|features|both", help="Source of the candidates; default: all that are available."),
     ] = None,
     neighbours: Annotated[int, Option("-k", "--neighbours", min=1, help="Candidates per image and search.")] = 5,
     index: Index = "exact",
@@ -55,7 +56,7 @@ def duplicates(
     encoder: OwnEncoder = None,
     as_json: Json = False,
 ) -> None:
-    """Find identical and nearly identical images, leaks between splits first. Deletes nothing."""
+    """List identical and nearly identical images, those in different splits first. Deletes nothing."""
     with reported(as_json):
         if run is not None and features is not None:
             raise ConfigError("--run and --features both name features: give one of them")
@@ -88,9 +89,7 @@ def outliers(
     features: Features,
     data: Images = None,
     count: Annotated[int, Option("-n", "--count", min=1, help="Number of outliers to list.")] = 50,
-    order: Annotated[
-        str, Option(metavar="distribution|distance|density", help="What the list is ordered by.")
-    ] = "distribution",
+    order: Annotated[str, Option(metavar="distribution|distance|density", help="Order of the list.")] = "distribution",
     neighbours: Annotated[int, Option("-k", "--neighbours", min=1, help="Number of neighbours.")] = 20,
     index: Index = "exact",
     split: Split = None,

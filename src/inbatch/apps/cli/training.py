@@ -113,7 +113,10 @@ def pretrain(
     ] = None,
     context: Annotated[
         str | None,
-        Option(metavar="N|auto", help="Samples that share batch statistics; it sets the memory use. auto: what fits."),
+        Option(
+            metavar="N|auto",
+            help="Samples that share batch statistics; it sets the memory use. auto: the largest that fits.",
+        ),
     ] = None,
     budget: Annotated[
         str | None,
@@ -122,7 +125,10 @@ def pretrain(
     epochs: Annotated[int | None, Option(help="Passes over the images.")] = None,
     optimizer: Annotated[str | None, Option(help="lars, sgd, adamw, ..., or MODULE:NAME.")] = None,
     lr: Annotated[float | None, Option("--lr", "--learning-rate", help="Learning rate.")] = None,
-    precision: Annotated[str | None, Option(metavar="auto|bf16|float32", help="Precision of the networks.")] = None,
+    precision: Annotated[
+        str | None,
+        Option("--precision", "--amp", metavar="auto|bf16|float32", help="Precision of the networks; --amp: bf16."),
+    ] = None,
     seed: Annotated[int | None, Option(help="Seed of weights, order and views.")] = None,
     fuse: Annotated[
         str | None, Option(metavar="conv|set", help="Batch fusion: mix the images of a context group.")
@@ -166,7 +172,10 @@ def pretrain(
     ] = None,
     read: Annotated[
         str | None,
-        Option(metavar="auto|random|sequential", help="Images by index, or shards one after the other; auto: URLs."),
+        Option(
+            metavar="auto|random|sequential",
+            help="Read images by index, or shards one after another; auto: the latter for URLs.",
+        ),
     ] = None,
     download: Annotated[bool, Option("--download", help="Download a torchvision/NAME that is missing.")] = False,
     config: Annotated[Path | None, Option(metavar="FILE", help="A YAML or JSON file of settings.")] = None,
@@ -176,7 +185,9 @@ def pretrain(
         Option(metavar="RUN|auto", help="Continue a run, also with moved --data; auto, or no value: in --output-dir."),
     ] = None,
     overwrite: Annotated[bool, Option("--overwrite", help="Replace the run in --output-dir.")] = False,
-    expect_world_size: Annotated[int | None, Option(metavar="N", help="Fail with another number of processes.")] = None,
+    expect_world_size: Annotated[
+        int | None, Option(metavar="N", help="Fail if the number of processes differs.")
+    ] = None,
     stop_on_collapse: Annotated[
         bool, Option("--stop-on-collapse", help="Exit with code 4 if features collapse.")
     ] = False,

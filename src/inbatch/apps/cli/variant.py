@@ -8,7 +8,7 @@ from typing import Any
 
 import typer
 
-from inbatch.apps.cli.app import USUAL
+from inbatch.apps.cli.app import usual_option, with_values
 from inbatch.apps.cli.own_code import typed
 from inbatch.apps.cli.pretrain_options import pretrain_settings
 from inbatch.apps.cli.training import pretrain
@@ -64,12 +64,13 @@ def parse_variant(text: str) -> ParsedVariant:
     single = typer.Typer(add_completion=False)
     single.command(context_settings={"help_option_names": []})(pretrain)
     try:
-        context = typer.main.get_command(single).make_context("pretrain", words[1:])
+        context = typer.main.get_command(single).make_context("pretrain", with_values(words[1:]))
     except Exception as error:  # of typer's copy of click, or of click
         if not hasattr(error, "format_message"):
             raise
         option = getattr(error, "option_name", None) or ""
-        problem = f"No such option: {option}; use {USUAL[option]}" if option in USUAL else error.format_message()
+        usual = usual_option(error)
+        problem = f"No such option: {option}; use {usual}" if usual else error.format_message()
         raise ConfigError(f"variant {text!r}: {problem}") from None
     options = context.params
     for name in options:

@@ -212,7 +212,7 @@ def _pair(collection: Collection, images: ImageContents, pairs: _Pairs, i: int) 
 
 
 def _kept(collection: Collection, images: ImageContents, groups: list[dict[str, Any]]) -> list[int]:
-    """Return the positions in the collection of the readable images that are no duplicates."""
+    """Return the positions in the collection of the readable images that are not duplicates."""
     numbers = numbered(collection)
     duplicates = {numbers[one["split"]][one["index"]] for group in groups for one in group["duplicates"]}
     return [i for i in images.readable.tolist() if i not in duplicates]

@@ -133,7 +133,7 @@ def _reused(collection: Collection) -> list[str]:
 
 
 def _index(collection: Collection, notes: list[str]) -> NeighbourIndex:
-    """Return the index beside the features, or build and keep it; `notes` receives what was done."""
+    """Return the index next to the features, or build and keep it; `notes` receives what was done."""
     kept = collection.origin.get("file")
     file = None if kept is None else Path(kept).with_suffix(".index.safetensors")
     key = fingerprint(collection.vectors)

@@ -151,7 +151,7 @@ def _seeds(seeds: int | Sequence[int]) -> tuple[int, ...]:
 
 
 def _run(plan: Plan, request: Request, runner: ComparisonRunner, run: bool, began: float) -> dict[str, InbatchError]:
-    """Run what is missing, and return the errors of runs that could not be made."""
+    """Run the missing runs, and return the errors of those that failed."""
     runner.results.mkdir(parents=True, exist_ok=True)
     if not run:
         runner.collect(plan.cells)

@@ -129,7 +129,7 @@ class Record(pydantic.BaseModel, extra="forbid", allow_inf_nan=False):
 
 
 def _check_figures(part: Mapping[str, Any], name: str) -> None:
-    """Raise ValueError for a figure that is no number and a failure that is no text, at any depth."""
+    """Raise ValueError for a figure that is not a number and a failure that is not a text, at any depth."""
     for measure, value in part.items():
         if measure in MEASURES and not (value is None or _number(value)):
             raise ValueError(f"{name}.{measure} is not a number")

@@ -25,7 +25,7 @@ def record_of(cell: Cell, place: str, result: Mapping[str, Any]) -> Record:
         result: Content of the run's result.json.
 
     Raises:
-        DataError: If the result is no result of a run.
+        DataError: If the result is not a result of a run.
         InbatchError: If its recipe is not the cell's.
     """
     if not isinstance(result.get("recipe"), dict):

@@ -36,5 +36,5 @@ def values(image: Image.Image, white: int) -> np.ndarray:
     if len(found) < count:
         raise ValueError(f"truncated: {len(found):,} of {count:,} values")
     if found.min() < 0 or found.max() > white:
-        raise ValueError(f"it contains a value outside of 0 to {white}, its largest")
+        raise ValueError(f"it contains a value outside of 0 to {white}, the range that its header states")
     return found.astype(np.uint16).reshape(shape)

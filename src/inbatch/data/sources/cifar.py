@@ -97,7 +97,7 @@ def _read(file: Path) -> dict[str, Any]:
     except OSError as e:
         raise DataError(f"{str(file)!r} cannot be read: {e.strerror}; unpack the archive again") from e
     except Exception as e:  # a damaged pickle can raise any exception
-        raise DataError(f"{str(file)!r} is not a CIFAR file, or damaged: {e or type(e).__name__}") from e
+        raise DataError(f"{str(file)!r} is not a CIFAR file, or is damaged: {e or type(e).__name__}") from e
     if not isinstance(content, dict):
         raise DataError(f"{str(file)!r} is not a CIFAR file: it holds no dictionary")
     return {_text(key): value for key, value in content.items() if isinstance(key, bytes | str)}

@@ -90,7 +90,7 @@ def _checked(column: str) -> str:
     try:
         count = re.compile(column).groups
     except re.error as error:
-        raise DataError(f"group_column = {column!r} is no regular expression: {error}") from None
+        raise DataError(f"group_column = {column!r} is not a regular expression: {error}") from None
     if count != 1:
         raise DataError(
             f"group_column = {column!r} has {count} pairs of capturing brackets: put one around the part of the path "

@@ -185,7 +185,7 @@ class NotClassesError(Exception):
 
 
 def meaning(value: Any) -> int | str | None:
-    """Return the class that a label means, None for unknown; raise NotClassesError for labels that are no classes."""
+    """Return the class that a label means, None for unknown; raise NotClassesError for labels that are not classes."""
     if isinstance(value, Unusable):
         raise NotClassesError(value.kind)
     if value is None or type(value).__name__ in ("NAType", "NaTType"):  # of pandas

@@ -117,7 +117,7 @@ def _open_npy(file: str, reading: Reading) -> Source:
     images = np.atleast_1d(mapped)
     if not len(images):
         raise DataError(f"{file!r} holds no image (its first side is 0)")
-    _converted(images[:1], reading, file)  # raises for arrays that are no images
+    _converted(images[:1], reading, file)  # raises for arrays that are not images
     if images.flags.c_contiguous:
         return NpySource(StoredArray(file, mapped.offset, images.shape, images.dtype), reading)
     _check_memory(file, images.nbytes)  # column by column: no image can be read alone

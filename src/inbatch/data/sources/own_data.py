@@ -36,7 +36,7 @@ class ItemSource(Source):
         labels: Labels of all items, if they are passed separately.
 
     Raises:
-        DataError: If an item is no image, or another one each time it is read, or if the labels cannot be used.
+        DataError: If an item is not an image, or another one each time it is read, or if the labels cannot be used.
     """
 
     def __init__(self, items: Any, name: str, reading: Reading, labels: Any = None):
@@ -88,7 +88,7 @@ class ItemSource(Source):
         try:
             return pixels_of(picture, self.channels, self.levels)
         except ValueError as error:
-            raise DataError(f"{which} of the {self.name} is no image: {error}") from None
+            raise DataError(f"{which} of the {self.name} is not an image: {error}") from None
 
     def _labels(self, labels: Any, first: Any, reading: Reading) -> Labels:
         """Return the labels: those passed, of an attribute of the object, or of every item, which are then all read."""
@@ -125,7 +125,7 @@ def _keys(item: Any, reading: Reading, name: str) -> tuple[Any, Any] | None:
         return image, label_column(list(types), [], reading.label_column, image, name)
     if (reading.image_column or reading.group_column) or reading.label_column not in (None, NO_LABELS):
         raise DataError(
-            f"image_column, label_column and group_column: the items of the {name} are no dicts; leave them out"
+            f"image_column, label_column and group_column: the items of the {name} are not dicts; leave them out"
         )
     if isinstance(item, tuple | list):
         if not item or not _is_image(item[0]):

@@ -37,7 +37,7 @@ class TarSource(Source):
         name: Name of the source.
         reading: See `Reading`; `image_column` is the extension of the images.
         note: See `Source`.
-        train: Tar files of the train split, whose numbering of the classes is used; empty for this one's own.
+        train: Tar files of the train split, whose numbering of the classes is used; empty to number this split's.
 
     Raises:
         DataError: If a file cannot be read, or if it is not clear which of several images of a key is meant.

@@ -151,7 +151,7 @@ def resolved(value: Any, is_maker: bool, options: Mapping[str, Any]) -> tuple[An
             raise ConfigError(f"the views cannot be made with these settings: {reason(error)}") from error
     several = tuple(value) if isinstance(value, tuple | list) else (value, value)
     if not several or not (all(isinstance(one, View) for one in several) or all(map(callable, several))):
-        raise ConfigError(f"views are Views, or transforms of images, not {value!r:.80}")
+        raise ConfigError(f"views must be a Views object or transforms of images, not {value!r:.80}")
     return several
 
 

@@ -1,4 +1,4 @@
-"""Noise of a sensor, of few photons, of defective pixels. Images are float32 in [0, 1], (N, C, H, W)."""
+"""Gaussian noise, shot noise and impulse noise. Images are float32 in [0, 1], (N, C, H, W)."""
 
 import torch
 from jaxtyping import Float

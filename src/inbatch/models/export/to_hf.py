@@ -25,7 +25,7 @@ def push(folder: Path, repository: str) -> str:
     """Upload a folder to a repository of the hub, created as a private one if it does not exist; return its address.
 
     Raises:
-        ConfigError: if the name is no name of a repository.
+        ConfigError: if the name is not a name of a repository.
         InbatchError: if the hub refuses it or cannot be reached; the folder is unchanged.
     """
     from huggingface_hub import HfApi
@@ -36,7 +36,7 @@ def push(folder: Path, repository: str) -> str:
         created = api.create_repo(repository, private=True, exist_ok=True)
         api.upload_folder(repo_id=created.repo_id, folder_path=folder, commit_message="Upload an encoder of inbatch")
     except HFValidationError as error:
-        raise ConfigError(f"{repository!r} is no name of a repository, such as USER/NAME: {error}") from None
+        raise ConfigError(f"{repository!r} is not a name of a repository, such as USER/NAME: {error}") from None
     except Exception as error:  # its client raises any exception of its transport
         raise InbatchError(
             f"{folder} is written, but was not pushed to {repository} ({reason(error)[:300]}): log in with "
