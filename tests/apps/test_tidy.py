@@ -127,7 +127,7 @@ def test_wrong_input(photos: Path, features: Path, tmp_path: Path) -> None:
     blocked.write_text("")
     for words, code, message in (
         (f"duplicates {empty}", 3, "image"),
-        (f"duplicates {photos} --threshold 2", 2, "threshold"),
+        *((f"duplicates {photos} --threshold={t}", 2, "above -1, at most 1") for t in ("-1", "2", "nan")),
         (f"duplicates {photos} --run a --features b", 2, "give one of them"),
         (f"duplicates {photos} --candidates features", 2, "pass a run or a file"),
         (f"duplicates {photos} --candidates odd", 2, "thumbnails, features or both"),

@@ -37,7 +37,7 @@ def duplicates(
     run: Annotated[Path | None, Option(help="Run, or an encoder's folder, whose features name candidates.")] = None,
     features: Annotated[Path | None, Option(help="File of inbatch embed whose features name candidates.")] = None,
     threshold: Annotated[
-        float | None, Option(min=-1, max=1, help="Least value of the pixel check of a near duplicate.")
+        float | None, Option(help="Least pixel check of a near duplicate, above -1, at most 1; default 0.9.")
     ] = None,
     candidates: Annotated[
         str | None, Option(metavar="thumbnails|features|both", help="What names candidates; default: all there is.")

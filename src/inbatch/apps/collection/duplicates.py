@@ -58,7 +58,7 @@ def find_duplicates(
         data: The images, as in `open_data`; with a run, None for its own.
         features: A run, the folder of an encoder, or a file of `inbatch embed`.
         candidates: What names candidates: "thumbnails", "features" or "both"; by default all there is.
-        threshold: Least value of the check of near duplicates, -1 to 1; `THRESHOLD` by default.
+        threshold: Least value of the check of near duplicates, above -1, at most 1; `THRESHOLD` by default.
         neighbours: Candidates of each image by each search.
         index: How neighbours are searched, "exact" or "approximate".
         split: The only split; all by default.
