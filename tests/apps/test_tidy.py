@@ -132,6 +132,7 @@ def test_wrong_input(photos: Path, features: Path, tmp_path: Path) -> None:
         (f"duplicates {photos} --candidates features", 2, "pass a run or a file"),
         (f"duplicates {photos} --candidates odd", 2, "thumbnails, features or both"),
         (f"duplicates {photos} --index fast", 2, "exact or approximate"),
+        (f"duplicates {photos} --device gpu", 2, "unknown device"),
         (f"duplicates {photos} --write list.txt", 2, ".csv"),
         (f"duplicates {photos} --write {blocked}/keep.csv", 1, "Cannot write"),
         (f"duplicates {photos} --picture pairs.abc", 2, "pairs.abc"),

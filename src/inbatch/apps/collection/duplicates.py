@@ -24,6 +24,7 @@ from inbatch.evaluation.near_duplicates import (
 from inbatch.evaluation.neighbours import check_index, nearest_others
 from inbatch.evaluation.selected_rows import AnyRows, SelectedRows
 from inbatch.evaluation.thumbnail_alignment import THRESHOLD, compare
+from inbatch.runtime.device import device_for
 from inbatch.runtime.isolation import isolated
 from inbatch.runtime.text import one_line
 
@@ -81,6 +82,7 @@ def find_duplicates(
     check_whole("neighbours", neighbours, 1)
     ways = _ways(candidates, features)
     check_index(index)
+    device_for(device)  # also without features, which alone are computed on it
     check_outputs(write, picture, data)
     reading = dict(settings or {}) | {"image_column": image_column, "label_column": label_column}
     collection = open_images(data, features, split, reading, device, quiet)
