@@ -91,7 +91,7 @@ def find_duplicates(
     check_images(collection, write, picture)
     images = read_contents(collection, quiet)
     if not len(images.readable):
-        raise DataError(f"{collection.name} has no readable image")
+        raise DataError(f"{collection.name} has no readable image: {'; '.join(images.unreadable[:3])}")
     places, similarity = _candidates(collection, images, (neighbours, index), ways)
     collection = replace(collection, vectors=torch.zeros(len(collection), 0))  # frees them, or the pages of their file
     pairs = _compared(images, places, similarity, limit)
