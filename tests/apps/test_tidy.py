@@ -141,6 +141,7 @@ def test_wrong_input(photos: Path, features: Path, tmp_path: Path) -> None:
         (f"outliers {one}", 3, "one image"),
         (f"outliers {features} --order size", 2, "distribution, distance, density"),
         (f"outliers {features} --write keep.csv", 2, "pass DATA"),
+        (f"outliers {features} {photos} -n 9 --write {tmp_path}/keep.csv", 2, "choose a smaller number"),
         (f"outliers {features} {photos} --picture {blocked}/sheet.png", 1, "Cannot write"),
     ):
         result = run(words)
