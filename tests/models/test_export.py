@@ -141,6 +141,19 @@ def test_foreign_folders_are_not_replaced(small: Encoder, tmp_path: Path, monkey
         export_model(small, tmp_path / "file" / "out", "torch")
 
 
+def test_kept_features_do_not_protect_an_export(small: Encoder, tmp_path: Path) -> None:
+    save_encoder(small, tmp_path)
+    (tmp_path / "features").mkdir()
+    for end in (".npz", ".json", ".index.safetensors"):
+        (tmp_path / "features" / ("0" * 24 + end)).write_text("{}")
+    for files in (folder.ENCODER_FILES, None):
+        folder.check_free(tmp_path, files)
+    (tmp_path / "features" / "mine.npz").write_text("")
+    for files in (folder.ENCODER_FILES, None):
+        with pytest.raises(ConfigError, match="is not an exported encoder"):
+            folder.check_free(tmp_path, files)
+
+
 @pytest.mark.usefixtures("quick")
 def test_a_failure_leaves_the_previous_export(small: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     export_model(small, tmp_path / "out", "torch")
