@@ -194,6 +194,7 @@ def test_the_command(small: Encoder, tmp_path: Path) -> None:
         ("--to onnx --license mit -o new", 2, "--push and --license belong to --to hf"),
         (f"--to torch -o {tmp_path}", 2, "choose another folder"),
         (f"--to torch -o {tmp_path / 'encoder' / 'config.json' / 'x'}", 1, "Cannot write"),
+        (f"-o {tmp_path / 'encoder' / 'config.json' / 'x'}", 1, "Cannot write"),
     ):  # fmt: skip
         told = run(f"export {tmp_path / 'encoder'} {words}")
         assert told.exit_code == code and why in told.stderr.replace("\n", " "), words

@@ -15,7 +15,7 @@ from inbatch.models.backbones import published_cfg, timm_arguments
 from inbatch.models.encoder import Encoder
 from inbatch.models.lora import plain_backbone
 from inbatch.models.readout import Readout
-from inbatch.runtime.files import object_in, read_json, replacing
+from inbatch.runtime.files import check_writable, object_in, read_json, replacing
 from inbatch.runtime.paths import path_of
 
 READOUT = "readout.safetensors"
@@ -91,6 +91,7 @@ def save_encoder(encoder: Encoder, directory: str | Path) -> None:
     """
     module, ours = as_saved(encoder)
     folder = path_of(directory, "directory")
+    check_writable(folder / "config.json")
     write(folder, module.state_dict(), ours | write_readout(encoder, folder), timm_config(encoder))
 
 
