@@ -17,6 +17,7 @@ import inbatch
 from inbatch.errors import ConfigError, DataError, InbatchError
 from inbatch.models import Encoder, create_encoder, save_encoder
 from inbatch.models.export import TARGETS, export_model, folder, push
+from inbatch.models.export.graph import traced
 from inbatch.models.export.model_card import model_card
 from inbatch.models.export.target import compare
 from inbatch.training.run_facts import run_facts
@@ -53,6 +54,7 @@ def inside(path: Path) -> set[str]:
 
 @pytest.mark.slow
 def test_a_program_of_torch(small: Encoder, tmp_path: Path) -> None:
+    assert not any("stack_trace" in node.meta for node in traced(small).graph.nodes), "paths of this machine"
     result = export_model(small, tmp_path / "out", "torch", {"recipe": {"seed": 1}})
     assert inside(tmp_path / "out") == {"encoder.pt2", "export.json"} and inside(tmp_path) == {"out"}
     assert json.loads((tmp_path / "out" / "export.json").read_text()) == result
