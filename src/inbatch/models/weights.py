@@ -54,7 +54,13 @@ def read_folder(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return all weights and the inbatch part of config.json of an encoder's or a classifier's folder."""
     try:
         data = (path / "model.safetensors").read_bytes()
-        config = object_in(read_json(path / "config.json"), "inbatch", path / "config.json")
+        whole = read_json(path / "config.json")
+        config = object_in(whole, "inbatch", path / "config.json")
+        if "inbatch" in whole and "sha256" not in config:
+            raise DataError(
+                f"{path / 'config.json'} does not describe the weights beside it: its object 'inbatch' lacks 'sha256'; "
+                "export the encoder again, or pass the file model.safetensors"
+            )
         if config and hashlib.sha256(data).hexdigest() != config["sha256"]:
             raise DataError(f"{path}: model.safetensors is not the file config.json describes; it is damaged.")
         return safetensors.torch.load(data), config
