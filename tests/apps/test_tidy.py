@@ -146,7 +146,7 @@ def test_wrong_input(photos: Path, features: Path, tmp_path: Path) -> None:
     ):
         result = run(words)
         assert result.exit_code == code and message in result.stderr, (words, result.stderr)
-    with pytest.raises(DataError, match="no readable image: .*0.png' cannot be read"):
+    with pytest.raises(DataError, match=r"no readable image: .*0\.png' cannot be read"):
         damaged = tmp_path / "damaged"
         damaged.mkdir()
         (damaged / "0.png").write_bytes(b"no image")

@@ -131,7 +131,9 @@ def select(
     pool = _Pool(vectors, labelled, labels, names, generator, seed)
     if count > (free := int((~labelled).sum())):
         if not free:
-            raise ConfigError(f"all {len(vectors):,} images are labelled: there is none to choose (--labelled none: all)")
+            raise ConfigError(
+                f"all {len(vectors):,} images are labelled: there is none to choose (--labelled none: all)"
+            )
         known = f" ({int(labelled.sum()):,} are labelled)" if labelled.any() else ""
         raise ConfigError(f"{many(count, 'image')} cannot be chosen from {free:,}{known}: choose at most {free:,}")
     with fast_products():
