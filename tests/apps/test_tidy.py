@@ -13,7 +13,7 @@ from scenes import scene
 
 import inbatch
 from inbatch.data import open_data, splits
-from inbatch.errors import DataError
+from inbatch.errors import ConfigError, DataError
 from inbatch.evaluation import Embeddings, write_embeddings
 from inbatch.evaluation.neighbours import nearest_others
 from inbatch.evaluation.selected_rows import SelectedRows
@@ -146,6 +146,8 @@ def test_wrong_input(photos: Path, features: Path, tmp_path: Path) -> None:
     ):
         result = run(words)
         assert result.exit_code == code and message in result.stderr, (words, result.stderr)
+    with pytest.raises(ConfigError, match=r"the threshold is '0\.9': choose"):
+        inbatch.find_duplicates(photos, threshold="0.9")  # type: ignore[arg-type]
     with pytest.raises(DataError, match=r"no readable image: .*0\.png' cannot be read"):
         damaged = tmp_path / "damaged"
         damaged.mkdir()

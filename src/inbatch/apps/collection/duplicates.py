@@ -77,8 +77,8 @@ def find_duplicates(
         Unwritten: If a file cannot be written; the error holds the result.
     """
     limit = THRESHOLD if threshold is None else threshold
-    if not -1 < limit <= 1:
-        raise ConfigError(f"the threshold is {limit}: choose a correlation above -1, at most 1, such as {THRESHOLD}")
+    if not (isinstance(limit, int | float) and -1 < limit <= 1):
+        raise ConfigError(f"the threshold is {limit!r}: choose a correlation above -1, at most 1, such as {THRESHOLD}")
     check_whole("neighbours", neighbours, 1)
     ways = _ways(candidates, features)
     check_index(index)
