@@ -120,6 +120,7 @@ def test_invalid_input_gives_one_sentence(photos: Path, features: Path, tmp_path
         (f"select {tmp_path / 'none.npz'}", 3, "does not exist"),
         (f"select {features} {tmp_path / 'empty'}", 3, ""),
         (f"select {features} -n 61", 2, "at most 60"),
+        (f"select {features} -n 1 --labelled data", 2, "all 60 images are labelled: there is none to choose"),
         (f"select {features} --strategy best", 2, "choose one of diverse"),
         (f"select {features} --strategy uncertain -n 2", 3, "needs labelled images"),
         (f"select {features} -n 2 --write {tmp_path / 'a.csv'}", 2, "pass DATA"),

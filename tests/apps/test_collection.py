@@ -122,12 +122,14 @@ def test_features_that_cannot_be_used_are_refused(photos: Path, encoder: Path, t
     (tmp_path / "damaged.npz").write_bytes(b"PK")
     np.savez(tmp_path / "other.npz", images=np.zeros(3))
     np.savez(tmp_path / "nan.npz", path=np.array(["a"]), vector=np.full((1, 2), np.nan, np.float32))
+    np.savez(tmp_path / "narrow.npz", path=np.array(["a", "b"]), vector=np.zeros((2, 0), np.float32))
     np.savez(tmp_path / "uneven.npz", path=np.array(["a", "b"]), vector=np.zeros((1, 2), np.float32))
     for name, words in (
         ("damaged", "cannot be read"),
         ("other", "path and vector"),
         ("nan", "NaN"),
         ("uneven", "no features"),
+        ("narrow", "no features"),
     ):
         with pytest.raises(DataError, match=words):
             read_features(tmp_path / f"{name}.npz")

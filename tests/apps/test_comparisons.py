@@ -423,6 +423,7 @@ def test_images_without_labels_are_compared_without_accuracy(trained: list[list[
         (f"'{SIMCLR}' '{BYOL}' --seeds 1,1", 2, "give different seeds"),
         (f"'{SIMCLR}' '{BYOL}' --set seed=3", 2, "use --seeds"),
         (f"'{SIMCLR}' '{BYOL}' --detect 0", 2, "above 0"),
+        (f"'{SIMCLR}' '{BYOL}' --slurm -o own", 2, "--slurm needs the file of the script, and got -o"),
         (f"'{SIMCLR}' '{BYOL}' --budget 2h", 2, "both set the length"),
         (f"'{SIMCLR}' '{BYOL}' -o /proc/own", 1, "Cannot write /proc/own"),
         (f"'{SIMCLR}' '{BYOL}' --data nowhere", 3, "nowhere"),

@@ -13,7 +13,7 @@ from scenes import scene
 
 import inbatch
 from inbatch.data import open_data, splits
-from inbatch.errors import DataError
+from inbatch.errors import ConfigError, DataError
 from inbatch.evaluation import Embeddings, write_embeddings
 from inbatch.evaluation.neighbours import nearest_others
 from inbatch.evaluation.selected_rows import SelectedRows
@@ -127,11 +127,12 @@ def test_wrong_input(photos: Path, features: Path, tmp_path: Path) -> None:
     blocked.write_text("")
     for words, code, message in (
         (f"duplicates {empty}", 3, "image"),
-        (f"duplicates {photos} --threshold 2", 2, "threshold"),
+        *((f"duplicates {photos} --threshold={t}", 2, "above -1, at most 1") for t in ("-1", "2", "nan")),
         (f"duplicates {photos} --run a --features b", 2, "give one of them"),
         (f"duplicates {photos} --candidates features", 2, "pass a run or a file"),
         (f"duplicates {photos} --candidates odd", 2, "thumbnails, features or both"),
         (f"duplicates {photos} --index fast", 2, "exact or approximate"),
+        (f"duplicates {photos} --device gpu", 2, "unknown device"),
         (f"duplicates {photos} --write list.txt", 2, ".csv"),
         (f"duplicates {photos} --write {blocked}/keep.csv", 1, "Cannot write"),
         (f"duplicates {photos} --picture pairs.abc", 2, "pairs.abc"),
@@ -140,11 +141,14 @@ def test_wrong_input(photos: Path, features: Path, tmp_path: Path) -> None:
         (f"outliers {one}", 3, "one image"),
         (f"outliers {features} --order size", 2, "distribution, distance, density"),
         (f"outliers {features} --write keep.csv", 2, "pass DATA"),
+        (f"outliers {features} {photos} -n 9 --write {tmp_path}/keep.csv", 2, "choose a smaller number"),
         (f"outliers {features} {photos} --picture {blocked}/sheet.png", 1, "Cannot write"),
     ):
         result = run(words)
         assert result.exit_code == code and message in result.stderr, (words, result.stderr)
-    with pytest.raises(DataError, match="no readable image"):
+    with pytest.raises(ConfigError, match=r"the threshold is '0\.9': choose"):
+        inbatch.find_duplicates(photos, threshold="0.9")  # type: ignore[arg-type]
+    with pytest.raises(DataError, match=r"no readable image: .*0\.png' cannot be read"):
         damaged = tmp_path / "damaged"
         damaged.mkdir()
         (damaged / "0.png").write_bytes(b"no image")

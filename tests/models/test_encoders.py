@@ -397,3 +397,12 @@ def test_init_runs_no_pickle(tmp_path, capsys):
     with pytest.raises(DataError, match="cannot be read"):
         create_encoder("resnet10", size=32, init=tmp_path / "evil.pt")
     assert "executed" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("ours", [{}, None, {"name": "tiny"}])
+def test_a_config_that_does_not_describe_its_weights_is_named(tmp_path, ours):
+    save_encoder(create_encoder("tiny", size=12), tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"inbatch": ours}))
+    for read in (load_encoder, lambda folder: create_encoder("resnet18", size=32, init=folder)):
+        with pytest.raises(DataError, match=r"config\.json does not describe the weights .* 'inbatch' lacks 'sha256'"):
+            read(tmp_path)

@@ -17,6 +17,7 @@ import inbatch
 from inbatch.errors import ConfigError, DataError, InbatchError
 from inbatch.models import Encoder, create_encoder, save_encoder
 from inbatch.models.export import TARGETS, export_model, folder, push
+from inbatch.models.export.graph import traced
 from inbatch.models.export.model_card import model_card
 from inbatch.models.export.target import compare
 from inbatch.training.run_facts import run_facts
@@ -53,6 +54,7 @@ def inside(path: Path) -> set[str]:
 
 @pytest.mark.slow
 def test_a_program_of_torch(small: Encoder, tmp_path: Path) -> None:
+    assert not any("stack_trace" in node.meta for node in traced(small).graph.nodes), "paths of this machine"
     result = export_model(small, tmp_path / "out", "torch", {"recipe": {"seed": 1}})
     assert inside(tmp_path / "out") == {"encoder.pt2", "export.json"} and inside(tmp_path) == {"out"}
     assert json.loads((tmp_path / "out" / "export.json").read_text()) == result
@@ -141,6 +143,19 @@ def test_foreign_folders_are_not_replaced(small: Encoder, tmp_path: Path, monkey
         export_model(small, tmp_path / "file" / "out", "torch")
 
 
+def test_kept_features_do_not_protect_an_export(small: Encoder, tmp_path: Path) -> None:
+    save_encoder(small, tmp_path)
+    (tmp_path / "features").mkdir()
+    for end in (".npz", ".json", ".index.safetensors"):
+        (tmp_path / "features" / ("0" * 24 + end)).write_text("{}")
+    for files in (folder.ENCODER_FILES, None):
+        folder.check_free(tmp_path, files)
+    (tmp_path / "features" / "mine.npz").write_text("")
+    for files in (folder.ENCODER_FILES, None):
+        with pytest.raises(ConfigError, match="is not an exported encoder"):
+            folder.check_free(tmp_path, files)
+
+
 @pytest.mark.usefixtures("quick")
 def test_a_failure_leaves_the_previous_export(small: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     export_model(small, tmp_path / "out", "torch")
@@ -181,6 +196,7 @@ def test_the_command(small: Encoder, tmp_path: Path) -> None:
         ("--to onnx --license mit -o new", 2, "--push and --license belong to --to hf"),
         (f"--to torch -o {tmp_path}", 2, "choose another folder"),
         (f"--to torch -o {tmp_path / 'encoder' / 'config.json' / 'x'}", 1, "Cannot write"),
+        (f"-o {tmp_path / 'encoder' / 'config.json' / 'x'}", 1, "Cannot write"),
     ):  # fmt: skip
         told = run(f"export {tmp_path / 'encoder'} {words}")
         assert told.exit_code == code and why in told.stderr.replace("\n", " "), words

@@ -14,6 +14,7 @@ import inbatch
 from inbatch.errors import ConfigError, DataError, InbatchError
 from inbatch.evaluation import Finetune, Lbfgs, embed, linear_probe
 from inbatch.models import Classifier, create_encoder, load_classifier, save_classifier
+from inbatch.training.classifier import check_replaceable
 
 
 @pytest.fixture(scope="module")
@@ -128,8 +129,12 @@ def test_the_command_line(trained, tmp_path):
     assert text.exit_code == 0 and "Calibrated: temperature" in text.stdout and "8 images" in text.stdout
     found = one_object(run(f"train-classifier {made} {data} -o {tmp_path}/new --json").stdout)
     assert found["classifier"] == f"{tmp_path}/new" and found["train"]["images"] == 40
+    (tmp_path / "new" / "features").mkdir()
+    (tmp_path / "new" / "features" / f"{'0' * 24}.npz").write_text("")  # kept by another command
+    check_replaceable(tmp_path / "new")
     for line, code, word in (
         (f"train-classifier {made} -o {made}", 2, "holds no classifier"),
+        (f"train-classifier {made} -o {data}", 2, "is no folder"),
         (f"train-classifier {made} -o {tmp_path}/x --mode knn", 2, "probe or finetune"),
         (f"train-classifier {made} -o {tmp_path}/x --probe knn", 2, "choose one of auto, lbfgs"),
         (f"train-classifier {made} -o {tmp_path}/x --label-fraction 0", 2, "share"),

@@ -235,6 +235,25 @@ def test_objects_that_cannot_be_parts_are_refused(tmp_path: Path) -> None:
         assert not (tmp_path / "run").exists(), message
 
 
+def test_a_hook_of_the_wrong_kind_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def raises(*args: object, **named: object) -> None:
+        raise KeyError("dim")
+
+    for hook, wrong, message in (
+        ("heads", raises, r"OwnMethod cannot be made .*: heads\(96\) raises KeyError: 'dim'"),
+        ("prepare", raises, r"prepare\(images=40, classes=10, batch=8, views=2\) raises KeyError"),
+        ("heads", lambda self, width: {"projection": Head(torch.nn.Linear(width + 1, 8))},
+         r"heads\(96\): the head 'projection' cannot read 'features', rows of 96 numbers: RuntimeError: .*97x8"),
+        ("heads", lambda self, width: {"projector": Head(len)}, "'projector' holds builtin_function_or_method"),
+        ("online_views", lambda self, views: views, r"online_views\(2\) returns 2: return numbers of views"),
+        ("online_views", raises, r"online_views\(2\) raises KeyError: 'dim'"),
+        ("constant_lr", lambda self: 3, r"constant_lr\(\) returns 3: return names of heads, of \['projection'\]"),
+    ):  # fmt: skip
+        with monkeypatch.context() as patch, pytest.raises(ConfigError, match=message):
+            patch.setattr(OwnMethod, hook, wrong)
+            prepare("digits-canvas", OwnMethod, encoder="tiny", subset=40, batch_size=8, epochs=1)
+
+
 def test_a_loss_of_the_wrong_kind_is_named_at_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
     built = prepare("digits-canvas", OwnMethod, encoder="tiny", subset=40, batch_size=8, epochs=1)
     batch = next(iter(built.loader.epoch(0)))

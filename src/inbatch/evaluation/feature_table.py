@@ -63,7 +63,7 @@ def read_features(path: str | Path) -> FeatureTable:
         vectors, columns = readers[path.suffix](path)
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise DataError(f"{path} cannot be read as features of inbatch embed: {reason(error)}") from None
-    if vectors.ndim != 2 or not len(vectors) or any(len(column) != len(vectors) for column in columns.values()):
+    if vectors.ndim != 2 or not vectors.numel() or any(len(column) != len(vectors) for column in columns.values()):
         raise DataError(f"{path} holds no features, one row per image: write it with inbatch embed")
     for rows in vectors.split(1 << 16):
         if not rows.isfinite().all():

@@ -130,6 +130,10 @@ def select(
     generator = torch.Generator().manual_seed(fold(seed, 20))
     pool = _Pool(vectors, labelled, labels, names, generator, seed)
     if count > (free := int((~labelled).sum())):
+        if not free:
+            raise ConfigError(
+                f"all {len(vectors):,} images are labelled: there is none to choose (--labelled none: all)"
+            )
         known = f" ({int(labelled.sum()):,} are labelled)" if labelled.any() else ""
         raise ConfigError(f"{many(count, 'image')} cannot be chosen from {free:,}{known}: choose at most {free:,}")
     with fast_products():

@@ -1,13 +1,15 @@
 """Base class of the methods: one loss, and a few hooks that most methods do not override."""
 
-from collections.abc import Callable, Sequence
+import copy
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
 
 from inbatch.batch import Batch, Losses, Mixture, Rows
-from inbatch.errors import many
+from inbatch.errors import many, reason
 from inbatch.nn.heads import Head
 from inbatch.nn.memory_bank import MemoryBank
 from inbatch.nn.negatives import Negatives
@@ -167,6 +169,43 @@ class Method(nn.Module):
         return {}
 
 
+def call_hook(method: Method, hook: str, *args: Any, **named: Any) -> Any:
+    """Return what a hook returns; ValueError that names it if it raises an error, except ValueErrors of our methods."""
+    try:
+        return getattr(method, hook)(*args, **named)
+    except (ValueError, TypeError, RuntimeError, ArithmeticError, LookupError, AttributeError, AssertionError) as error:
+        if isinstance(error, ValueError) and type(method).__module__.startswith("inbatch."):
+            raise
+        called = ", ".join([*map(str, args), *(f"{name}={value}" for name, value in named.items())])
+        raise ValueError(f"{hook}({called}) raises {reason(error)}") from error
+
+
+def check_widths(heads: dict[str, Head], width: int) -> None:
+    """Raise ValueError if a head that passed `check_heads` cannot read rows of the width that it gets.
+
+    Copies of the heads compute rows of zeros; other errors of a head are left to its first use.
+    """
+    rows = {"features": torch.zeros(2, width)}
+    for name, head in heads.items():
+        read = rows[head.source]
+        try:
+            network = copy.deepcopy(head.network).eval()
+            kind = next((p.dtype for p in network.parameters() if p.is_floating_point()), read.dtype)
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                rows[name] = network(read.to(kind))
+        except Exception as error:  # code of the user
+            if not any(text in str(error) for text in _WRONG_WIDTH):
+                return
+            raise ValueError(
+                f"heads({width}): the head {name!r} cannot read {head.source!r}, rows of {read.shape[1]} numbers: "
+                f"{reason(error)}"
+            ) from error
+
+
+_WRONG_WIDTH = ("shapes cannot be multiplied", "normalized_shape=", "running_mean should contain")
+"""Parts of torch's errors of a first layer for rows of another width."""
+
+
 def check_heads(method: Method, heads: Any, views: int) -> None:
     """Raise ValueError if the heads of a method, the rows that it reads and its views do not fit each other."""
     if not isinstance(heads, dict):
@@ -176,6 +215,10 @@ def check_heads(method: Method, heads: Any, views: int) -> None:
         if not isinstance(head, Head):
             raise ValueError(
                 f"heads() returns {type(head).__name__} for {name!r}: wrap networks in inbatch.nn.heads.Head"
+            )
+        if not isinstance(head.network, nn.Module):
+            raise ValueError(
+                f"the head {name!r} holds {type(head.network).__name__}: Head(module, source) takes an nn.Module"
             )
         if head.source not in known:
             raise ValueError(
@@ -192,6 +235,12 @@ def check_heads(method: Method, heads: Any, views: int) -> None:
             f"target = {method.target} must name heads that are not online_only; these are {sorted(shared)}"
         )
     for hook in ("online_views", "target_views") if method.target else ("online_views",):
-        numbers = list(getattr(method, hook)(views))
+        numbers = call_hook(method, hook, views)
+        if not isinstance(numbers, Iterable):
+            raise ValueError(f"{hook}({views}) returns {numbers!r}: return numbers of views, such as (0, 1)")
+        numbers = list(numbers)
         if not numbers or not set(numbers) <= set(range(views)):
             raise ValueError(f"{hook}({views}) returns {numbers}: the views are numbered 0 to {views - 1}")
+    constant = call_hook(method, "constant_lr")
+    if not isinstance(constant, Iterable) or not set(constant) <= set(heads):
+        raise ValueError(f"constant_lr() returns {constant!r}: return names of heads, of {sorted(heads)}")

@@ -15,7 +15,7 @@ from inbatch.models.backbones import published_cfg, timm_arguments
 from inbatch.models.encoder import Encoder
 from inbatch.models.lora import plain_backbone
 from inbatch.models.readout import Readout
-from inbatch.runtime.files import object_in, read_json, replacing
+from inbatch.runtime.files import check_writable, object_in, read_json, replacing
 from inbatch.runtime.paths import path_of
 
 READOUT = "readout.safetensors"
@@ -54,7 +54,13 @@ def read_folder(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return all weights and the inbatch part of config.json of an encoder's or a classifier's folder."""
     try:
         data = (path / "model.safetensors").read_bytes()
-        config = object_in(read_json(path / "config.json"), "inbatch", path / "config.json")
+        whole = read_json(path / "config.json")
+        config = object_in(whole, "inbatch", path / "config.json")
+        if "inbatch" in whole and "sha256" not in config:
+            raise DataError(
+                f"{path / 'config.json'} does not describe the weights beside it: its object 'inbatch' lacks 'sha256'; "
+                "export the encoder again, or pass the file model.safetensors"
+            )
         if config and hashlib.sha256(data).hexdigest() != config["sha256"]:
             raise DataError(f"{path}: model.safetensors is not the file config.json describes; it is damaged.")
         return safetensors.torch.load(data), config
@@ -91,6 +97,7 @@ def save_encoder(encoder: Encoder, directory: str | Path) -> None:
     """
     module, ours = as_saved(encoder)
     folder = path_of(directory, "directory")
+    check_writable(folder / "config.json")
     write(folder, module.state_dict(), ours | write_readout(encoder, folder), timm_config(encoder))
 
 

@@ -118,17 +118,23 @@ def _sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
+_NO_PLACE = (errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG)
+"""Errors of a path that no free space would make writable."""
+
+
 def cannot_write(path: Path, error: OSError) -> InbatchError:
     """Return the error for a file that could not be written."""
     if error.errno in (errno.EISDIR, errno.EINVAL):
         return InbatchError(f"Cannot write {path}: {error.strerror or error}. Name another file.")
+    if error.errno in _NO_PLACE:
+        return InbatchError(f"Cannot write {path}: {error.strerror or error}. Choose another folder.")
     try:
         space = f"{shutil.disk_usage(path.parent).free / 1e6:,.0f} MB are free there"
     except OSError:
         space = "its folder cannot be read"
     return InbatchError(
         f"Cannot write {path}: {error.strerror or error} ({space}). The previous file is unchanged. "
-        "Free some space, or choose another folder for the run."
+        "Free some space, or choose another folder."
     )
 
 

@@ -10,7 +10,7 @@ import torch
 
 from inbatch.batch import loss_fault
 from inbatch.errors import ConfigError, InbatchError, check_whole, listed, reason
-from inbatch.methods.base import Method, check_heads
+from inbatch.methods.base import Method, check_heads, check_widths
 from inbatch.runtime.isolation import usual_state
 from inbatch.testing import equation, training
 from inbatch.testing.derivative import derivative
@@ -18,7 +18,7 @@ from inbatch.testing.memory import trainable
 from inbatch.testing.rank_free import rank_free
 from inbatch.testing.ranks import ranks as two_ranks
 from inbatch.testing.report import Finding, MethodError, Report
-from inbatch.testing.trial import Trial
+from inbatch.testing.trial import WIDTH, Trial
 
 Test = Callable[[Trial], Finding]
 _ALONE: tuple[Test, ...] = (
@@ -177,6 +177,7 @@ def _made(trial: Trial) -> Finding:
     method, heads = trial.method()
     try:
         check_heads(method, heads, trial.views(method))
+        check_widths(heads, WIDTH)
     except ValueError as error:
         return fails(str(error))
     if method.target:

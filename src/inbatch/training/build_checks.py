@@ -5,7 +5,7 @@ from torch import nn
 
 from inbatch.data import Source
 from inbatch.errors import ConfigError, DataError
-from inbatch.methods.base import Method
+from inbatch.methods.base import Method, call_hook
 from inbatch.models.network import norms
 from inbatch.nn import triton_logsumexp
 from inbatch.runtime import distributed
@@ -83,7 +83,9 @@ def check_views(recipe: Recipe, method: Method, views: int) -> None:
 def check_momentum(method: Method) -> None:
     """Raise ValueError if the target network of a method would not be a mean of past weights."""
     for progress in (0.0, 1.0) if method.target and not method.teacher else ():
-        momentum = method.target_momentum(progress)
+        momentum = call_hook(method, "target_momentum", progress)
+        if not isinstance(momentum, int | float):
+            raise ValueError(f"target_momentum({progress}) returns {momentum!r}: return a number from 0 to 1")
         if not 0 <= momentum <= 1:
             raise ValueError(f"the momentum of the target network is {momentum:g}: choose a number from 0 to 1")
 

@@ -21,6 +21,7 @@ from inbatch.evaluation.linear_probe import fit
 from inbatch.evaluation.probe_presets import PROBES
 from inbatch.models import Classifier, Encoder, save_classifier
 from inbatch.models.classifier import holds_classifier, linear_layer
+from inbatch.models.export import own_files
 from inbatch.runtime.device import device_for
 from inbatch.runtime.files import check_writable
 from inbatch.runtime.isolation import isolated
@@ -261,7 +262,10 @@ def _reading_like(encoder: Encoder, folder: Path) -> Recipe:
 def check_replaceable(out: Path) -> None:
     """Raise an error if a classifier must not or cannot be written to this folder."""
     if out.exists():
-        inside = {entry.name for entry in out.iterdir()} if out.is_dir() else {""}
+        if not out.is_dir():
+            raise ConfigError(f"{out} exists and is no folder: choose another place for the classifier")
+        inside = own_files(out)
         if inside - {"model.safetensors", "config.json"} or (inside and not holds_classifier(out)):
-            raise ConfigError(f"{out} exists and holds no classifier ({listed(sorted(inside))}): choose another folder")
+            there = sorted(entry.name for entry in out.iterdir())
+            raise ConfigError(f"{out} exists and holds no classifier ({listed(there)}): choose another folder")
     check_writable(out / "config.json" if out.is_dir() else out)

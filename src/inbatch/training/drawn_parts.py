@@ -12,7 +12,7 @@ from inbatch.context.mixing import Mixer
 from inbatch.data import Source
 from inbatch.data.views import AnyViews
 from inbatch.errors import ConfigError, reason
-from inbatch.methods.base import Method, check_heads
+from inbatch.methods.base import Method, call_hook, check_heads, check_widths
 from inbatch.models import Encoder, check_side
 from inbatch.models.lora import add_lora
 from inbatch.nn.heads import Head
@@ -65,9 +65,12 @@ def draw_weights(
         with settings_of("method", recipe.method.name):
             method.teacher_width = teacher.feature_width if teacher else 0
             classes = int(source.labels.max()) + 1
-            method.prepare(images=len(source), classes=classes, batch=recipe.batch_size, views=len(views))
-            heads = method.heads(encoder.width)
+            data = {"images": len(source), "classes": classes, "batch": recipe.batch_size, "views": len(views)}
+            call_hook(method, "prepare", **data)
+            heads = call_hook(method, "heads", encoder.width)
             check_heads(method, heads, len(views))
+            if "method" in recipe.own:
+                check_widths(heads, encoder.width)
             check_momentum(method)
         if recipe.lora:
             notes.append(_adapted(recipe, encoder))

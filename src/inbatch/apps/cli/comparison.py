@@ -54,7 +54,7 @@ def compare(
     again: Annotated[bool, Option("--retry-failed", help="Repeat failed runs.")] = False,
     no_run: Annotated[bool, Option("--no-run", help="Run nothing: write the table of the runs that exist.")] = False,
     slurm: Annotated[
-        Path | None, Option(metavar="FILE", help="Write a script for an array of SLURM jobs instead of running.")
+        Path | None, Option(metavar="FILE", help="Write this script, for an array of SLURM jobs, instead of running.")
     ] = None,
     device: Device = "auto",
     download: Annotated[bool, Option("--download", help="Download a torchvision data set that is missing.")] = False,
@@ -64,6 +64,8 @@ def compare(
     """Compare variants of a run over seeds: means, paired tests, and what more seeds would show."""
     failure: dict[str, Any] = {}
     with reported(as_json):
+        if slurm is not None and str(slurm).startswith("-"):
+            raise ConfigError(f"--slurm needs the file of the script, and got {slurm}: write --slurm FILE {slurm} ...")
         from inbatch.apps.comparisons.compare import compare as run
         from inbatch.apps.comparisons.variants import parse_grid
 

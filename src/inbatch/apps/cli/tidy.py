@@ -37,7 +37,7 @@ def duplicates(
     run: Annotated[Path | None, Option(help="Run or encoder's folder; its features give candidates.")] = None,
     features: Annotated[Path | None, Option(help="File of inbatch embed; its features give candidates.")] = None,
     threshold: Annotated[
-        float | None, Option(min=-1, max=1, help="Smallest value of the pixel check for a near duplicate.")
+        float | None, Option(help="Smallest pixel check of a near duplicate, above -1, at most 1; default 0.9.")
     ] = None,
     candidates: Annotated[
         str | None,

@@ -24,6 +24,7 @@ from inbatch.evaluation.near_duplicates import (
 from inbatch.evaluation.neighbours import check_index, nearest_others
 from inbatch.evaluation.selected_rows import AnyRows, SelectedRows
 from inbatch.evaluation.thumbnail_alignment import THRESHOLD, compare
+from inbatch.runtime.device import device_for
 from inbatch.runtime.isolation import isolated
 from inbatch.runtime.text import one_line
 
@@ -58,7 +59,7 @@ def find_duplicates(
         data: The images, as in `open_data`; with a run, None for its own.
         features: A run, the folder of an encoder, or a file of `inbatch embed`.
         candidates: What names candidates: "thumbnails", "features" or "both"; by default all there is.
-        threshold: Least value of the check of near duplicates, -1 to 1; `THRESHOLD` by default.
+        threshold: Least value of the check of near duplicates, above -1, at most 1; `THRESHOLD` by default.
         neighbours: Candidates of each image by each search.
         index: How neighbours are searched, "exact" or "approximate".
         split: The only split; all by default.
@@ -76,11 +77,12 @@ def find_duplicates(
         Unwritten: If a file cannot be written; the error holds the result.
     """
     limit = THRESHOLD if threshold is None else threshold
-    if not -1 < limit <= 1:
-        raise ConfigError(f"the threshold is {limit}: choose a correlation above -1, at most 1, such as {THRESHOLD}")
+    if not (isinstance(limit, int | float) and -1 < limit <= 1):
+        raise ConfigError(f"the threshold is {limit!r}: choose a correlation above -1, at most 1, such as {THRESHOLD}")
     check_whole("neighbours", neighbours, 1)
     ways = _ways(candidates, features)
     check_index(index)
+    device_for(device)  # also without features, which alone are computed on it
     check_outputs(write, picture, data)
     reading = dict(settings or {}) | {"image_column": image_column, "label_column": label_column}
     collection = open_images(data, features, split, reading, device, quiet)
@@ -89,7 +91,7 @@ def find_duplicates(
     check_images(collection, write, picture)
     images = read_contents(collection, quiet)
     if not len(images.readable):
-        raise DataError(f"{collection.name} has no readable image")
+        raise DataError(f"{collection.name} has no readable image: {'; '.join(images.unreadable[:3])}")
     places, similarity = _candidates(collection, images, (neighbours, index), ways)
     collection = replace(collection, vectors=torch.zeros(len(collection), 0))  # frees them, or the pages of their file
     pairs = _compared(images, places, similarity, limit)

@@ -71,6 +71,11 @@ def find_outliers(
     check_images(collection, write, picture)
     if len(collection) < 2:
         raise DataError(f"{collection.name} has one image: an outlier is unlike the others, so at least 2 are needed")
+    if write is not None and count >= len(collection):
+        raise ConfigError(
+            f"-n {count:,} lists all {len(collection):,} images of {collection.name}, so that --write would keep none: "
+            "choose a smaller number"
+        )
     broken, unreadable = _broken(collection, quiet) if collection.has_images else ({}, [])
     scores = outlier_scores(collection.vectors, min(neighbours, len(collection) - 1), index)
     chosen = getattr(scores, order).argsort(descending=True, stable=True)[:count].tolist()

@@ -10,13 +10,13 @@ from inbatch.errors import ConfigError, InbatchError, closest, reason
 from inbatch.models.classifier import Classifier
 from inbatch.models.encoder import Encoder
 from inbatch.models.export import to_coreml, to_hf, to_onnx, to_timm, to_torch, to_torchvision
-from inbatch.models.export.folder import ENCODER_FILES, MANIFEST, check_free, contents, replaced
+from inbatch.models.export.folder import ENCODER_FILES, MANIFEST, check_free, contents, own_files, replaced
 from inbatch.models.export.target import Target, Written
 from inbatch.models.export.to_hf import push
 from inbatch.runtime.files import write_json
 from inbatch.runtime.isolation import usual_numerics
 
-__all__ = ["ENCODER_FILES", "TARGETS", "check_free", "export_model", "push", "target_named"]
+__all__ = ["ENCODER_FILES", "TARGETS", "check_free", "export_model", "own_files", "push", "target_named"]
 
 TARGETS: dict[str, Target] = {
     "timm": Target(to_timm.write, "folder for timm.create_model"),

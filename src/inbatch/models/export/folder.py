@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -17,6 +18,14 @@ from inbatch.runtime.files import cannot_write, out_of_room, read_json
 MANIFEST = "export.json"
 """File with the target, the preprocessing, and the size and SHA-256 of every other file of an export."""
 ENCODER_FILES = {"model.safetensors", "config.json", READOUT}
+_FEATURES = re.compile(r"features[/\\][0-9a-f]{24}(\.npz|\.json|\.index\.safetensors)")
+"""Features that `inbatch search` and others kept in the folder, which they compute again if they are missing."""
+
+
+def own_files(folder: Path) -> set[str]:
+    """Return the paths of the files in a folder, without features that were kept there (`collection.features`)."""
+    inside = {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()}
+    return {path for path in inside if not _FEATURES.fullmatch(path)}
 
 
 def check_free(out: Path, what: set[str] | None = None) -> None:
@@ -35,7 +44,7 @@ def check_free(out: Path, what: set[str] | None = None) -> None:
 def _is_free(out: Path, what: set[str] | None) -> bool:
     if not out.is_dir() or (out.is_symlink() and what is None):
         return False
-    inside = {str(path.relative_to(out)) for path in out.rglob("*") if not path.is_dir()}
+    inside = own_files(out)
     if not inside and not any(out.iterdir()):
         return True
     try:

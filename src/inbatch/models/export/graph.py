@@ -89,9 +89,13 @@ def traced(
     shapes = None if batch else ({0: torch.export.Dim("batch", min=1)},)
     try:
         with torch.no_grad():
-            return torch.export.export(Graph(model).eval(), (images,), dynamic_shapes=shapes)
+            program = torch.export.export(Graph(model).eval(), (images,), dynamic_shapes=shapes)
     except Exception as error:  # torch.export raises any exception for code that it cannot trace
         raise ConfigError(
             f"torch.export cannot trace {model.name} ({reason(error)[:300]}): choose the target timm or torchvision, "
             "or another encoder"
         ) from error
+    for module in program.graph_module.modules():
+        for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
+            node.meta.pop("stack_trace", None)  # paths of this machine, which the files would contain
+    return program
