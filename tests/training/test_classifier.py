@@ -137,6 +137,8 @@ def test_the_command_line(trained, tmp_path):
         (f"train-classifier {made} -o {data}", 2, "is no folder"),
         (f"train-classifier {made} -o {tmp_path}/x --mode knn", 2, "probe or finetune"),
         (f"train-classifier {made} -o {tmp_path}/x --probe knn", 2, "choose one of auto, lbfgs"),
+        (f"train-classifier {made} -o {tmp_path}/x --tuning small", 2, "--mode finetune"),
+        (f"train-classifier {made} -o {tmp_path}/x --mode finetune --probe lbfgs", 2, "--mode probe"),
         (f"train-classifier {made} -o {tmp_path}/x --label-fraction 0", 2, "share"),
         (f"train-classifier {tmp_path}/encoder -o {tmp_path}/x", 2, "pass labelled images"),
         (f"predict {made} {data} -o {tmp_path}/x.csv", 2, "not the folder of a classifier"),

@@ -48,8 +48,8 @@ def train_classifier(
     test: Any = None,
     mode: str = "probe",
     label_fraction: float = 1.0,
-    probe: str | Lbfgs | Sgd = "auto",
-    tuning: str | Finetune = "small",
+    probe: str | Lbfgs | Sgd | None = None,
+    tuning: str | Finetune | None = None,
     seed: int = 0,
     device: str = "auto",
     workers: int = 0,
@@ -69,9 +69,9 @@ def train_classifier(
         test: Labelled images for the figures.
         mode: "probe": a linear layer on the features. "finetune": all weights are trained, too.
         label_fraction: Share of the labels of every class to train on, at least one image of each.
-        probe: See `evaluation.linear_probe`. "auto": logistic regression with the C of `STRENGTHS` that fits a fifth of
-            the training images best if it is trained on the others.
-        tuning: See `evaluation.finetune`.
+        probe: Of the mode "probe", see `evaluation.linear_probe`. None or "auto": logistic regression with the C of
+            `STRENGTHS` that fits a fifth of the training images best if it is trained on the others.
+        tuning: Of the mode "finetune", see `evaluation.finetune`; None for "small".
         seed: Seed of the choice of the labels, and of the training.
         device: Name of the device, or "auto".
         workers: Processes that decode images.
@@ -91,6 +91,10 @@ def train_classifier(
         raise ConfigError(f"there is no probe called {probe!r}: choose one of {', '.join(('auto', *PROBES))}")
     if mode not in MODES:
         raise ConfigError(f"unknown mode {mode!r}: choose {' or '.join(MODES)}")
+    if mode == "probe" and tuning is not None:
+        raise ConfigError("a tuning recipe is for the mode finetune (--mode finetune): the mode is probe")
+    if mode == "finetune" and probe is not None:
+        raise ConfigError("a probe is for the mode probe (--mode probe): the mode is finetune")
     out, run, began = path_of(out, "out"), path_of(run, "run"), time.perf_counter()
     check_replaceable(out)
     loaded = load_run_encoder(run)
@@ -103,9 +107,9 @@ def train_classifier(
     work = _Work(encoder, train, len(classes), label_fraction, seed, workers)
     if mode == "probe":
         fit_readout(encoder, train, again=loaded.note is not None)
-        trained = _probe(work, probe)
+        trained = _probe(work, "auto" if probe is None else probe)
     else:
-        trained = _finetuned(work, tuning)
+        trained = _finetuned(work, "small" if tuning is None else tuning)
     held_out = embed(trained.encoder, queries, workers=workers).labelled()
     labels = matched_labels(train, replace(held_out, name=queries.name))
     calibration = calibrate(trained.logits(held_out.vectors), labels)

@@ -47,8 +47,12 @@ def train_classifier(
         str, Option(metavar="probe|finetune", help="A linear layer on the features, or training of all weights.")
     ] = "probe",
     label_fraction: Annotated[float, Option(help="Fraction of the labels of every class to train on.")] = 1.0,
-    probe: Annotated[str, Option(help="Training of the linear layer: auto, lbfgs, or a paper's: moco, ...")] = "auto",
-    tuning: Annotated[str, Option(help="Fine-tuning recipe: small, upright, simclr-1, simclr-10.")] = "small",
+    probe: Annotated[
+        str | None, Option(help="Training of the linear layer: auto (default), lbfgs, or a paper's: moco, ...")
+    ] = None,
+    tuning: Annotated[
+        str | None, Option(help="Fine-tuning recipe: small (default), upright, simclr-1, simclr-10.")
+    ] = None,
     seed: Annotated[int, Option(min=0, max=SEEDS, help="Seed of the choice of labels, and of the training.")] = 0,
     image_column: ImageColumn = None,
     label_column: LabelColumn = None,

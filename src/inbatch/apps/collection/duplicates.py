@@ -228,7 +228,8 @@ def _draw(path: Path, collection: Collection, images: ImageContents, pairs: _Pai
     for i in order[max(0, above - _SHOWN) : above + _SHOWN].tolist():
         value, mirrored = float(pairs.check[i]), bool(pairs.mirrored[i])
         verdict = ("mirrored copy" if mirrored else "duplicate") if value >= limit else "no" + ", mirrored" * mirrored
-        for at, caption in zip(pairs.places[i].tolist(), (f"check {value:.2f}", verdict), strict=True):
+        check = f"check {value:.2f}" if value > -1 else "not aligned"
+        for at, caption in zip(pairs.places[i].tolist(), (check, verdict), strict=True):
             with collection.open(int(images.readable[at])) as picture:
                 tiles.append(Tile(picture.tensor(192), (caption,)))
     width = 2 * _COLUMNS
