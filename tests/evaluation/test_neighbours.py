@@ -63,7 +63,7 @@ def test_settings_that_cannot_be_used_are_refused(monkeypatch: pytest.MonkeyPatc
     for k, most in ((0, 4), (5, 4)):
         with pytest.raises(ConfigError, match=f"k = {k} neighbours cannot be taken from {most}"):
             nearest_others(rows, k)
-    with pytest.raises(ConfigError, match="exact or approximate, not 'hnsw'"):
+    with pytest.raises(ConfigError, match="unknown index 'hnsw': choose exact or approximate"):
         nearest_others(rows, 1, index="hnsw")
     with pytest.raises(DataError, match="3 and 4 numbers"):
         nearest(rows, torch.randn(5, 4), 1)

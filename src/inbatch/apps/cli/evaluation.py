@@ -1,5 +1,6 @@
 """Commands that use a trained encoder: evaluate, embed."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,7 +25,7 @@ from inbatch.apps.cli.app import (
 from inbatch.apps.cli.output import print_evaluation
 from inbatch.apps.cli.own_code import OwnEncoder, OwnMethod, OwnViews
 from inbatch.apps.console import first, print_json, say, warn
-from inbatch.errors import many, unreadable
+from inbatch.errors import ConfigError, many, unreadable
 from inbatch.runtime.path_list import joined_paths
 from inbatch.runtime.paths import path_of
 
@@ -93,6 +94,7 @@ def evaluate(
     """
     with reported(as_json):
         from inbatch.api import evaluate_run
+        from inbatch.evaluation.evaluate import PROTOCOLS
         from inbatch.runtime.files import write_json
 
         protocols = None if protocol is None else [name for names in protocol for name in names.split(",")]
@@ -101,6 +103,7 @@ def evaluate(
         chosen: dict[str, Any] = {"k": k, "seed": seed, "shares": share, "draws": draws, "tuning": tuning, "most": most}
         chosen |= {"tuning_share": tuning_share, "image_column": image_column, "label_column": label_column}
         options |= {key: value for key, value in chosen.items() if value is not None}
+        check_used(options, protocols or PROTOCOLS[:3])
         where, other = joined_paths(data) or None, joined_paths(test) or None
         file = requested_output(out) if out else default_output(path_of(run, "RUN") / "evaluation.json")
 
@@ -115,6 +118,25 @@ def evaluate(
                 say(f"Written to: {file}")
 
         deliver(lambda: evaluate_run(run, where, other, protocols=protocols, **options), as_json, show, write)
+
+
+OPTIONS_OF = {
+    "k": ("--k", "knn", "few", "corruptions"),
+    "shares": ("--label-fraction", "few"),
+    "draws": ("--label-seeds", "few"),
+    "tuning": ("--tuning", "finetune"),
+    "tuning_share": ("--tuning-share", "finetune"),
+    "most": ("--max-test-images", "corruptions"),
+}
+"""Argument of `evaluate_run` -> its option, and the protocols that use it."""
+
+
+def check_used(options: Mapping[str, Any], protocols: Sequence[str]) -> None:
+    """Raise ConfigError for an option of protocols that are not requested."""
+    for name, (option, *users) in OPTIONS_OF.items():
+        if name in options and not {*users} & {*protocols}:
+            wanted = " or ".join(f"--protocol {user}" for user in users)
+            raise ConfigError(f"{option} has no effect on {', '.join(protocols)}: add {wanted}, or leave it out")
 
 
 @app.command(
