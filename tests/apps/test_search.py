@@ -95,7 +95,7 @@ def test_invalid_searches_are_refused(photos: Path, encoder: Path, tmp_path: Pat
         search(encoder, query, photos, out=tmp_path / "hits.pdf")
     with pytest.raises(ConfigError, match="without an encoder for the queries"):
         search(file, query)
-    with pytest.raises(ConfigError, match="exact or approximate, not 'fast'"):
+    with pytest.raises(ConfigError, match="unknown index 'fast': choose exact or approximate"):
         search(encoder, query, photos, index="fast")
     with pytest.raises(ConfigError, match="there is no query"):
         search(encoder, [], photos)
