@@ -27,8 +27,9 @@ from inbatch.distributed import own_rows
 from inbatch.errors import ConfigError, DataError, InbatchError, RankError
 from inbatch.losses import nt_xent
 from inbatch.runtime import distributed, rank_store, sharding
-from inbatch.runtime.process_group import process_group
+from inbatch.runtime.process_group import process_group, shared_errors
 from inbatch.runtime.rank_store import RankStore, fresh
+from inbatch.runtime.signals import StopRequested
 from inbatch.training import checkpoint
 from inbatch.training.metric_logger import Log
 
@@ -128,6 +129,15 @@ def test_a_rank_that_goes_on_is_waited_for_and_one_that_does_not_is_named() -> N
     error = at_once(lambda: first.follow("parts", [1, 2]), lambda: works(second, 8), lambda: works(third, 2))[0]
     assert isinstance(error, RankError) and "lost rank 2: no answer for 0 s" in str(error) and error.speaks
     assert time.monotonic() - began < 5
+
+
+def test_a_rank_that_a_signal_ends_is_named_by_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = rolls(2)
+    monkeypatch.setattr(f"{process_group.__module__}._roll", second)
+    with pytest.raises(StopRequested), shared_errors():
+        raise StopRequested(signal.SIGTERM)
+    with pytest.raises(RankError, match=r"^rank 0: stopped by SIGTERM$"):  # this process counts as rank 0
+        first.meet({})
 
 
 def test_the_way_to_continue_is_that_of_the_command() -> None:
