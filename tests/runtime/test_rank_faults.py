@@ -298,6 +298,30 @@ def test_images_that_one_node_lacks_end_all_before_the_first_step(tmp_path: Path
     assert not (tmp_path / "images" / "run").exists()
 
 
+def test_a_rank_without_the_checkpoint_is_named_before_a_run_is_planned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run directory on the disk of one machine, and --resume auto: planning a new run needs all ranks."""
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    for name in ("recipe.json", "checkpoints/last.pt"):
+        (tmp_path / "run" / name).touch()
+
+    def arrives(roll: RankStore, out: Path) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr("inbatch.api.assert_equal_across_ranks", lambda facts: seen.append((roll, facts)) or stop())
+            with pytest.raises(StopRequested):
+                inbatch.pretrain("missing", out=out, resume="auto", quiet=True)
+
+    def stop() -> None:
+        raise StopRequested(signal.SIGTERM)
+
+    seen: list[tuple[RankStore, Any]] = []
+    for roll, out in zip(rolls(2), (tmp_path / "run", tmp_path / "other"), strict=True):
+        arrives(roll, out)
+    for error in at_once(*(lambda roll=roll, facts=facts: roll.meet(facts) for roll, facts in seen)):
+        assert "about the checkpoint in the run directory, which all ranks must see: rank 1 has" in str(error)
+
+
 def relabelled() -> str:
     images = torch.arange(48 * 64).remainder(251).byte().view(48, 1, 8, 8)
     labels = torch.arange(48) % 3
