@@ -141,6 +141,8 @@ def pretrain(
         if resume is False and out is not None and restarted(out):
             resume, overwrite = True, False
         previous, replaces = run_to_resume(out, resume), overwrite or barely_begun(out, resume)
+        seen = "none" if previous is None else "found"  # before any rank plans a new run, which all do together
+        assert_equal_across_ranks({"checkpoint in the run directory, which all ranks must see": seen})
         before = occupant(previous or out)
         with progress(quiet) as (notify, _):
             if previous is not None:

@@ -245,7 +245,7 @@ def test_hf_export_has_a_card_and_is_pushed_only_on_request(
     assert told.exit_code == 1 and "not pushed to me/encoder" in json.loads(told.stdout)["error"]
     assert inside(tmp_path / "out") == {"README.md", "config.json", "model.safetensors", "export.json"}
     monkeypatch.undo()
-    with pytest.raises(ConfigError, match="no name of a repository"):
+    with pytest.raises(ConfigError, match="not a name of a repository"):
         push(tmp_path / "out", "two//names")
 
 

@@ -27,8 +27,9 @@ from inbatch.distributed import own_rows
 from inbatch.errors import ConfigError, DataError, InbatchError, RankError
 from inbatch.losses import nt_xent
 from inbatch.runtime import distributed, rank_store, sharding
-from inbatch.runtime.process_group import process_group
+from inbatch.runtime.process_group import process_group, shared_errors
 from inbatch.runtime.rank_store import RankStore, fresh
+from inbatch.runtime.signals import StopRequested
 from inbatch.training import checkpoint
 from inbatch.training.metric_logger import Log
 
@@ -128,6 +129,15 @@ def test_rank_with_progress_is_awaited_and_one_without_is_named() -> None:
     error = at_once(lambda: first.follow("parts", [1, 2]), lambda: works(second, 8), lambda: works(third, 2))[0]
     assert isinstance(error, RankError) and "lost rank 2: no answer for 0 s" in str(error) and error.speaks
     assert time.monotonic() - began < 5
+
+
+def test_a_rank_that_a_signal_ends_is_named_by_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = rolls(2)
+    monkeypatch.setattr(f"{process_group.__module__}._roll", second)
+    with pytest.raises(StopRequested), shared_errors():
+        raise StopRequested(signal.SIGTERM)
+    with pytest.raises(RankError, match=r"^rank 0: stopped by SIGTERM$"):  # this process counts as rank 0
+        first.meet({})
 
 
 def test_error_states_how_to_continue_the_command() -> None:
@@ -286,6 +296,30 @@ def test_images_that_one_node_lacks_end_all_before_the_first_step(tmp_path: Path
     assert first[0] == second[0] == "DataError" and second[1] in first[1] and first[1].startswith("rank 1: ")
     assert first[2] < 30
     assert not (tmp_path / "images" / "run").exists()
+
+
+def test_a_rank_without_the_checkpoint_is_named_before_a_run_is_planned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run directory on the disk of one machine, and --resume auto: planning a new run needs all ranks."""
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    for name in ("recipe.json", "checkpoints/last.pt"):
+        (tmp_path / "run" / name).touch()
+
+    def arrives(roll: RankStore, out: Path) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr("inbatch.api.assert_equal_across_ranks", lambda facts: seen.append((roll, facts)) or stop())
+            with pytest.raises(StopRequested):
+                inbatch.pretrain("missing", out=out, resume="auto", quiet=True)
+
+    def stop() -> None:
+        raise StopRequested(signal.SIGTERM)
+
+    seen: list[tuple[RankStore, Any]] = []
+    for roll, out in zip(rolls(2), (tmp_path / "run", tmp_path / "other"), strict=True):
+        arrives(roll, out)
+    for error in at_once(*(lambda roll=roll, facts=facts: roll.meet(facts) for roll, facts in seen)):
+        assert "about the checkpoint in the run directory, which all ranks must see: rank 1 has" in str(error)
 
 
 def relabelled() -> str:

@@ -39,7 +39,7 @@ WRONG: dict[type[Method], tuple[Callable[[Trial], Finding], str]] = {
     wrong.DependsOnOrder: (equation.order, "depends on the order of the samples"),
     wrong.Divides: (equation.finite, "is not finite for rows that are all zero: guard divisions"),
     wrong.RemembersEarly: (training.memory, "on_gradients changes queue.filled.*only after_step"),
-    wrong.NeedsObject: (check._options, "kernel = <.*cosine_similarity.*no value of JSON"),
+    wrong.NeedsObject: (check._options, "kernel = <.*cosine_similarity.*not a value of JSON"),
     wrong.DrawsWithoutSeed: (equation.constancy, "a second call of loss gives another value"),
     wrong.PerturbsWeights: (equation.randomness, "another hook, a head or the constructor draws random numbers"),
     wrong.RegistersLate: (training.resume, 'cannot be loaded .*"centre".*: make every buffer'),

@@ -171,3 +171,8 @@ def test_a_context_that_follows_from_the_ranks_is_that_of_the_checkpoint(monkeyp
     monkeypatch.setattr("inbatch.runtime.distributed.world", lambda: 2)
     with pytest.raises(ConfigError, match="context groups of 64, which 2 ranks cannot form: resume with 1 rank"):
         _with_context(Path("run"), recipe, {"context": 64, "world": 1})
+    with pytest.raises(ConfigError, match="context groups of 64, which 2 ranks cannot form: resume with 1 rank"):
+        _with_context(Path("run"), recipe_with(batch_size=64, context=64), {"context": 64, "world": 1})
+    monkeypatch.setattr("inbatch.runtime.distributed.world", lambda: 3)
+    with pytest.raises(ConfigError, match="batches of 64, which 3 ranks cannot share: resume with 4 ranks, as before"):
+        _with_context(Path("run"), recipe, {"context": 16, "world": 4})

@@ -35,7 +35,7 @@ def test_every_image_with_its_split(encoder: Path, tmp_path: Path) -> None:
     for name in ("f.npz", "f.parquet"):
         assert inbatch.embed_run(encoder, photos, tmp_path / name, missing=missing, stage=stage) == 9
     assert list(missing) == [6] and "0.png" in missing[6]  # numbered over all splits
-    assert stage["splits"] == {"train": 6, "val": 2, "test": 2}
+    assert stage["splits"] == {"train": 6, "val": 1, "test": 2}  # embedded ones, which add up to their number
     written = np.load(tmp_path / "f.npz")
     assert written["split"].tolist() == ["train"] * 6 + ["val"] + ["test"] * 2
     assert written["index"].tolist() == [*range(6), 1, 0, 1] and written["label"].tolist() == [

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from inbatch.data import open_data
 from inbatch.data.views import Views, make_views
 from inbatch.errors import ConfigError, DataError, Preempted
 from inbatch.models import create_encoder
+from inbatch.runtime import distributed
 from inbatch.training import run_evaluation, run_result
 from inbatch.training.monitors import label_free, neighbour_grid
 from inbatch.training.monitors.neighbour_grid import save_neighbour_grid
@@ -253,6 +255,26 @@ def test_evaluate_without_labels(learned: inbatch.Run, photos: Path) -> None:
     for asked in ("--protocol knn", "--from head"):
         refused = run(f"evaluate {words(learned.directory)} {asked}")
         assert refused.exit_code == 2 and "has no labels for the evaluation" in refused.stderr
+
+
+def test_ranks_compare_what_they_evaluate(
+    learned: inbatch.Run, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    facts: list[dict[str, object]] = []
+
+    def meet(found: dict[str, object]) -> None:
+        facts.append(found)
+        raise ConfigError("compared")
+
+    monkeypatch.setattr(distributed, "world", lambda: 2)
+    monkeypatch.setattr("inbatch.training.run.assert_equal_across_ranks", meet)
+    shutil.copytree(photos, tmp_path / "renamed")
+    (tmp_path / "renamed" / "3.png").rename(tmp_path / "renamed" / "3b.png")
+    for data, options in ((photos, {}), (tmp_path / "renamed", {}), (photos, {"seed": 5})):
+        with pytest.raises(ConfigError, match="compared"):
+            inbatch.evaluate_run(learned.directory, data, **options)  # type: ignore[arg-type]
+    first, *others = facts
+    assert [{name for name in first if one[name] != first[name]} for one in others] == [{"images"}, {"settings"}]
 
 
 @pytest.mark.slow

@@ -6,7 +6,9 @@ import signal
 import subprocess
 import sys
 import time
+from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,9 +18,9 @@ from torch import nn
 
 from inbatch import api
 from inbatch.data import open_data, write_folder
-from inbatch.errors import Interrupted, Preempted
+from inbatch.errors import Interrupted, Preempted, RankError
 from inbatch.methods.pcl import PCL
-from inbatch.runtime import signals
+from inbatch.runtime import distributed, signals
 from inbatch.runtime.signals import StopRequested, stop_on_signals
 from inbatch.training import checkpoint, stopping
 from inbatch.training.build import RunComponents
@@ -216,6 +218,28 @@ def test_between_two_layers_of_the_backward_pass_a_signal_that_waits_is_answered
         for handle in handles:
             handle.remove()
     assert not reached, "the whole backward pass was waited for"
+
+
+def test_the_watchdog_reports_a_lost_rank_that_was_found_before_the_signal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """torchrun terminates the others as soon as one has died, before they have named it."""
+    monkeypatch.setattr(distributed, "world", lambda: 2)
+    monkeypatch.setattr(signals.watchdog, "answer", signals.without_result)
+    built: Any = SimpleNamespace(step=SimpleNamespace())
+    report: Any = SimpleNamespace(
+        progress=SimpleNamespace(step=3, state_dict=dict, curve=[]), path=tmp_path / "run.json"
+    )
+    with (
+        stop_on_signals() as stop,
+        pytest.raises(RankError),
+        stopping.Stopping(built, {}, report, stop).answering(),
+    ):
+        raise RankError("lost rank 0", speaks=True)
+    program = import_module("inbatch.apps.cli.app")
+    monkeypatch.setattr(program, "first", lambda: False)  # rank 1 reports the loss of rank 0
+    program._tell(signals.watchdog.answer(signal.SIGTERM))
+    assert "lost rank 0" in capsys.readouterr().err
 
 
 def test_work_that_must_be_finished_is() -> None:

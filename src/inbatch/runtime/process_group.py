@@ -15,6 +15,7 @@ from inbatch.errors import ConfigError, InbatchError, Interrupted, Preempted, Ra
 from inbatch.runtime.distributed import rank, world
 from inbatch.runtime.rank_store import RankStore, fresh
 from inbatch.runtime.resources import launched
+from inbatch.runtime.signals import StopRequested
 
 _TIMEOUT = 1800.0
 _LINGER = 2.0
@@ -129,7 +130,8 @@ def shared_errors() -> Iterator[None]:
             _hang_up()
             raise _roll.call() from error
         with suppress(RuntimeError):  # the store may be lost
-            own = str(error) if isinstance(error, InbatchError) else f"{type(error).__name__}: {error}"
+            known = isinstance(error, InbatchError | StopRequested)
+            own = str(error) if known else f"{type(error).__name__}: {error}"
             _roll.tell(f"rank {rank()}: {own}", getattr(error, "exit_code", InbatchError.exit_code))
         raise
 

@@ -175,12 +175,18 @@ def _longer(folder: Path, changed: Settings) -> str:
 
 def _with_context(folder: Path, recipe: Recipe, facts: dict[str, Any]) -> Recipe:
     """Return the recipe with the context size of the run if it follows from the number of ranks, which has changed."""
-    context, share = facts.get("context"), local_batch_size(recipe, distributed.world())
-    if recipe.context is not None or context in (None, share):
-        return recipe
-    if share % context:
+    world, fixed = distributed.world(), isinstance(recipe.context, int)
+    context = recipe.context if fixed else facts.get("context")
+    before = f"resume with {many(facts['world'], 'rank') if 'world' in facts else 'as many'}, as before"
+    if recipe.batch_size % world:
         raise ConfigError(
-            f"the run in {folder} has context groups of {context}, which {distributed.world()} ranks cannot form: "
-            f"resume with {many(facts['world'], 'rank') if 'world' in facts else 'as many'}, as before"
+            f"the run in {folder} has batches of {recipe.batch_size}, which {world} ranks cannot share: {before}"
         )
-    return replace(recipe, context=context)
+    share = local_batch_size(recipe, world)
+    if not isinstance(context, int):
+        return recipe
+    if share % context or (recipe.sync_norm and context % world):
+        raise ConfigError(
+            f"the run in {folder} has context groups of {context}, which {world} ranks cannot form: {before}"
+        )
+    return recipe if fixed or context == share else replace(recipe, context=context)

@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -158,6 +159,9 @@ def _evaluated(
     origin = {"run": str(path), "held_out": split and split.description, "initial": initial_name(own)} | loaded.stage()
     origin["environment"] = machine(encoder.device, torch.float32)
     origin["note"] = ". ".join(filter(None, (loaded.note, why))) or None
+    if distributed.world() > 1:
+        parts = [source] if split is None else [split.bank, split.queries]
+        assert_equal_across_ranks(_facts(encoder, before, parts, f"{protocols}, {from_}, {options}"))
     if split is None:
         if protocols is not None or from_ == "head":
             raise ConfigError(
@@ -169,11 +173,20 @@ def _evaluated(
         images = for_encoder(encoder, source)
         return evaluate_unlabelled(own, before, encoder, images, options["seed"], stopped) | origin
     bank, queries = (for_encoder(encoder, part) for part in (split.bank, split.queries))
-    assert_equal_across_ranks(
-        {"encoder": digest(encoder.state_dict())} | {part.name: f"{len(part):,} images" for part in (bank, queries)}
-    )
     head = {"head": evaluate_head(path, encoder, queries)} if from_ == "head" else {}
     return evaluate_labelled(before, encoder, bank, queries, protocols or PROTOCOLS, options, stopped) | head | origin
+
+
+def _facts(encoder: Encoder, before: Encoder | None, parts: Sequence[Images], settings: str) -> dict[str, str]:
+    """Return what decides the figures of an encoder: values that are equal on all ranks."""
+    return {
+        "encoder": digest(encoder.state_dict()),
+        "encoder before training": "none" if before is None else digest(before.state_dict()),
+        "numbers of images": ", ".join(f"{len(part):,}" for part in parts),
+        "images": digest({}, *(part.signature() for part in parts if isinstance(part, Source))),
+        "settings": settings,
+        "version": f"{version('inbatch')}, torch {version('torch')}",
+    }
 
 
 def for_encoder(encoder: Encoder, source: AnyImages) -> AnyImages | GreyAsRGB:

@@ -1,7 +1,7 @@
 """Embed images with the encoder of a run, by one or several ranks."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import replace
 from functools import partial
@@ -52,7 +52,7 @@ def embed_run(
         missing: Receives the unreadable images (number over all splits: reason), which are omitted. If None, they raise
             DataError.
         stage: Receives the "step" of the encoder, the number of "steps", a "note" if the run has not finished, and the
-            number of images of each of the "splits". If None, the note is a warning.
+            number of embedded images of each of the "splits". If None, the note is a warning.
         plain: Write features before whitening (`encoder.whiten`), for clustering; no effect without whitening.
         image_column: Column of the images; by default that of the run, if the data have it.
         label_column: Column of the labels, likewise.
@@ -87,7 +87,19 @@ def embed_run(
         with encoder.plain() if plain else nullcontext():
             parts = EmbeddingParts(dense or encoder, sources, path_of(out, "out"), layout, facts)
             shown = partial(counted, what="embedded", quiet=quiet or distributed.rank() > 0)
-            return parts.write(missing, say, shown)
+            count = parts.write(missing, say, shown)
+        if stage is not None and missing:
+            stage["splits"] = _readable(stage["splits"], missing)
+        return count
+
+
+def _readable(sizes: Mapping[str, int], missing: Iterable[int]) -> dict[str, int]:
+    """Return the sizes of splits without the missing images, which are numbered over all splits."""
+    counts, first = dict[str, int](), 0
+    for name, size in sizes.items():
+        counts[name] = size - sum(first <= i < first + size for i in missing)
+        first += size
+    return counts
 
 
 def _facts(encoder: Encoder, sources: dict[str, Source], settings: str) -> dict[str, str]:

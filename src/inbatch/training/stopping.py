@@ -58,6 +58,9 @@ class Stopping:
         except StopRequested as request:
             self.stop.hold()
             raise self.answer(request.number) from None
+        except InbatchError as error:  # the watchdog may report it: launchers end all ranks after a death
+            self._error = self._error or error
+            raise
         finally:
             error = self._error
             watchdog.answer = without_result if error is None else lambda number: error

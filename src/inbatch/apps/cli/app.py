@@ -226,9 +226,7 @@ def reported(as_json: bool) -> Iterator[None]:
         several = False
     except InbatchError as error:
         message, code = str(error), error.exit_code
-        # Errors that all ranks share are printed once; errors that may occur on one rank are printed by that rank.
-        speaks = error.alone or (isinstance(error, RankError) and error.speaks)
-        several = speaks or type(error) in (InbatchError, DataError)
+        several = _several(error)
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's, compared by name to avoid its import
             raise
@@ -301,13 +299,19 @@ def default_output(path: Path) -> Path:
     return path
 
 
+def _several(error: InbatchError) -> bool:
+    """Return whether every rank prints an error: one that all share is printed once, other ones by their rank."""
+    speaks = error.alone or (isinstance(error, RankError) and error.speaks)
+    return speaks or type(error) in (InbatchError, DataError)
+
+
 _told_as = [False]
 """Whether the command also prints its errors as JSON."""
 
 
 def _tell(error: InbatchError) -> None:
     """Print the error of a process that cannot return from its command."""
-    if first():
+    if first() or _several(error):
         complain(str(error))
     if _told_as[0]:
         print_json({"error": str(error), "exit_code": error.exit_code})
