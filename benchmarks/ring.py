@@ -3,6 +3,8 @@
 For both ways, on processes of one thread each (gloo, one machine): the memory that a rank needs in addition to its own
 rows, its time against one process, and the bytes that it sends, counted by a wrapper of its communication and compared
 with the formulas, which are then evaluated for up to 1,024 ranks. Values and gradients are compared with one process.
+The part "time" measures in turn, in the same processes: one process alone, both ways, and as much work for each process
+that exchanges nothing. The last one is what the machine allows.
 The part "statistics" counts the numbers that Barlow Twins and VICReg send, whose statistics are added up.
 Writes results/ring.json.
 """
@@ -36,6 +38,7 @@ from inbatch.runtime.ring import OwnRows
 OUT = Path(__file__).parents[1] / "results" / "ring.json"
 VIEWS, WIDTH, FLOAT = 2, 128, 4
 WAYS = ("gathered", "own rows")
+ALONE, SEPARATE = "one process", "separate"
 CPU = torch.device("cpu")
 STATISTICS: dict[str, tuple[Callable[[Tensor], Any], Callable[[int], int]]] = {
     "barlow twins": (barlow_twins, lambda d: d**2 + 8 * d),
@@ -80,6 +83,13 @@ def paper(way: str, world: int, rows: int) -> dict[str, float]:
 def once(way: str, own: Tensor, peers: Counted) -> tuple[Tensor, Tensor]:
     """Return the loss of the whole batch, and the gradient of own rows."""
     world = peers.world
+    if way in (ALONE, SEPARATE):
+        leaf = own.detach().requires_grad_()
+        with logsumexp.using(rank=0, world=1, add=lambda x: None):
+            loss = nt_xent(leaf, 0.1)
+            loss.backward()
+        assert leaf.grad is not None
+        return loss.detach(), leaf.grad
     if way == "gathered" or world == 1:
         whole = peers.gather(own.movedim(1, 0), [own.shape[1]] * world).movedim(0, 1) if world > 1 else own
         leaf = whole.detach().requires_grad_()
@@ -100,18 +110,24 @@ def case(rank: int, world: int, rows: int, repeat: int, ways: Sequence[str], fol
     """Run one rank: the ways in turn."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
-    samples = rows // VIEWS // world
-    own = torch.randn(VIEWS, samples, WIDTH, generator=torch.Generator().manual_seed(rank))
+    own = samples(rank, rows // VIEWS // world)
+    given = dict.fromkeys(WAYS, own)
+    if ALONE in ways:
+        given[ALONE] = torch.cat([samples(r, own.shape[1]) for r in range(world)], 1)
+        # Pairs of rows grow with the square of rows: these have one W-th of all pairs.
+        given[SEPARATE] = samples(rank, round(own.shape[1] * world**0.5))
     found: dict[str, dict[str, Any]] = {way: {"seconds": [], "processor": [], "bytes": []} for way in ways}
     for number in range(repeat + 1):
         for way in ways:
             peers = Counted()
             memory.settle(CPU)
             dist.barrier()
+            if way == ALONE and rank:
+                continue  # to the next barrier
             before = memory.held(CPU) or 0
             memory.forget_peak(CPU)
             begin = time.perf_counter(), time.process_time()
-            loss, gradient = once(way, own, peers)
+            loss, gradient = once(way, given[way], peers)
             spent = time.perf_counter() - begin[0], time.process_time() - begin[1]
             mine = found[way]
             if number or not repeat:
@@ -122,6 +138,11 @@ def case(rank: int, world: int, rows: int, repeat: int, ways: Sequence[str], fol
     torch.save(found, f"{folder}/{rank}")
     dist.barrier()
     dist.destroy_process_group()
+
+
+def samples(seed: int, count: int) -> Tensor:
+    """Return rows of two views."""
+    return torch.randn(VIEWS, count, WIDTH, generator=torch.Generator().manual_seed(seed))
 
 
 def statistics_case(rank: int, world: int, folder: str) -> None:
@@ -182,12 +203,13 @@ def measure(world: int, rows: int, repeat: int, ways: Sequence[str] = WAYS) -> d
         ranks = [torch.load(f"{folder}/{rank}", weights_only=True) for rank in range(world)]
     result: dict[str, Any] = {"ranks": world, "rows": rows}
     for way in ways:
-        mine = [rank[way] for rank in ranks]
+        mine = [rank[way] for rank in ranks if rank[way]["seconds"]]
         worst = {key: max(statistics.median(one[key]) for one in mine) for key in ("seconds", "processor", "bytes")}
         result[way] = worst | {"sent": max(one["sent"] for one in mine), "loss": mine[0]["loss"].item()}
-        result[way]["sent_on_paper"] = paper(way, world, rows)["sent_bytes"]
-    gradients = [torch.cat([rank[way]["gradient"] for rank in ranks], 1) for way in ways]
-    if len(gradients) == 2:
+        if way in WAYS:
+            result[way]["sent_on_paper"] = paper(way, world, rows)["sent_bytes"]
+    if {*WAYS} <= {*ways}:
+        gradients = [torch.cat([rank[way]["gradient"] for rank in ranks], 1) for way in WAYS]
         result["gradients_differ"] = ((gradients[0] - gradients[1]).norm() / gradients[0].norm()).item()
     return result
 
@@ -216,7 +238,7 @@ def main() -> None:
         "memory": lambda: functools.reduce(
             operator.or_, (measure(*args.memory, repeat=0, ways=[way]) for way in args.ways), found.get("memory", {})
         ),
-        "time": lambda: [measure(world, args.time[1], args.repeat) for world in (1, args.time[0])],
+        "time": lambda: measure(*args.time, args.repeat, (ALONE, *WAYS, SEPARATE)),
     }
     for part in parts:
         found[part] = cases[part]()
@@ -247,24 +269,23 @@ def show(found: dict[str, Any], parts: Sequence[str]) -> None:
         [
             (str(c["ranks"]), f"{c['rows']:,}", way, f"{1e3 * c[way]['seconds']:.0f}",
              f"{1e3 * c[way]['processor']:.0f}", f"{c[way]['bytes'] / 1e6:.1f}", f"{c[way]['sent'] / 1e6:.3f}",
-             f"{c[way]['sent_on_paper'] / 1e6:.3f}")
-            for c in cases for way in WAYS
+             f"{c[way]['sent_on_paper'] / 1e6:.3f}" if way in WAYS else "")
+            for c in cases for way in (ALONE, *WAYS, SEPARATE) if way in c
         ],
         numbers=True,
     )  # fmt: skip
-    print_table(("ratio", "own rows"), [(name, f"{x:.3f}") for name, x in found["ratios"].items()], numbers=True)
+    print_table(("ratio", ""), [(name, f"{x:.3f}") for name, x in found["ratios"].items()], numbers=True)
 
 
 def ratios(found: dict[str, Any]) -> dict[str, float]:
-    """Return the extra memory of own rows over that of gathered ones, and times of a rank over that of one process."""
+    """Return the extra memory of own rows over that of gathered ones, and times of a rank over those of one process."""
     result = {}
     if "memory" in found:
         result["memory"] = found["memory"]["own rows"]["bytes"] / found["memory"]["gathered"]["bytes"]
     if "time" in found:
-        alone, shared = found["time"]
-        for name, kind, way in (("time", "seconds", "own rows"), ("processor", "processor", "own rows"),
-                                ("processor, gathered", "processor", "gathered")):  # fmt: skip
-            result[name] = shared[way][kind] / alone["gathered"][kind]
+        timed, kinds = found["time"], ("seconds", "processor")
+        for way in (*WAYS, SEPARATE):
+            result |= {f"{kind}, {way}": timed[way][kind] / timed[ALONE][kind] for kind in kinds}
     return result
 
 

@@ -314,7 +314,7 @@ def passed(found: dict[str, Any]) -> dict[str, str]:
     ways = ("gathered", "own rows")
     heads = ["ranks", "rows", "way", "processor ms of a rank", "extra MB", "sent MB", "on paper"]
     cases = [f"| {' | '.join(heads)} |", "| --- |" + " --- |" * (len(heads) - 1)]
-    for c in (found["memory"], *found["time"][1:], *found["volume"]):
+    for c in (found["memory"], found["time"], *found["volume"]):
         for way in ways:
             one = c[way]
             cells = [str(c["ranks"]), f"{c['rows']:,}", way, f"{1e3 * one['processor']:,.0f}",
@@ -331,9 +331,12 @@ def passed(found: dict[str, Any]) -> dict[str, str]:
     ratio = found["ratios"]
     most = (
         f"Extra memory of own rows over that of gathered ones: {ratio['memory']:.2f} "
-        f"({found['memory']['ranks']} ranks, {found['memory']['rows']:,} rows). Processor time of a rank over that of "
-        f"one process: {ratio['processor']:.2f} ({found['time'][1]['ranks']} ranks, {found['time'][1]['rows']:,} rows; "
-        f"gathered: {ratio['processor, gathered']:.2f}); elapsed time: {ratio['time']:.3f}. "
+        f"({found['memory']['ranks']} ranks, {found['memory']['rows']:,} rows). Elapsed time of {found['time']['ranks']} "
+        f"ranks over that of one process, {found['time']['rows']:,} rows, in turn in the same processes: "
+        f"{ratio['seconds, own rows']:.2f} (gathered {ratio['seconds, gathered']:.2f}); of as much work for each "
+        f"process that exchanges nothing: {ratio['seconds, separate']:.2f}. Processor time of a rank over that of one "
+        f"process: {ratio['processor, own rows']:.2f} (gathered {ratio['processor, gathered']:.2f}, separate "
+        f"{ratio['processor, separate']:.2f}). "
         f"Load of the machine during these two: {found['load']['memory'][0]:.0f} and {found['load']['time'][0]:.0f}.\n"
     )
     return {"ring cases": "\n".join(cases) + "\n", "ring paper": "\n".join(lines) + "\n", "ring ratios": most}
