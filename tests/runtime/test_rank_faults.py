@@ -33,7 +33,7 @@ from inbatch.runtime.signals import StopRequested
 from inbatch.training import checkpoint
 from inbatch.training.metric_logger import Log
 
-TIMEOUT = 6.0
+TIMEOUT = 4.0
 
 
 def at_once(*calls: Callable[[], Any]) -> list[Any]:
