@@ -332,7 +332,8 @@ def passed(found: dict[str, Any]) -> dict[str, str]:
     most = (
         f"Extra memory of own rows over that of gathered ones: {ratio['memory']:.2f} "
         f"({found['memory']['ranks']} ranks, {found['memory']['rows']:,} rows). Elapsed time of "
-        f"{found['time']['ranks']} ranks over that of one process, {found['time']['rows']:,} rows, in turn in the same processes: "
+        f"{found['time']['ranks']} ranks over that of one process, {found['time']['rows']:,} rows, in turn in the same "
+        "processes: "
         f"{ratio['seconds, own rows']:.2f} (gathered {ratio['seconds, gathered']:.2f}); of as much work for each "
         f"process that exchanges nothing: {ratio['seconds, separate']:.2f}. Processor time of a rank over that of one "
         f"process: {ratio['processor, own rows']:.2f} (gathered {ratio['processor, gathered']:.2f}, separate "

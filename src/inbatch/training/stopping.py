@@ -58,8 +58,8 @@ class Stopping:
         except StopRequested as request:
             self.stop.hold()
             raise self.answer(request.number) from None
-        except InbatchError as error:  # the watchdog may report it: launchers end all ranks after a death
-            self._error = self._error or error
+        except InbatchError as raised:  # the watchdog may report it: launchers end all ranks after a death
+            self._error = self._error or raised
             raise
         finally:
             error = self._error
