@@ -247,13 +247,19 @@ def _problems(best: Match, own: Mapping[str, Tensor], strict: bool) -> str:
 
 def _remedy(best: Match, own: Mapping[str, Tensor]) -> str:
     """Return what to do if too few weights fit: if little more than the first convolution differs, name the stem."""
-    stem = next((key for key in ("conv1.weight", "conv1.0.weight") if key in own and key not in best.tensors), None)
+    first = ("conv1.weight", "conv1.0.weight", "stages.0.0.weight")
+    stem = next((key for key in first if key in own and key not in best.tensors), None)
     if stem is not None and len(best.tensors) > len(own) / 2:
         ours, theirs = own[stem].shape[-1], best.others.get(stem, (0,))[-1]
         if theirs not in (0, ours):
+            way = f'stem="{"cifar" if theirs == 3 else "imagenet"}"'
+            if stem == "stages.0.0.weight":  # of the encoder fast, whose stem follows from the size of the images
+                way = (
+                    "images of at most 96 pixels (--image-size 32)" if theirs == 3 else "larger ones (--image-size 224)"
+                )
             return (
                 f"The first convolution is {theirs}x{theirs} in the weights, but {ours}x{ours} in the stem of this "
-                f'encoder: choose stem="{"cifar" if theirs == 3 else "imagenet"}"'
+                f"encoder: choose {way}"
             )
         return "The stem differs (its first convolutions): choose the encoder of the weights, with the same stem"
     return "Choose the encoder of the weights (--encoder), or accept fewer tensors (--init-min-match)"
