@@ -35,6 +35,11 @@ CHECKED_NIGHTLY = ("rng", "data.views", "evaluation")
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
+def _nightly(config: pytest.Config) -> bool:
+    """Return whether the slow tests are selected."""
+    return "slow" in config.option.markexpr.replace("not slow", "")
+
+
 def pytest_sessionstart(session: pytest.Session) -> None:
     """Prepare the process that runs tests; the one that only distributes them to others need not import torch."""
     if getattr(session.config.option, "dist", "no") != "no" and "PYTEST_XDIST_WORKER" not in os.environ:
@@ -44,8 +49,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     from jaxtyping import install_import_hook
 
     # Before inbatch is imported: signatures are checked in tests only.
-    nightly = "slow" in session.config.option.markexpr.replace("not slow", "")
-    rooms = CHECKED + (CHECKED_NIGHTLY if nightly else ())
+    rooms = CHECKED + (CHECKED_NIGHTLY if _nightly(session.config) else ())
     install_import_hook([f"inbatch.{room}" for room in rooms], "beartype.beartype")
     torch.set_num_threads(1)  # the tensors are tiny, and two ranks share two cores
     for accelerator in (torch.cuda, torch.xpu):
@@ -99,11 +103,15 @@ def few_views_for_lidar() -> None:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def recent_garbage_collected_only() -> None:
-    """Collect only recent objects before memory is measured: scanning all those of the tests takes 0.1 s per run."""
+def recent_garbage_collected_only(pytestconfig: pytest.Config) -> None:
+    """Collect only recent objects before memory is measured: scanning all those of the tests takes 0.1 s per run.
+
+    The slow tests collect all, as the package does.
+    """
     from inbatch.runtime import memory
 
-    memory.gc = SimpleNamespace(collect=partial(gc.collect, 1))
+    if not _nightly(pytestconfig):
+        memory.gc = SimpleNamespace(collect=partial(gc.collect, 1))
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -489,6 +489,7 @@ def test_dry_run_is_refused_for_the_same_reasons_as_the_run(elsewhere: Path) -> 
         ("pretrain --data empty", 3, "No image under 'empty'"),
         ("pretrain --data noise", 3, "3 of 3 images of noise cannot be read"),
         ("evaluate nowhere", 2, "nowhere is not the folder of a run"),
+        ("evaluate nowhere --protocol knn --probe moco", 2, "--probe has no effect on knn: add --protocol linear or"),
         ("evaluate nowhere --tuning small", 2, "--tuning has no effect on knn, linear, clustering: add"),
         ("embed nowhere digits-canvas -o f.npz", 2, "nowhere is not the folder of a run"),
         ("views digits-canvas -o views.foo", 2, "unknown file extension: .foo"),

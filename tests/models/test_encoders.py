@@ -373,7 +373,7 @@ def test_init_takes_off_a_classifier(tmp_path):
 
 def test_init_of_the_encoder_fast_with_another_stem_names_the_image_size(tmp_path):
     save_encoder(create_encoder("fast", size=32, width=8), tmp_path / "small")
-    with pytest.raises(ConfigError, match=r"3x3 in the weights, but 7x7.*choose images of .*--image-size 32"):
+    with pytest.raises(ConfigError, match=r"3x3 in the weights, but 7x7.*choose at most 96 pixels .--image-size 32"):
         create_encoder("fast", size=128, width=8, init=tmp_path / "small")
 
 

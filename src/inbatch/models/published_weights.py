@@ -254,9 +254,7 @@ def _remedy(best: Match, own: Mapping[str, Tensor]) -> str:
         if theirs not in (0, ours):
             way = f'stem="{"cifar" if theirs == 3 else "imagenet"}"'
             if stem == "stages.0.0.weight":  # of the encoder fast, whose stem follows from the size of the images
-                way = (
-                    "images of at most 96 pixels (--image-size 32)" if theirs == 3 else "larger ones (--image-size 224)"
-                )
+                way = "at most 96 pixels (--image-size 32)" if theirs == 3 else "more than 96 pixels (--image-size 224)"
             return (
                 f"The first convolution is {theirs}x{theirs} in the weights, but {ours}x{ours} in the stem of this "
                 f"encoder: choose {way}"

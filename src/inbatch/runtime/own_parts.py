@@ -128,10 +128,6 @@ def demand(part: str, name: object) -> ConfigError:
     )
 
 
-signature = functools.cache(inspect.signature)
-"""`inspect.signature` of a function; pages of results ask for it once per recipe."""
-
-
 def is_maker(part: str, maker: Any) -> bool:
     """Return whether an object makes a part from options; otherwise it is the part itself, such as a transform."""
     if part != "views" or inspect.isclass(maker):
@@ -139,7 +135,7 @@ def is_maker(part: str, maker: Any) -> bool:
     if not inspect.isroutine(maker):
         return isinstance(maker, functools.partial)
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    parameters = signature(maker).parameters.values()
+    parameters = inspect.signature(maker).parameters.values()
     return all(p.default is not inspect.Parameter.empty or p.kind not in kinds for p in parameters)
 
 

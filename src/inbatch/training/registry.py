@@ -73,7 +73,7 @@ def make_part(part: str, options: Settings, size: int) -> Part | None:
     if own_parts.is_own(name) and own_parts.find(part, name) is None:
         return Part(name, options)  # of a finished run, which may be read without its code; `build` needs it
     if PARTS[part] is None:
-        allowed = own_parts.signature(create_encoder).parameters.keys() - {"check", "kwargs"}
+        allowed = _encoder_options()
         of_recipe = {
             "size": "image_size",
             "channels": "channels",
@@ -87,7 +87,7 @@ def make_part(part: str, options: Settings, size: int) -> Part | None:
             _check_lora(options)
         return Part(name, {k: v for k, v in options.items() if k in allowed or v is not None})
     maker = maker_of(part, name)
-    if not own_parts.is_maker(part, maker):
+    if name not in (PARTS[part] or ()) and not own_parts.is_maker(part, maker):
         for key in options.keys() - {"sizes", "object"}:
             raise ConfigError(f"{part}.{key}: {name} is an existing object, which has no settings")
         return Part(name, options)
@@ -105,6 +105,12 @@ def make_part(part: str, options: Settings, size: int) -> Part | None:
         return Part(name, {k: v for k, v in checked.items() if k in options or is_plain(v)})
     # Our own parts are written with all options; the options of torch's optimisers differ between versions.
     return Part(name, checked if part != "optimizer" else {k: checked[k] for k in options})
+
+
+@functools.cache
+def _encoder_options() -> frozenset[str]:
+    """Return the arguments of `create_encoder` that a recipe may give."""
+    return frozenset(inspect.signature(create_encoder).parameters) - {"check", "kwargs"}
 
 
 def _check_lora(options: Settings) -> None:

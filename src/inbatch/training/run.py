@@ -29,6 +29,7 @@ from inbatch.training.holdout import Images, columns_of_other, evaluation_split
 from inbatch.training.machine import machine
 from inbatch.training.own_requests import with_own_encoder
 from inbatch.training.recipe import Recipe, make
+from inbatch.training.registry import without_addresses
 from inbatch.training.replay import replay
 from inbatch.training.run_encoder import initial_name, load_run_encoder
 from inbatch.training.run_evaluation import PROTOCOLS, before_training, evaluate_labelled, evaluate_unlabelled
@@ -161,7 +162,7 @@ def _evaluated(
     origin["note"] = ". ".join(filter(None, (loaded.note, why))) or None
     if distributed.world() > 1:
         parts = [source] if split is None else [split.bank, split.queries]
-        assert_equal_across_ranks(_facts(encoder, before, parts, f"{protocols}, {from_}, {options}"))
+        assert_equal_across_ranks(_facts(encoder, before, parts, without_addresses([protocols, from_, options])))
     if split is None:
         if protocols is not None or from_ == "head":
             raise ConfigError(

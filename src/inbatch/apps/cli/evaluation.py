@@ -65,8 +65,12 @@ def evaluate(
         ),
     ] = "features",
     k: Annotated[int | None, Option(min=1, help="Number of neighbours; default: the recipe's.")] = None,
-    temperature: Annotated[float, Option(min=0.001, help="Temperature of the neighbours' weights.")] = 0.1,
-    probe: Annotated[str, Option(help="Training of the linear probe: lbfgs, or a paper's: moco, ...")] = "lbfgs",
+    temperature: Annotated[
+        float | None, Option(min=0.001, help="Temperature of the neighbours' weights; default 0.1.")
+    ] = None,
+    probe: Annotated[
+        str | None, Option(help="Training of the linear probe: lbfgs (default), or a paper's: moco, ...")
+    ] = None,
     share: Annotated[
         list[float] | None,
         Option("--label-fraction", "--share", help="Fraction of the labels, for few; default 0.01, 0.1, 0.5."),
@@ -98,9 +102,10 @@ def evaluate(
         from inbatch.runtime.files import write_json
 
         protocols = None if protocol is None else [name for names in protocol for name in names.split(",")]
-        options: dict[str, Any] = {"temperature": temperature, "probe": probe, "device": device, "from_": from_}
+        options: dict[str, Any] = {"device": device, "from_": from_}
         options["dist_timeout"] = dist_timeout
         chosen: dict[str, Any] = {"k": k, "seed": seed, "shares": share, "draws": draws, "tuning": tuning, "most": most}
+        chosen |= {"temperature": temperature, "probe": probe}
         chosen |= {"tuning_share": tuning_share, "image_column": image_column, "label_column": label_column}
         options |= {key: value for key, value in chosen.items() if value is not None}
         check_used(options, protocols or PROTOCOLS[:3])
@@ -122,6 +127,8 @@ def evaluate(
 
 OPTIONS_OF = {
     "k": ("--k", "knn", "few", "corruptions"),
+    "temperature": ("--temperature", "knn", "few", "corruptions"),
+    "probe": ("--probe", "linear", "few", "corruptions"),
     "shares": ("--label-fraction", "few"),
     "draws": ("--label-seeds", "few"),
     "tuning": ("--tuning", "finetune"),
