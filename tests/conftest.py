@@ -3,11 +3,13 @@
 import gc
 import importlib
 import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -31,6 +33,13 @@ CHECKED = ("nn.functional", "nn.memory_bank", "nn.clustering", "methods", "conte
 """Packages and files whose signatures are checked in every run of the tests."""
 CHECKED_NIGHTLY = ("rng", "data.views", "evaluation")
 """Those that are called so often that the checks take a sixth of the fast suite: checked with `-m slow` only."""
+EVERY_CASE_CHECKED = ("test_methods.py", "test_plugins.py")
+"""Files of tests whose cases go through all methods and plug-ins: their signatures are checked in every case."""
+
+os.environ["INBATCH_CACHE"] = "off"  # of the user
+
+KERNEL = Path(__file__).resolve().parents[1] / "src" / "inbatch" / "data" / "views" / "numba_kernel.py"
+"""It is compiled in 15 s, once for a checkout."""
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -43,6 +52,8 @@ def _nightly(config: pytest.Config) -> bool:
 def pytest_sessionstart(session: pytest.Session) -> None:
     """Prepare the process that runs tests; the one that only distributes them to others need not import torch."""
     if getattr(session.config.option, "dist", "no") != "no" and "PYTEST_XDIST_WORKER" not in os.environ:
+        if not list(KERNEL.parent.glob("__pycache__/numba_kernel._draw*.nbi")):  # both workers would wait for it
+            subprocess.Popen([sys.executable, "-c", "import inbatch.data.views.numba_kernel"], cwd=KERNEL.parents[3])
         return
     gc.disable()  # until all tests are collected: each collection would scan everything imported so far
     import torch
@@ -50,11 +61,17 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
     # Before inbatch is imported: signatures are checked in tests only.
     rooms = CHECKED + (CHECKED_NIGHTLY if _nightly(session.config) else ())
-    install_import_hook([f"inbatch.{room}" for room in rooms], "beartype.beartype")
+    install_import_hook([f"inbatch.{room}" for room in rooms], "signatures.checked")
     torch.set_num_threads(1)  # the tensors are tiny, and two ranks share two cores
-    for accelerator in (torch.cuda, torch.xpu):
+    for accelerator in (torch.cuda, torch.xpu, torch.mtia):
         if not accelerator.is_available():
             accelerator.manual_seed_all = lambda seed: None  # torch.manual_seed would format a stack trace for each
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Let the last collection see all objects: the bindings of triton report those that it would leave as leaks."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        gc.unfreeze()
 
 
 @pytest.fixture(scope="session")
@@ -73,61 +90,42 @@ def cifar() -> Path:
 
 
 @pytest.fixture(autouse=True)
-def uncached(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Disable the user's cache in this process and in the processes that a test starts."""
-    monkeypatch.setenv("INBATCH_CACHE", "off")
+def seeded(request: pytest.FixtureRequest) -> None:
+    """Seed torch, and check signatures in one case of each test: in all of them, it takes a fifth of their time.
 
-
-@pytest.fixture(autouse=True)
-def seeded() -> None:
+    The slow tests check all.
+    """
+    import jaxtyping
     import torch
 
+    case = getattr(request.node, "callspec", None)
+    first = case is None or not any(case.indices.values())
+    every = _nightly(request.config) or request.path.name in EVERY_CASE_CHECKED
+    jaxtyping.config.update("jaxtyping_disable", not (first or every))
     torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True, scope="session")
-def digits_made_once() -> None:
-    """Keep the canvases of the embedded digits, which every small run would make twice."""
-    from inbatch.data.sources import digits
+def less_work(pytestconfig: pytest.Config) -> None:
+    """Spare the small runs work whose result is the same each time, or that serves larger ones only.
 
-    for name, make in digits._MAKERS.items():
-        digits._MAKERS[name] = cache(make)
-
-
-@pytest.fixture(autouse=True, scope="session")
-def few_views_for_lidar() -> None:
-    """Let every run of the tests compute LiDAR from few views: it takes most of the time of a small evaluation."""
-    from inbatch.training.monitors import label_free
-
-    label_free.LIDAR_IMAGES, label_free.LIDAR_VIEWS = 6, 2
-
-
-@pytest.fixture(autouse=True, scope="session")
-def recent_garbage_collected_only(pytestconfig: pytest.Config) -> None:
-    """Collect only recent objects before memory is measured: scanning all those of the tests takes 0.1 s per run.
-
-    The slow tests collect all, as the package does.
+    It is one fixture, because pytest takes a tenth of a millisecond per fixture and test.
     """
-    from inbatch.runtime import memory
-
-    if not _nightly(pytestconfig):
-        memory.gc = SimpleNamespace(collect=partial(gc.collect, 1))
-
-
-@pytest.fixture(autouse=True, scope="session")
-def no_look_at_the_load() -> None:
-    """Spare every run the tenth of a second in which it looks for other busy processes, to advise fewer threads."""
-    from inbatch.training import advice
-
-    advice.others_busy = lambda: None
-
-
-@pytest.fixture(autouse=True, scope="session")
-def commands_built_once() -> None:
-    """Keep the commands that typer builds from all signatures; it would build them anew for every command line."""
     import typer.testing
 
-    typer.testing._get_command = cache(typer.testing._get_command)
+    from inbatch.data.sources import digits
+    from inbatch.runtime import memory
+    from inbatch.training import advice
+    from inbatch.training.monitors import label_free
+
+    for name, make in digits._MAKERS.items():
+        digits._MAKERS[name] = cache(make)  # the canvases of the embedded digits, which every run would make twice
+    label_free.LIDAR_IMAGES, label_free.LIDAR_VIEWS = 6, 2  # LiDAR takes most of the time of a small evaluation
+    advice.others_busy = lambda: None  # a tenth of a second per run, to advise fewer threads
+    typer.testing._get_command = cache(typer.testing._get_command)  # typer would build all commands for each line
+    if not _nightly(pytestconfig):
+        # Memory is measured after a collection of recent objects only: one of all objects takes 0.1 s per run.
+        memory.gc = SimpleNamespace(collect=partial(gc.collect, 1))
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +174,6 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     if many:
         for name in LATE:
             importlib.import_module(name)
-    gc.collect()
     gc.freeze()
     gc.set_threshold(50_000)  # 700 by default: thousands of small collections take seconds
     gc.enable()
@@ -186,35 +183,52 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         rank_pool.start_server()
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark as slow all but some cases of a test with the marker `grid(n)`.
+@pytest.hookimpl(trylast=True)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Create only the cases that the fast tests run: creating the others just to deselect them takes seconds.
 
-    The n cases that stay are chosen greedily: each next one has the most values of parameters that none before has.
+    Of a test with the marker `grid(n)`, n cases are chosen, and of a slow one, which is deselected whole, one is left.
     """
-    grids: dict[str, list[pytest.Item]] = {}
-    for item in items:
-        if item.get_closest_marker("grid"):
+    if metafunc.config.option.markexpr == "not slow" and metafunc._calls:
+        grid = metafunc.definition.get_closest_marker("grid")
+        if metafunc.definition.get_closest_marker("slow"):
+            metafunc._calls = metafunc._calls[:1]
+        elif grid:
+            metafunc._calls = _spread(metafunc._calls, *grid.args)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark as slow all cases of a grid that the fast tests leave out, if they were created."""
+    grids: dict[str, list[pytest.Function]] = {}
+    for item in items if config.option.markexpr != "not slow" else ():
+        if isinstance(item, pytest.Function) and item.get_closest_marker("grid"):
             grids.setdefault(item.nodeid.split("[")[0], []).append(item)
     for cases in grids.values():
         marker = cases[0].get_closest_marker("grid")
         assert marker is not None
-        for case in set(cases) - set(_spread(cases, *marker.args)):
-            case.add_marker(pytest.mark.slow)
+        chosen = {id(call) for call in _spread([case.callspec for case in cases], *marker.args)}
+        for case in cases:
+            if id(case.callspec) not in chosen:
+                case.add_marker(pytest.mark.slow)
 
 
-def _spread(cases: list[pytest.Item], count: int) -> list[pytest.Item]:
-    """Return as many cases, which together cover as many values of the parameters as possible."""
-    values = {case: {(name, repr(v)) for name, v in case.callspec.params.items()} for case in cases}  # type: ignore[attr-defined]
+def _spread(cases: list[Any], count: int) -> list[Any]:
+    """Return as many cases, which together cover as many values of the parameters as possible.
+
+    They are chosen greedily: each next one has the most values that none before has.
+    """
+    values = [{(name, repr(value)) for name, value in case.params.items()} for case in cases]
     seen: set[tuple[str, str]] = set()
-    chosen: list[pytest.Item] = []
-    left = list(cases)
+    chosen: list[int] = []
+    left = list(range(len(cases)))
     while left and len(chosen) < count:
         best = max(left, key=lambda case: len(values[case] - seen))  # the first of equals
         if not values[best] - seen:  # all values are covered: spread over the rest
             step = max(1, len(left) // (count - len(chosen)))
-            return [*chosen, *left[::step][: count - len(chosen)]]
+            chosen += left[::step][: count - len(chosen)]
+            break
         chosen.append(best)
         seen |= values[best]
         left.remove(best)
-    return chosen
+    return [cases[place] for place in sorted(chosen)]

@@ -29,8 +29,10 @@ def lejepa(z: Float[Tensor, "v n d"], directions: Float[Tensor, "d k"], lamb: fl
 class LeJEPA(Method):
     """LeJEPA: Provable and Scalable Self-Supervised Learning Without the Heuristics, arXiv 2511.08544.
 
-    lamb: weight of SIGReg. slices: number of directions, others in each step. global_views, samples, scale, weights:
-    see `lejepa`. hidden_dim, out_dim, layers: widths and number of linear layers of the projection.
+    lamb: weight of SIGReg. slices: number of directions, others in each step. samples: "view" tests each view's rows,
+    "all" those of all views at once. scale: "one" omits the number of rows from the statistic. weights: "sum" gives the
+    invariance weight 1, "convex" 1 - lamb. global_views: the first views, whose mean all views approach (None: all).
+    hidden_dim, out_dim, layers: widths and number of linear layers of the projection.
     """
 
     views = (2, None)

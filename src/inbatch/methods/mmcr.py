@@ -49,7 +49,8 @@ class MMCR(Method):
     """Learning Efficient Coding of Natural Images with Maximum Manifold Capacity Representations, arXiv 2303.03307.
 
     lmbda: weight of the nuclear norms of the single samples.
-    momentum: of a target network whose rows join the means; 0 is without target network. local: see `mmcr`.
+    momentum: of a target network whose rows join the means; 0 is without target network.
+    local: rows of a sample whose norm counts: "online", or "all" with those of the target network.
     hidden_dim, layers, out_dim: width of the projection's hidden layers, their number plus 1, and width of its rows.
     """
 

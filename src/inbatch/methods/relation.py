@@ -48,7 +48,7 @@ class Relation(Method):
 
     temperature, teacher_temperature: T and T'; if equal, the loss is least for the teacher's own similarities.
     queue_size: the teacher's rows from earlier batches. hidden_dim: width of the projection's hidden layer, by default
-    that of the features. candidates: see `relation`.
+    that of the features. candidates: "batch" with all rows of the batch, "own" with the sample's own, as the authors.
     """
 
     target, views, teacher, momentum, mixed_keys = ("features",), (1, None), True, 1.0, "same"

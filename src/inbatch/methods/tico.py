@@ -34,7 +34,8 @@ def tico(a: Float[Tensor, "n d"], b: Float[Tensor, "n d"], covariance: Float[Ten
 class TiCo(Method):
     """Transformation Invariance and Covariance Contrast, arXiv 2206.10698.
 
-    beta: of the moving covariance. rho: weight of the contrast. detach: see `tico`.
+    beta: of the moving covariance. rho: weight of the contrast.
+    detach: whether this batch's part of the covariance has no gradient.
     momentum: initial momentum of the target network; it rises to 1 along half a cosine.
     hidden_dim, out_dim: width of the hidden layer of the projection, and of its rows.
     """

@@ -44,8 +44,8 @@ class VISReg(Method):
     """VISReg, arXiv 2606.02572.
 
     lamb: weight of the terms other than the invariance. slices: number of directions, others in each step.
-    global_views, eps: see `visreg`. hidden_dim, layers: of the projection. out_dim: its width; None is a third of the
-    features'.
+    global_views: the first views, whose mean all views approach (None: all). eps: added to standard deviations.
+    hidden_dim, layers: of the projection. out_dim: its width; None is a third of the features'.
     """
 
     views = (2, None)
