@@ -105,29 +105,6 @@ def seeded(request: pytest.FixtureRequest) -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(autouse=True, scope="session")
-def less_work(pytestconfig: pytest.Config) -> None:
-    """Spare the small runs work whose result is the same each time, or that serves larger ones only.
-
-    It is one fixture, because pytest takes a tenth of a millisecond per fixture and test.
-    """
-    import typer.testing
-
-    from inbatch.data.sources import digits
-    from inbatch.runtime import memory
-    from inbatch.training import advice
-    from inbatch.training.monitors import label_free
-
-    for name, make in digits._MAKERS.items():
-        digits._MAKERS[name] = cache(make)  # the canvases of the embedded digits, which every run would make twice
-    label_free.LIDAR_IMAGES, label_free.LIDAR_VIEWS = 6, 2  # LiDAR takes most of the time of a small evaluation
-    advice.others_busy = lambda: None  # a tenth of a second per run, to advise fewer threads
-    typer.testing._get_command = cache(typer.testing._get_command)  # typer would build all commands for each line
-    if not _nightly(pytestconfig):
-        # Memory is measured after a collection of recent objects only: one of all objects takes 0.1 s per run.
-        memory.gc = SimpleNamespace(collect=partial(gc.collect, 1))
-
-
 @pytest.fixture(scope="module")
 def narrow() -> Iterator[None]:
     """Let the runs of a module, also those of its fixtures, learn with a narrow encoder."""
@@ -161,19 +138,27 @@ def brief(few: None, unjudged: None) -> None:
     """As `few` and `unjudged`: for tests that compare the states of runs."""
 
 
-LATE = ("matplotlib.pyplot", "sklearn.cluster", "sklearn.datasets", "timm", "torch._dynamo")
-"""Libraries that the package imports when it needs them."""
+LATE = ("matplotlib.pyplot", "sklearn.cluster", "timm", "torch._dynamo", "inbatch.data.views.numba_kernel")
+"""Libraries that the package imports when it needs them, and its compiled kernel."""
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Let the garbage collector skip everything imported: each small run collects once, for 0.3 s with these libraries.
+    """Prepare what all tests use, also those that run in forks of this process.
 
-    A selection of few tests does not import them here, because it may not need them.
+    The garbage collector skips everything imported: each small run collects once, for 0.3 s with these libraries. A
+    selection of few tests does not import them here, because it may not need them.
     """
-    many = len(session.items) > 500 and "torch" in sys.modules
+    if "torch" not in sys.modules:  # the process that only distributes the tests
+        return
+    _spare_work(session.config)
+    many = len(session.items) > 500
     if many:
+        from inbatch.data.sources import digits
+
         for name in LATE:
             importlib.import_module(name)
+        for make in digits._MAKERS.values():
+            make()
     gc.freeze()
     gc.set_threshold(50_000)  # 700 by default: thousands of small collections take seconds
     gc.enable()
@@ -181,6 +166,25 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         import rank_pool
 
         rank_pool.start_server()
+
+
+def _spare_work(config: pytest.Config) -> None:
+    """Spare the small runs work whose result is the same each time, or that serves larger ones only."""
+    import typer.testing
+
+    from inbatch.data.sources import digits
+    from inbatch.runtime import memory
+    from inbatch.training import advice
+    from inbatch.training.monitors import label_free
+
+    for name, make in digits._MAKERS.items():
+        digits._MAKERS[name] = cache(make)  # the canvases of the embedded digits, which every run would make twice
+    label_free.LIDAR_IMAGES, label_free.LIDAR_VIEWS = 6, 2  # LiDAR takes most of the time of a small evaluation
+    advice.others_busy = lambda: None  # a tenth of a second per run, to advise fewer threads
+    typer.testing._get_command = cache(typer.testing._get_command)  # typer would build all commands for each line
+    if not _nightly(config):
+        # Memory is measured after a collection of recent objects only: one of all objects takes 0.1 s per run.
+        memory.gc = SimpleNamespace(collect=partial(gc.collect, 1))
 
 
 @pytest.hookimpl(trylast=True)
