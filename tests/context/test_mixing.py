@@ -136,6 +136,18 @@ def test_resuming_is_bit_exact(method: str, name: str, tmp_path: Path, monkeypat
     assert_same_state(saved(tmp_path / "cut"), saved(tmp_path / "whole"))
 
 
+def test_a_fusion_is_trained_if_only_the_mixed_view_learns() -> None:
+    """SimSiam and SwAV have no gradient through the plain view, which would be fused without mixing."""
+    for method in ("simsiam", "swav"):
+        built = prepared(method, "imix", fuse="conv")
+        built.step(next(iter(built.loader.epoch(0))), 0)
+        assert all(p.grad.any() for n, p in built.network.named_parameters() if n.startswith("fuse.")), method
+        with pytest.raises(ConfigError, match=f"{method} with mixed images .*learns from view 0 only"):
+            prepared(
+                method, "cutmix" if method == "swav" else "imix", settings={"fuse.name": "conv", "fuse.views": [1]}
+            )
+
+
 def test_a_step_mixes_by_its_number_only() -> None:
     """Mixed images and targets depend on the number of the step, not on the steps before."""
     method, x = create("simclr"), torch.randn(8, 3, 5, 5, dtype=torch.float64)

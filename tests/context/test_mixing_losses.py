@@ -396,3 +396,16 @@ def test_a_sample_mixed_with_itself_is_a_plain_one(variant: str) -> None:
         losses.append(method.mixed_loss(query, {name: x[chosen] for name, x in source.items()}, mixture, batch))
     plain = method.loss({name: x[: len(views)] for name, x in rows.items()}, target, batch)["loss"]
     torch.testing.assert_close(torch.stack(losses).mean(), plain, rtol=1e-10, atol=1e-12)
+
+
+def test_methods_state_whether_their_keys_learn() -> None:
+    for name in METHODS:
+        method = create(name)
+        if method.mixed_keys != "other" or method.target:
+            continue
+        rows = {head: torch.randn(2, 16, 8, dtype=torch.float64, requires_grad=True) for head in method.online}
+        pair = Mixture(torch.stack([torch.arange(16), torch.arange(16).flip(0)]), torch.full((2, 16), 0.5).double())
+        query, keys = {head: x[0] for head, x in rows.items()}, {head: x[1:] for head, x in rows.items()}
+        method.mixed_loss(query, keys, pair, replace(unlabelled(16), label=torch.arange(16) % 3)).backward()
+        learns = any(x.grad is not None and x.grad[1].any() for x in rows.values())
+        assert learns == method.keys_learn, name

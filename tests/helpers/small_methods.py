@@ -185,6 +185,8 @@ def parts(
     network = Network(make() if make else encoder(plugs), heads, method.online, joined=joined, fuse=fuse, fused=fused)
     target = make_target_network(network, heads, method.target) if method.target else None
     if target is not None:
+        if method.teacher:
+            target.fuse = None  # a teacher gets plain images
         with torch.no_grad():
             for p in target.parameters():
                 p += 0.1 * torch.randn_like(p)

@@ -296,7 +296,9 @@ def test_rows_too_large_to_be_squared_give_no_wrong_number(name: str, problem: G
     loss = answered(lambda: problem(name, z))
     if loss.isfinite():
         expected = problem(name, z.detach().double())
-        torch.testing.assert_close(loss.double(), expected, rtol=1e-4, atol=1e-4 * max(1, 1 / problem.t))
+        # The temperature amplifies the rounding of similarities; the targets of relation are a soft-max of it, too.
+        amplified = max(1, 1 / problem.t) ** (2 if name.startswith("relation") else 1)
+        torch.testing.assert_close(loss.double(), expected, rtol=1e-4, atol=1e-4 * amplified)
         assert torch.autograd.grad(loss, z)[0].isfinite().all()
 
 
@@ -430,11 +432,15 @@ def test_the_length_of_a_row_does_not_matter_where_rows_are_normalised(name: str
 
 
 @pytest.mark.grid(13)
-@pytest.mark.parametrize("name", [name for name in EQUATIONS if "sogclr" not in name])  # see test_global_contrast.py
+@pytest.mark.parametrize("name", [name for name in EQUATIONS if "sogclr" not in name and name != "visreg"])
 @examples(4)
 @given(problem=problems(kinds=["random", "views alike"]), t=st.sampled_from([0.1, 1.0, 10.0]))
 def test_the_gradient_is_the_derivative(name: str, problem: Given, t: float) -> None:
-    """Finite differences in float64; inputs without gradient (keys, codes, targets) are constant copies."""
+    """Finite differences in float64; inputs without gradient (keys, codes, targets) are constant copies.
+
+    SogCLR's averages have tests of their own, and VISReg divides by a standard deviation without gradient: its gradient
+    is that of the vectors.
+    """
     z = problem.z.double()[:2, :3, :3].contiguous()
     assume(name not in ("barlow_twins", "vicreg", "cross_entropy") or problem.kind == "random")
     y, x = problem.y[:3], z.clone().requires_grad_()
@@ -450,6 +456,8 @@ def test_the_gradient_is_the_derivative(name: str, problem: Given, t: float) -> 
         "swapped_prediction": lambda x: swapped_prediction(x, sinkhorn(z, t), t),
         "sinkhorn": lambda x: (x * sinkhorn(z, t)).mean(),
         "dino": lambda x: dino(x, z, torch.linspace(0, 0.1, z.shape[2]), t, t),
+        "relation": lambda x: relation(x[0], z[-1], bank(z), t, t),
+        "relation, own": lambda x: relation(x[0], z[-1], bank(z), t, 2 * t, "own"),
         "tico": lambda x: tico(x[0], z[-1], tico(z[0], z[-1], past(z))[1], beta=1.0)[0]["loss"],
         "tico, batch": lambda x: tico(x[0], z[-1], past(z), detach=False)[0]["loss"],
         "mmcr, local": lambda x: mmcr(x, stretched(z), 0.1, "all")["loss"],
@@ -505,7 +513,7 @@ def test_every_method(
     heads = method.heads(12)
     width = {"classifier": 3, "clusters": 3, "prototypes": 6, "projection": 8, "prediction": 8,
              "features": 12, "scaled": 10}  # fmt: skip
-    width["projection"] = 2 if name == "wmse" else 8
+    width["projection"] = {"wmse": 2, "relation": 12}.get(name, 8)  # that of relation's teacher
     assert set(method.online) <= set(width) and heads
 
     def rows(names: tuple[str, ...], chosen: Sequence[int], seed: int) -> dict[str, Tensor]:

@@ -49,5 +49,6 @@ def test_two_ranks_are_one_process(tmp_path: Path) -> None:
     job(str(tmp_path / "one"))
     on_ranks(2, job, str(tmp_path / "two"))
     one, two = (load_file(tmp_path / name / "encoder" / "model.safetensors") for name in ("one", "two"))
-    for key in one:
+    # The first norm of the projection removes the last bias: its gradient is 0, and AdamW amplifies its rounding.
+    for key in one.keys() - {"7.bias"}:
         torch.testing.assert_close(two[key], one[key], rtol=1e-3, atol=1e-4)

@@ -68,6 +68,7 @@ class SimSiam(Method):
         self.layers, self.hidden_dim, self.out_dim, self.bottleneck_dim = layers, hidden_dim, out_dim, bottleneck_dim
         self.fix_pred_lr, self.predictor = fix_pred_lr, predictor
         self.stop_gradient, self.targets = stop_gradient, targets
+        self.keys_learn = not stop_gradient
 
     def heads(self, width: int) -> dict[str, Head]:
         hidden = hidden_widths(self.layers, self.hidden_dim)

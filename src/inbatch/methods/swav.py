@@ -32,7 +32,7 @@ class SwAV(Method):
     queue_start_epoch: epoch from which they are stored.
     """
 
-    online, views = ("projection", "prototypes"), (2, None)
+    online, views, keys_learn = ("projection", "prototypes"), (2, None), False
     mixed_keys: MixedKeys | None = "other"
     vectors: Tensor
     _imagenet = {"source": "swav, scripts/swav_800ep_pretrain.sh: lr 4.8 for 4096 images", "views.name": "swav",

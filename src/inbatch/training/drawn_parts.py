@@ -76,7 +76,7 @@ def draw_weights(
             notes.append(_adapted(recipe, encoder))
         notes += method.notes(len(source))
         mixer = mixer_of(recipe, method, len(views), context)
-        fuse, fused = fusion(recipe, method, views, encoder, context)
+        fuse, fused = fusion(recipe, method, views, encoder, context, mixer)
         if mixer is not None and mixer.replaces:  # the mixed images of a view are fused as its plain ones would be
             fused = [*fused, *(~v for v in fused)]
         return DrawnParts(method, encoder, views, heads, fuse, fused, mixer, notes, teacher)

@@ -31,6 +31,13 @@ def mixed_views(mixer: Mixer | None, method: Method, views: Sequence[int]) -> li
     return [~views[0], *views[1:]]
 
 
+def learned_views(mixer: Mixer | None, method: Method, count: int) -> list[int]:
+    """Return the numbers of the views, of `count` views of a sample, whose rows have a gradient."""
+    views = list(method.online_views(count))
+    keys_alone = mixer is not None and mixer.replaces and not method.keys_learn
+    return [~v for v in mixed_views(mixer, method, views) if v < 0] if keys_alone else views
+
+
 def compared_views(mixer: Mixer, method: Method, count: int) -> dict[int, list[int]]:
     """Return the views that are mixed, and for each the positions of its key views.
 

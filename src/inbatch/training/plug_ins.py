@@ -20,23 +20,24 @@ from inbatch.models.network import Network
 from inbatch.runtime import distributed
 from inbatch.runtime.remote import is_url
 from inbatch.runtime.sharding import is_sharded
-from inbatch.training.mixing import compared_views
+from inbatch.training.mixing import compared_views, learned_views
 from inbatch.training.negatives import embeds
 from inbatch.training.recipe import Recipe
 
 
 def fusion(
-    recipe: Recipe, method: Method, views: AnyViews, encoder: Encoder, context: int
+    recipe: Recipe, method: Method, views: AnyViews, encoder: Encoder, context: int, mixer: Mixer | None
 ) -> tuple[Fusion | None, Sequence[int]]:
     """Return the batch fusion of a recipe and the indices of the views that it fuses."""
     if recipe.fuse is None:
         return None, ()
-    learned, requested = set(method.online_views(len(views))), recipe.fuse.options["views"]
+    learned, requested = set(learned_views(mixer, method, len(views))), recipe.fuse.options["views"]
     if requested is not None and (not requested or not set(requested) <= set(range(len(views)))):
         raise ConfigError(f"fuse.views = {list(requested)}: the views are numbered 0 to {len(views) - 1}")
     if requested is not None and not learned & set(requested):
+        mixed = f" with mixed images ({recipe.mix.name})" if recipe.mix else ""
         raise ConfigError(
-            f"fuse.views = {list(requested)}: {recipe.method.name} learns from view "
+            f"fuse.views = {list(requested)}: {recipe.method.name}{mixed} learns from view "
             f"{', '.join(map(str, sorted(learned)))} only, and a fusion of others would never be trained"
         )
     fused = requested or ((1,) if 1 in learned else (max(learned),))
