@@ -34,8 +34,9 @@ COMMANDS = tuple(Program.ORDER)
 WORK = (
     "api:pretrain", "api:dry_run", "api:evaluate_run", "api:embed_run", "api:export_run", "api:replay_run",
     "api:train_classifier", "api:predict", "apps.cli.checking:_imported", "apps.adaptation.adapt:adapt",
-    "apps.bench.benchmark:bench", "apps.collection.duplicates:find_duplicates", "apps.collection.labels:find_label_errors",
-    "apps.collection.outliers:find_outliers", "apps.collection.search:search_images",
+    "apps.bench.benchmark:bench", "apps.collection.duplicates:find_duplicates",
+    "apps.collection.labels:find_label_errors", "apps.collection.outliers:find_outliers",
+    "apps.collection.search:search_images",
     "apps.collection.select:select_images", "apps.comparisons.compare:compare", "apps.doctor:examine",
     "apps.papers.command:run_table_command", "apps.quickstart:quickstart", "apps.reports.batch_context:inspect_run",
     "apps.reports.choose:choose_run", "apps.reports.crop_statistics:count_configurations",

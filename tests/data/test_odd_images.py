@@ -128,7 +128,7 @@ class TestTogether:
         assert set(names) == {a.name for a in some if a.name != "text.jpg"} | {
             name.decode("utf-8", "backslashreplace") for name in strange
         }
-        assert vectors.shape == (count, 96) and np.isfinite(vectors).all()
+        assert vectors.shape == (count, 24) and np.isfinite(vectors).all()
         parquet = pytest.importorskip("pyarrow.parquet")
         api.embed_run(run.directory, tmp_path / "zoo", tmp_path / "e.parquet", device="cpu")
         assert parquet.read_table(tmp_path / "e.parquet")["path"].to_pylist() == names

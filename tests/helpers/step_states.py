@@ -8,4 +8,5 @@ N = 16
 def assert_same(found: dict, expected: dict, tolerance: float = 1e-12) -> None:
     assert found.keys() == expected.keys()
     for key in expected:
-        np.testing.assert_allclose(found[key], expected[key], rtol=0, atol=tolerance, err_msg=key)
+        largest = float(np.abs(expected[key]).max(initial=1.0))
+        np.testing.assert_allclose(found[key], expected[key], rtol=0, atol=tolerance * largest, err_msg=key)
