@@ -141,13 +141,15 @@ def encoder(plugs: Collection[str] = ()) -> nn.Module:
 
 
 def fusion(variant: str, plugs: Collection[str], group: int) -> tuple[Fusion | None, tuple[int, ...]]:
-    """Return batch fusion of the last online view, and that view."""
+    """Return batch fusion of the last online view, and that view, also if mixed images replace it."""
     name = next((name for name in FUSIONS if name in plugs), None)
     if name is None:
         return None, ()
     options = {"bottleneck": 2, "target": "shared"} if name == "conv" else {"width": 8, "heads": 2, "where": "before"}
     fused = max(create(variant).online_views(views_of(variant)))
-    return FUSIONS[name](group=group, size=SIZE, mean=(0.1, 0.2, 0.3), std=(0.5,) * 3, patch=3, **options), (fused,)
+    mixer = mixer_of(plugs)
+    numbers = (fused, ~fused) if mixer is not None and mixer.replaces else (fused,)
+    return FUSIONS[name](group=group, size=SIZE, mean=(0.1, 0.2, 0.3), std=(0.5,) * 3, patch=3, **options), numbers
 
 
 def views_of(variant: str) -> int:
