@@ -6,8 +6,8 @@ affect all entries equally; reported are medians over the rounds, and their rati
 Writes results/context-cost.json. On a few CPU cores use a smaller --batch and --encoder (tiny, resnet10); the output
 contains them.
 
-With random weights nearly every pair violates the rule of curation, which then redraws the whole batch in every round:
-this is the worst case, reported with its rounds and redraws. "at a share" sets the margin so that only this share of
+With random weights nearly every pair violates the rule of curation, which then makes as many redraws as its budget
+allows: this is the worst case, reported with its rounds and redraws. "at a share" sets the margin so that only this share of
 the first batch violates it before redrawing.
 """
 

@@ -302,8 +302,20 @@ def test_the_benchmark_of_cost_runs(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert (
         rows[benchmark.GROUPS]["context"] == 4 and rows[benchmark.GROUPS]["kept_bytes"] < rows["simclr"]["kept_bytes"]
     )
-    assert rows["curate"]["curate"]["redrawn"] > rows[benchmark.SHARE]["curate"]["redrawn"]
+    every, few = rows["curate"]["curate"], rows[benchmark.SHARE]["curate"]
+    assert every["violating_before"] > few["violating_before"] and every["redrawn"] >= few["redrawn"] > 0
     assert "ratio_to_groups" in rows[f"{benchmark.GROUPS}, shuffled"]
     assert "fuse conv" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         benchmark.main(["--batch", "10"])
+
+
+def test_a_folder_of_earlier_pictures_is_no_reason_for_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cut(*args: object, **options: object) -> None:
+        raise Preempted("parsed")
+
+    monkeypatch.setattr("inbatch.apps.reports.batch_context.inspect_run", cut)
+    (tmp_path / "inspect").mkdir()
+    assert run(f"inspect {tmp_path}").stderr.strip() == "error: parsed"

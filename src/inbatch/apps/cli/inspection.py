@@ -142,7 +142,8 @@ def inspect(
         from inbatch.apps.reports.batch_context_text import report_rows
 
         if out is None:
-            default_output(path_of(run, "RUN") / "inspect")
+            pictures = path_of(run, "RUN") / "inspect"
+            default_output(pictures / "views.png" if pictures.is_dir() else pictures)
         else:
             requested_output(out / "views.png")
         where = joined_paths(data) or None
