@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torchvision.models import SwinTransformer
 
 import inbatch
 from inbatch.errors import ConfigError, DataError
@@ -33,6 +34,12 @@ def test_the_last_map_is_what_is_pooled() -> None:
         np.testing.assert_allclose(maps[-1].mean((2, 3)).numpy(), encoder.embed(images), rtol=1e-5, atol=1e-6)
         assert torch.equal(encoder.tokens(images), maps[-1].flatten(2).mT)
         assert not maps[-1].requires_grad and not any(m._forward_hooks for m in encoder.modules())
+
+
+def test_maps_of_torchvisions_swin_have_their_channels_first() -> None:
+    swin = SwinTransformer([4, 4], embed_dim=12, depths=[1, 1], num_heads=[1, 1], window_size=[2, 2])
+    swin.head = nn.Identity()
+    assert [tuple(m.shape) for m in stages(swin, torch.randn(2, 3, 32, 32))] == [(2, 12, 8, 8), (2, 24, 4, 4)]
 
 
 def test_tokens_of_a_vit_are_its_normed_patches() -> None:

@@ -146,7 +146,8 @@ def test_mistakes_of_the_caller() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_our_methods_pass(name: str) -> None:
-    check_method(METHODS[name], processes=name in ("simclr", "moco"), **SMALL[name])
+    wide = {"hidden_dim": 16} if name == "mmcr" else {}  # 8 leave rows of rank 7, where its norm has no derivative
+    check_method(METHODS[name], processes=name in ("simclr", "moco"), **SMALL[name] | wide)
 
 
 @pytest.mark.slow

@@ -97,8 +97,8 @@ def _of_children(backbone: nn.Module, x: Tensor) -> list[Tensor]:
     finally:
         for hook in hooks:
             hook.remove()
-    if maps and maps[-1].shape[1] != rows.shape[1] and maps[-1].shape[3] == rows.shape[1]:  # torchvision's Swin
-        maps = [m.permute(0, 3, 1, 2) for m in maps if m.shape[1] == m.shape[2]]
+    if any(m.shape[1] == m.shape[2] != m.shape[3] == rows.shape[1] for m in maps):  # torchvision's Swin: (h, w, C)
+        maps = [m.permute(0, 3, 1, 2) for m in maps if m.shape[1] == m.shape[2]]  # the last one comes also as (C, h, w)
     return _coarser(maps)
 
 
