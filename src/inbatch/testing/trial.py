@@ -85,6 +85,7 @@ class Trial:
         with torch.random.fork_rng():
             torch.manual_seed(0)
             method = self.make(**self.options)
+            method.teacher_width = WIDTH if method.teacher else 0
             method.prepare(images=self.images, classes=CLASSES, batch=self.batch, views=self.views(method))
             heads = method.heads(WIDTH)
             if method.surveys(0):
