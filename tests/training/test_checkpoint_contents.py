@@ -45,7 +45,8 @@ FAST = [("moco", "sgd"), ("swav", "lars"), ("pcl", "adam")]
     [*FAST, *(pytest.param(m, "adamw", marks=pytest.mark.slow) for m in METHODS)],
 )
 def test_the_state_of_every_method_is_complete(method: str, optimizer: str) -> None:
-    state, other = trained(built(method, optimizer)), built(method, optimizer)
+    more = {"teacher": "inbatch/cifar10-fast"} if METHODS[method].teacher else {}
+    state, other = trained(built(method, optimizer, **more)), built(method, optimizer, **more)
     restored(other, state)
     for name, part in other.parts().items():
         if isinstance(part, torch.nn.Module):

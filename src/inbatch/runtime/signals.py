@@ -57,13 +57,15 @@ def without_result(number: int) -> InbatchError:
 class Stop:
     """Whether a signal requested this process to stop, and which one: the first one counts.
 
-    It starts held: signals only set `requested`. quick: the work is expected to end within `GRACE` seconds, so the
+    It starts held: signals only set `requested`. In a fork of the process, such as a data worker that has not set its
+    own handlers yet, they do nothing. quick: the work is expected to end within `GRACE` seconds, so the
     first signal does not raise; a second one does, and so does `check` after that time.
     """
 
     def __init__(self) -> None:
         self.requested: int | None = None
         self.quick = False
+        self._process = os.getpid()
         self._raises = self._locked = False
         self._since = 0.0
         self._interrupts = 0
@@ -130,6 +132,8 @@ class Stop:
             finishing.release()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:
+            return
         first = self.requested is None
         if first:
             self.requested, self._since = number, time.monotonic()
