@@ -1,5 +1,6 @@
 """Batches do not depend on the number of workers, the rank's share, or the step at which an epoch starts."""
 
+import multiprocessing
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -10,7 +11,7 @@ from PIL import Image
 
 from inbatch import rng
 from inbatch.data import Loader, decode_all, open_data
-from inbatch.errors import DataError
+from inbatch.errors import ConfigError, DataError
 
 
 @dataclass
@@ -97,6 +98,14 @@ def test_shares_of_two_ranks_make_the_batches_of_one(resident):
         assert torch.equal(torch.cat([left.boxes, right.boxes], 1), whole.boxes)
         for x, y, z in zip(left.crops, right.crops, whole.crops, strict=True):
             assert torch.equal(torch.cat([x, y]), z)
+
+
+def test_a_daemon_has_no_workers(photos, monkeypatch):
+    """Python lets a worker of multiprocessing.Pool start no processes."""
+    monkeypatch.setitem(multiprocessing.current_process()._config, "daemon", True)
+    assert Loader(open_data(photos), batch=7, views=VIEWS, seed=5, resident=False).workers == 0
+    with pytest.raises(ConfigError, match="pass workers=0"):
+        Loader(open_data(photos), batch=7, views=VIEWS, seed=5, resident=False, workers=2)
 
 
 def test_any_number_of_workers_gives_the_same_batches(photos):

@@ -173,7 +173,7 @@ def test_work_that_may_be_lost_within_work_that_must_be_finished():
 def test_a_fork_that_has_no_handlers_of_its_own_yet_does_not_raise(monkeypatch):
     """A data worker may get the signal of its group before its first line: Python would print a traceback."""
     with ending():
-        monkeypatch.setattr(os, "getpid", lambda own=os.getpid(): own + 1)
+        monkeypatch.setattr(os, "getpid", lambda: -1)
         signal.raise_signal(signal.SIGTERM)
         monkeypatch.undo()
         with pytest.raises(StopRequested):

@@ -25,6 +25,7 @@ from inbatch.data.workers import (
     Order,
     SampleReader,
     end_workers,
+    may_not_start_workers,
     room_to_share,
     stream,
 )
@@ -296,5 +297,7 @@ class Loader:
 
 
 def processes(workers: int | None, world: int) -> int:
-    """Return the number of decoding processes per rank: as requested, else by the CPU cores."""
-    return max(1, min(16, cores() // world)) if workers is None else workers
+    """Return the number of decoding processes per rank: as requested, else by the CPU cores, or 0 in a daemon."""
+    if workers is None:
+        return 0 if may_not_start_workers() else max(1, min(16, cores() // world))
+    return workers

@@ -4,6 +4,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from multiprocessing import current_process
 from pathlib import Path
 from shutil import disk_usage
 from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
@@ -260,8 +261,22 @@ def room_to_share(piece: int, workers: int) -> None:
         )
 
 
+def may_not_start_workers() -> bool:
+    """Return whether Python lets this process start none, because it is itself a worker, such as one of a Pool."""
+    return current_process().daemon
+
+
 def stream(made: Dataset[Any], order: Order, workers: int, device: torch.device, pinned: bool) -> DataLoader[Any]:
-    """Create a torch DataLoader that makes the keys of `order` in worker processes."""
+    """Create a torch DataLoader that makes the keys of `order` in worker processes.
+
+    Raises:
+        ConfigError: if workers are requested in a process that may not start any.
+    """
+    if workers and may_not_start_workers():
+        raise ConfigError(
+            f"workers = {workers}: this process is a daemon of multiprocessing, and may not start processes that "
+            "decode images; pass workers=0, or start the process with daemon=False"
+        )
     # fork is cheap and needs no guard in the user's script, but a process that holds a CUDA context must not be forked.
     fork = sys.platform == "linux" and device.type != "cuda"
     other = "spawn" if sys.platform == "win32" else "forkserver"
