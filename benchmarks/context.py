@@ -7,8 +7,8 @@ Writes results/context-cost.json. On a few CPU cores use a smaller --batch and -
 contains them.
 
 With random weights nearly every pair violates the rule of curation, which then makes as many redraws as its budget
-allows: this is the worst case, reported with its rounds and redraws. "at a share" sets the margin so that only this share of
-the first batch violates it before redrawing.
+allows: this is the worst case, reported with its rounds and redraws. "at a share" sets the margin so that only this
+share of the first batch violates it before redrawing.
 """
 
 import argparse
