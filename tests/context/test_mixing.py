@@ -163,7 +163,7 @@ def test_a_step_mixes_by_its_number_only() -> None:
 
 
 def prepared(method: str, name: str, **fields: object) -> api.RunComponents:
-    options = {f"method.{k}": v for k, v in small.SMALL.get(method, {}).items() if k != "num_classes"}
+    options = small.small_settings(method)
     if method == "swav":
         options |= {"method.queue_size": 0, "views.name": "simclr_cifar"}
     given = {"subset": 40, "batch_size": 8, "context": 4, "epochs": 2, "device": "cpu", "mix": name} | fields

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from mixed_batches import MixedBatch, mixer_of
@@ -69,6 +70,13 @@ SMALL: dict[str, dict[str, object]] = {
     "supervised": {"num_classes": 3},
 }
 """Options that make a registered method small; a method that is not listed is built with its defaults."""
+
+
+def small_settings(method: str) -> dict[str, Any]:
+    """Return the settings of a small run of a method: its options, and a teacher if it needs one."""
+    options = {f"method.{k}": v for k, v in SMALL.get(method, {}).items() if k != "num_classes"}
+    return options | ({"teacher": "inbatch/cifar10-fast"} if METHODS[method].teacher else {})
+
 
 VARIANTS = {name: (name, SMALL.get(name, {})) for name in METHODS} | {
     "moco-symmetric": ("moco", SMALL["moco"] | {"symmetric": True, "layers": 2, "hidden_dim": 8}),

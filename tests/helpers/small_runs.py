@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_methods import SMALL
+from small_methods import small_settings
 
 import inbatch
 from inbatch.models import backbones
@@ -26,7 +26,7 @@ TINY: dict[str, Any] = {
 
 
 def tiny(method: str, out: Path, **fields: Any) -> inbatch.Run:
-    options = {f"method.{k}": v for k, v in SMALL.get(method, {}).items() if k != "num_classes"}
+    options = small_settings(method)
     settings = options | fields.pop("settings", {})
     return inbatch.pretrain("digits-canvas", method, out=out, settings=settings, **(TINY | fields))
 

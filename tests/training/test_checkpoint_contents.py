@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_methods import SMALL
+from small_methods import small_settings
 from small_runs import TINY
 
 from inbatch.api import prepare
@@ -20,7 +20,7 @@ FIELDS = {key: value for key, value in TINY.items() if key != "quiet"} | {"subse
 
 
 def built(method: str, optimizer: str = "adamw", **settings: Any) -> RunComponents:
-    options = {f"method.{k}": v for k, v in SMALL.get(method, {}).items() if k != "num_classes"}
+    options = small_settings(method)
     return prepare("digits-canvas", method, optimizer=optimizer, settings=options | settings, **FIELDS)
 
 
@@ -45,8 +45,7 @@ FAST = [("moco", "sgd"), ("swav", "lars"), ("pcl", "adam")]
     [*FAST, *(pytest.param(m, "adamw", marks=pytest.mark.slow) for m in METHODS)],
 )
 def test_the_state_of_every_method_is_complete(method: str, optimizer: str) -> None:
-    more = {"teacher": "inbatch/cifar10-fast"} if METHODS[method].teacher else {}
-    state, other = trained(built(method, optimizer, **more)), built(method, optimizer, **more)
+    state, other = trained(built(method, optimizer)), built(method, optimizer)
     restored(other, state)
     for name, part in other.parts().items():
         if isinstance(part, torch.nn.Module):

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from small_methods import SMALL
+from small_methods import small_settings
 
 from inbatch import api
 from inbatch.context.curation import CURATORS
@@ -69,7 +69,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def sentence(data: dict[str, Path], method: str, plugs: dict[str, Any]) -> str:
     """Train two steps of the second epoch; return why they are refused, or an empty text."""
-    options: dict[str, Any] = {f"method.{k}": v for k, v in SMALL.get(method, {}).items() if k != "num_classes"}
+    options: dict[str, Any] = small_settings(method)
     if method == "swav":
         options["method.queue_size"] = 0  # with a queue, images cannot be mixed
     if METHODS[method].teacher:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_methods import SMALL
+from small_methods import small_settings
 from small_runs import assert_same_state, saved, stop_after, tiny
 
 import inbatch
@@ -23,7 +23,7 @@ COMBINATIONS = list(itertools.product((None, "conv", "set"), (False, True), (Non
 
 def fields(method: str, fuse: str | None, curate: bool, attend: str | None) -> dict:
     """Return a recipe of 5 steps an epoch on the embedded digits, curated from the second epoch on."""
-    options = {f"method.{k}": v for k, v in SMALL.get(method, {}).items() if k != "num_classes"}
+    options = small_settings(method)
     if curate:
         options["curate.name"] = "redraw"
     given = {

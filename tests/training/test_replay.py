@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from rank_pool import on_ranks
-from small_methods import SMALL
+from small_methods import small_settings
 from small_runs import TINY, tiny
 from typer.testing import CliRunner
 
@@ -37,7 +37,7 @@ def break_a_weight(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
 
 
 def built(data: Any = "digits-canvas", method: str = "simclr", **fields: Any) -> RunComponents:
-    options = {f"method.{k}": v for k, v in SMALL.get(method, {}).items() if k != "num_classes"}
+    options = small_settings(method)
     settings = options | {"precision": "float32"} | fields.pop("settings", {})
     given = {key: value for key, value in TINY.items() if key != "quiet"} | fields
     return prepare(data, method, settings=settings, **given)
