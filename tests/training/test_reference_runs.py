@@ -204,7 +204,14 @@ def test_run_outside_the_band_is_reported_and_exits_with_0(finished: Path, tmp_p
     wrong = changed(finished, tmp_path / "wrong.json", falsify)
     done = run(f"--epochs 2 --set evaluate_every=1 --compare {wrong} --out {tmp_path / 'run'}")
     assert done.exit_code == 0
-    for words in ("1 seed, 2 epochs", "k-NN", "is below the band", "is back inside", "RankMe", "2 of 3 looks (k-NN)"):
+    for words in (
+        "1 seed, 2 epochs",
+        "k-NN",
+        "is below the band",
+        "is back inside",
+        "RankMe",
+        "2 of 3 evaluations (k-NN)",
+    ):
         assert words in done.stderr, words
     assert "Not the reference's" not in done.stderr, "the recipes are the same"
     found = json.loads((tmp_path / "run" / "result.json").read_text())["compared"]
