@@ -80,15 +80,18 @@ def test_ctrl_c_has_its_own_exit_code_and_can_be_resumed(tmp_path: Path, monkeyp
 @pytest.mark.slow
 def test_run_killed_many_times_ends_as_the_uninterrupted_one(tmp_path: Path) -> None:
     """Fault 1: SIGKILL at any moment, saving included (a checkpoint after every 5 steps of some milliseconds)."""
-    fields = {"epochs": 40, "evaluate_every": 40, "settings": {"method.out_dim": 8}}
     out, words = tmp_path / "killed", ["pretrain", "--data", "digits-canvas", "--batch", "40", "--context", "20"]
     for key, value in {"subset": 200, "epochs": 40, "evaluate_every": 40, "method.out_dim": 8}.items():
         words += ["--set", f"{key}={value}"]
-    for wait in (0.05, 0.3):
-        process = subprocess.Popen(
+
+    def started(out: Path) -> subprocess.Popen:
+        return subprocess.Popen(
             [sys.executable, "-m", "inbatch", *words, "--quiet", "--out", str(out), "--resume", "auto"],
             env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
+
+    for wait in (0.05, 0.3):
+        process = started(out)
         began, end = time.time(), time.monotonic() + 60
         while not any(file.stat().st_mtime > began for file in out.glob("checkpoints/previous.pt")):
             assert process.poll() is None and time.monotonic() < end, process.communicate(timeout=5)[1]
@@ -98,8 +101,9 @@ def test_run_killed_many_times_ends_as_the_uninterrupted_one(tmp_path: Path) -> 
         process.communicate(timeout=30)
     step = checkpoint.load(out / "checkpoints").step
     assert 0 < step < 200, "killed too late to show anything"
-    tiny("simclr", out, resume=True, **fields)
-    tiny("simclr", tmp_path / "whole", **fields)
+    for folder in (out, tmp_path / "whole"):
+        process = started(folder)
+        assert (process.wait(120), process.communicate()[1]) == (0, "")
     assert_same_state(saved(out), saved(tmp_path / "whole"))
     assert not list(out.glob("checkpoints/.*.tmp")), "half-written files are left"
 

@@ -105,7 +105,6 @@ def test_evaluate_accepts_a_stopped_run(copy: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("few")
 @pytest.mark.parametrize("finished", [False, True])
 def test_a_run_to_begin_from(stopped: Path, tmp_path: Path, finished: bool) -> None:
     other = tiny("simclr", tmp_path / "other", epochs=1).directory if finished else stopped
