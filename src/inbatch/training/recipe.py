@@ -326,7 +326,8 @@ def _split(settings: Settings) -> tuple[Settings, dict[str, Settings]]:
         else:
             unknown.append(key)
     if unknown:
-        check_not_renamed(unknown[0])
+        for key in unknown:
+            check_not_renamed(key)
         raise ConfigError(f"unknown setting {shown(unknown[0])}{nearest(unknown[0], _all_keys(options))}")
     return top, options
 

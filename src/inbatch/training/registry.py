@@ -66,7 +66,8 @@ def make_part(part: str, options: Settings, size: int) -> Part | None:
     """Return a part with its options checked against its constructor's signature; None for an omitted part."""
     options = dict(options)
     if part in OPTIONAL and options.get("name") in (None, "none"):
-        for key in set(options) - {"name"}:
+        for key in sorted(set(options) - {"name"}):
+            check_not_renamed(f"{part}.{key}")
             raise ConfigError(f"{part}.{key} is set, but there is no {part}.name: {', '.join(PARTS[part] or ())}")
         return None
     name = str(options.pop("name"))
@@ -96,8 +97,8 @@ def make_part(part: str, options: Settings, size: int) -> Part | None:
         options.setdefault("size", size)
     for key in options:
         if key not in known:
-            if RENAMED.get(f"{part}.{key}", ".").split(".")[1] in known:
-                check_not_renamed(f"{part}.{key}")
+            new = RENAMED.get(f"{part}.{key}", "").removeprefix(f"{part}.")
+            check_not_renamed(f"{part}.{key}", "" if new in known else f"{part} {name}")
             raise ConfigError(f"{part} {name} has no setting {shown(key)}{nearest(key, known, usual=False)}")
     checked = validated(adapter, options, f"{part}.").model_dump()
     if part != "optimizer" and own_parts.find(part, name) is not None:
@@ -212,7 +213,9 @@ def validated(adapter: pydantic.TypeAdapter, values: Mapping[str, Any], where: s
         fault = e.errors()[0]
         key = where + ".".join(str(p) for p in fault["loc"] if not isinstance(p, int))
         problem = f"{key} = {shown(fault['input'])}: {fault['msg'][0].lower()}{fault['msg'][1:]}"
-        raise ConfigError(problem if fault["type"] != "missing" else f"{key} must be given") from None
+        raise ConfigError(
+            problem if fault["type"] != "missing" else f"{key} must be given: add --set {key}=VALUE"
+        ) from None
 
 
 def without_addresses(value: Any) -> str:
@@ -235,8 +238,15 @@ def check_known(key: str, name: Any, names: Iterable[str]) -> None:
         raise ConfigError(f"{key} = {shown(name)} is unknown{nearest(name, names)}")
 
 
-def check_not_renamed(key: str) -> None:
-    """Raise ConfigError that names the new key if a key has been renamed."""
+def check_not_renamed(key: str, without: str = "") -> None:
+    """Raise ConfigError that names the new key if a key has been renamed.
+
+    Args:
+        key: The key.
+        without: The part, if it has no setting of the new name.
+    """
+    if key in RENAMED and without:
+        raise ConfigError(f"the setting {key!r} is now {RENAMED[key]!r}, which {without} does not have: leave it out")
     if key in RENAMED:
         raise ConfigError(
             f"the setting {key!r} is now {RENAMED[key]!r}: rename it "
