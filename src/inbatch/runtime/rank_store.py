@@ -47,7 +47,9 @@ class RankStore:
             if (mine := facts.get(name, "none")) != (other := first.get(name, "none"))
         ]
         if differences:
-            problem = f"ranks disagree about {', and about '.join(differences)}. Start all with one command and version"
+            problem = (
+                f"ranks disagree about {', and about '.join(differences)}. Start all with the same command and files"
+            )
             self.tell(problem, ConfigError.exit_code)
             error = ConfigError(problem)
             error.alone = True  # rank 0 may be ended before it receives the error

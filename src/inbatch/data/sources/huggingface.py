@@ -207,7 +207,8 @@ def _hub(name: str, config: str | None, download: bool) -> dict[str, Any]:
         if isinstance(e, FileNotFoundError) and not download:
             raise DataError(f"hf/{name} is not on this machine: fetch it with --download") from e
         raise DataError(
-            f"hf/{name} cannot be loaded: {e}; correct the name (hf/OWNER/NAME[:CONFIG]), or pass the folder of its files"
+            f"hf/{name} cannot be loaded: {e}; correct the name (hf/OWNER/NAME[:CONFIG]), or pass "
+            "the folder of its files"
         ) from e
 
 
