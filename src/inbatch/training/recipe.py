@@ -30,12 +30,12 @@ from inbatch.training.registry import (
     Part,
     Settings,
     check_known,
-    check_not_renamed,
     make_part,
     nearest,
     shown,
     validated,
 )
+from inbatch.training.renamed_keys import check_not_renamed
 
 _MOST = 2**31 - 1
 """Upper limit of every count; a larger value is a mistake or malicious, and would cause a crash much later."""

@@ -22,7 +22,7 @@ from inbatch.models import create_encoder
 from inbatch.models.attention_slots import ATTENDS
 from inbatch.runtime import own_parts
 from inbatch.training.optim import OPTIMIZERS
-from inbatch.training.renamed_keys import RENAMED
+from inbatch.training.renamed_keys import RENAMED, check_not_renamed
 
 Settings = dict[str, Any]
 """Flat settings: "batch_size" or "part.key" -> value."""
@@ -97,8 +97,7 @@ def make_part(part: str, options: Settings, size: int) -> Part | None:
         options.setdefault("size", size)
     for key in options:
         if key not in known:
-            new = RENAMED.get(f"{part}.{key}", "").removeprefix(f"{part}.")
-            check_not_renamed(f"{part}.{key}", "" if new in known else f"{part} {name}")
+            check_not_renamed(f"{part}.{key}", f"{part} {name}", known)
             raise ConfigError(f"{part} {name} has no setting {shown(key)}{nearest(key, known, usual=False)}")
     checked = validated(adapter, options, f"{part}.").model_dump()
     if part != "optimizer" and own_parts.find(part, name) is not None:
@@ -236,22 +235,6 @@ def check_known(key: str, name: Any, names: Iterable[str]) -> None:
     """Raise ConfigError with a suggestion if a name is unknown."""
     if not isinstance(name, str) or name not in names:
         raise ConfigError(f"{key} = {shown(name)} is unknown{nearest(name, names)}")
-
-
-def check_not_renamed(key: str, without: str = "") -> None:
-    """Raise ConfigError that names the new key if a key has been renamed.
-
-    Args:
-        key: The key.
-        without: The part, if it has no setting of the new name.
-    """
-    if key in RENAMED and without:
-        raise ConfigError(f"the setting {key!r} is now {RENAMED[key]!r}, which {without} does not have: leave it out")
-    if key in RENAMED:
-        raise ConfigError(
-            f"the setting {key!r} is now {RENAMED[key]!r}: rename it "
-            "(scripts/migrate_recipes.py of the repository rewrites whole files and runs)"
-        )
 
 
 USUAL = {
