@@ -83,9 +83,10 @@ def knn_scores(
         or labels.is_floating_point()
         or not 0 <= int(labels.min()) <= int(labels.max()) < classes
     ):
+        span = f"from {labels.min()} to {labels.max()}" if labels.numel() else "without a label"
         raise DataError(
-            f"the labels of the bank must be {len(bank):,} whole numbers from 0 to {classes - 1}, got {len(labels):,} "
-            f"of {labels.dtype}, the highest {labels.max().item()}"
+            f"the labels of the bank must be {len(bank):,} whole numbers from 0 to {classes - 1}, not {labels.dtype} "
+            f"{tuple(labels.shape)} {span}"
         )
     if query.device.type == "mps":  # it has no float64
         query, bank = query.cpu(), bank.cpu()
