@@ -90,6 +90,11 @@ def many(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'s' * (count != 1)}"
 
 
+DIVERGED = "the encoder has diverged: train it again with a lower learning rate (--lr)"
+PASS_A_RUN = "pass the output directory of inbatch pretrain"
+"""Ends of error messages of several packages."""
+
+
 def listed(words: Sequence[str], most: int = 5, separator: str = ", ") -> str:
     """Return the first words of a list, and the number of the others."""
     more = len(words) - most

@@ -40,6 +40,7 @@ def test_a_typed_class_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         ("typed_methods:torch", "takes a subclass of inbatch.methods.base.Method"),
         ("simclr --set batch_size=8", "is an option of the check"),
         ("simclr --set temprature=8", "no option 'temprature'"),
+        ("moco --set queue=64", "'method.queue' is now 'method.queue_size': rename it"),
     ):
         result = run(f"check-method {words}")
         assert result.exit_code == 2 and message in result.stderr, (words, result.stderr)

@@ -274,7 +274,7 @@ def test_invalid_options_are_refused() -> None:
         Curator(warmup=1.0)
     with pytest.raises(ConfigError, match=r"curate\.budget = 0"):
         Curator(budget=0.0)
-    with pytest.raises(ConfigError, match="has no projection"):
+    with pytest.raises(ConfigError, match=r"has no projection: set curate\.where=features"):
         api.prepare(
             "digits-canvas", "supervised", subset=80, batch_size=16,
             settings={"curate.name": "redraw", "curate.where": "projection"},

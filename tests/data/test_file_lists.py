@@ -205,7 +205,7 @@ class TestClasses:
     @pytest.mark.parametrize(
         ("text", "match"),
         [
-            ("a\nx\nc\n", r"lacks classes that .* lists: 'x' \(line 2\), 'c' \(line 3\)"),
+            ("a\nx\nc\n", r"lacks classes that .* lists: 'x' \(line 2\), 'c' \(line 3\); its classes are "),
             ("\n".join("stuvwxyz"), r"'w' \(line 5\) and 3 more"),
             ("a\nb\na tabby\n", "lists the class 'a' twice, in lines 1 and 3"),
             ("", "is empty"),

@@ -192,7 +192,11 @@ def test_too_many_end_with_3(images: Path, tmp_path: Path, resident: str) -> Non
     done = CliRunner().invoke(app, words)
     assert done.exit_code == 3, done.output
     error = json.loads(done.stdout)["error"]
-    assert "of 130 images" in error and "max_unreadable allows 1%" in error
+    assert (
+        "of 130 images" in error
+        and "max_unreadable allows 1%" in error
+        and "--set max_unreadable=SHARE allows more" in error
+    )
     if resident == "false":  # training had begun
         assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
     else:

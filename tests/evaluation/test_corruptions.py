@@ -303,7 +303,7 @@ def test_evaluate_needs_images_of_one_or_three_channels():
     net, train, test = encoder(), bars(20), bars(10, seed=1)
     with pytest.raises(ConfigError, match="corruptions are shown to an encoder with images, and clouds holds"):
         evaluate(net, train, clouds(9), protocols=["corruptions"])
-    with pytest.raises(ConfigError, match="there is none"):
+    with pytest.raises(ConfigError, match="there is none: pass encoder"):
         evaluate(None, train, test, protocols=["corruptions"])
     two = pictures(9, channels=2)
     with pytest.raises(ConfigError, match="this encoder takes 2"):

@@ -224,13 +224,13 @@ def test_features_that_cannot_be_compared_are_refused():
     with pytest.raises(ConfigError, match=r"must be Embeddings.*torch\.Tensor"):
         knn(bank.vectors, bank.labels, k=3)
     for labels in (bank.labels - 1, bank.labels + 1, bank.labels[:5]):
-        with pytest.raises(DataError, match="6 numbers from 0 to 5"):
+        with pytest.raises(DataError, match=r"6 whole numbers from 0 to 5, not torch\.float32 \(6,\) from 0"):
             knn_scores(bank.vectors, bank.vectors, labels, 6, k=3)
 
 
 def test_scores_need_vectors_of_one_width_and_whole_labels():
     bank = torch.eye(6)
-    with pytest.raises(DataError, match="do not have the width of the bank"):
+    with pytest.raises(DataError, match=r"do not have the width of the bank, .*: use features of one encoder"):
         knn_scores(bank[:, :5], bank, torch.arange(6), 6, k=1)
-    with pytest.raises(DataError, match="6 numbers from 0 to 5"):
+    with pytest.raises(DataError, match=r"6 whole numbers from 0 to 5, not torch\.float32 \(6,\) from 0"):
         knn_scores(bank, bank, torch.arange(6.0), 6, k=1)

@@ -58,7 +58,9 @@ def test_a_name_that_is_unknown_names_the_others(shipped: Any) -> None:
         inbatch.load("inbatch/smal")
     with pytest.raises(ConfigError, match="are weights of the package, not a run"):
         inbatch.evaluate_run("inbatch/small", "photos")
-    with pytest.raises(ConfigError, match="is not the folder of a run"):
+    with pytest.raises(
+        ConfigError, match=r"is not the folder of a run: .*pass the output directory of inbatch pretrain"
+    ):
         inbatch.load("elsewhere/small")
 
 

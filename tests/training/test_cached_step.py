@@ -192,7 +192,7 @@ def test_autocast_and_a_scaler() -> None:
 def test_mistakes_are_explained() -> None:
     network, x = model(), views()
     cases: list[tuple[str, Any, Any]] = [
-        ("12 samples cannot be cut into 13", x, loss_of),
+        ("12 samples cannot be cut into 13 chunks: choose at most 12", x, loss_of),
         (r"\[11, 12\] samples", [x[0], x[1][:11]], loss_of),
         ("scalar tensor", x, lambda z: z),
         ("carries no gradient", x, lambda z: z.detach().sum()),

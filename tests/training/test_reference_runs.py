@@ -271,8 +271,8 @@ def test_the_band_is_in_the_picture_and_cheap(finished: Path, tmp_path: Path) ->
 # Invalid references
 
 WRONG: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
-    "no curve": (lambda r: r.pop("curve"), "it is not the result.json of a run"),
-    "no recipe": (lambda r: r.pop("recipe"), "it is not the result.json of a run"),
+    "no curve": (lambda r: r.pop("curve"), "pass the result.json of a finished run"),
+    "no recipe": (lambda r: r.pop("recipe"), "pass the result.json of a finished run"),
     "null": (lambda r: r["curve"][1].update(loss=None), "loss is not a number"),
     "nan": (lambda r: r["curve"][1].update(rankme=math.nan), "rankme is not a number"),
     "no epoch": (lambda r: r["curve"][1].pop("epoch"), "epoch is not a number"),

@@ -43,9 +43,21 @@ def test_every_old_name_is_an_error_that_gives_the_new_one():
                 make({"data": "photos", old: 1} | named)
 
 
-def test_part_without_the_renamed_option_is_not_suggested():
-    for settings in ({"method.name": "simclr", "method.m": 0.9}, {"views.name": "digits", "views.area": 0.2}):
-        with pytest.raises(ConfigError, match="has no setting"):
+def test_old_names_are_recognised_in_any_position():
+    """For a part without the setting, for a part that is not used, and after another unknown key."""
+    for settings, message in (
+        (
+            {"method.name": "simclr", "method.m": 0.9},
+            "'method.m' is now 'method.momentum', which method simclr does not",
+        ),
+        (
+            {"views.name": "digits", "views.area": 0.2},
+            "'views.area' is now 'views.min_scale', which views digits does not",
+        ),
+        ({"attend.hidden": 8}, "'attend.hidden' is now 'attend.hidden_dim': rename it"),
+        ({"nonsense": 1, "batch": 64}, "'batch' is now 'batch_size': rename it"),
+    ):
+        with pytest.raises(ConfigError, match=message):
             make({"data": "photos"} | settings)
 
 

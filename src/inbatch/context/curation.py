@@ -92,9 +92,11 @@ class Curator(nn.Module):
         model: Literal["snapshot", "live"] = "snapshot", margin: float = 0.0, warmup: float = 0.1,
     ) -> None:  # fmt: skip
         if rounds < 1 or not 0 <= warmup < 1:
-            raise ConfigError(f"curate.rounds = {rounds} is at least 1, and curate.warmup = {warmup} a share below 1")
+            raise ConfigError(
+                f"curate.rounds = {rounds} must be at least 1, and curate.warmup = {warmup} at least 0 and below 1"
+            )
         if budget is not None and budget <= 0:
-            raise ConfigError(f"curate.budget = {budget} is above 0, or null: no limit but the rounds")
+            raise ConfigError(f"curate.budget = {budget} must be above 0, or null: no limit but the rounds")
         super().__init__()
         self.rounds, self.rule, self.distance, self.margin = rounds, rule, distance, margin
         self.budget = math.inf if budget is None else budget

@@ -92,7 +92,9 @@ class ConvFusion(Fusion):
         remember: Literal["plain", "all"] = "plain",
     ) -> None:  # fmt: skip
         if bottleneck < 1 or group < bottleneck:
-            raise ConfigError(f"fuse.bottleneck = {bottleneck} leaves a context of {group} no channel: lower it")
+            raise ConfigError(
+                f"fuse.bottleneck = {bottleneck} leaves a context of {group} no channel: choose 1 to {group}"
+            )
         made = [_Convolutions(group, group // bottleneck) for _ in range(_layers(layers))]
         super().__init__(
             made, patch=patch_for(size, patch), relu=relu, where=where, views=views, target=target, remember=remember,

@@ -179,6 +179,8 @@ def check_dropped(source: Source, missing: Sequence[tuple[int, str]], max_bad: f
     """Raise DataError if the unreadable images are more than the fraction `max_bad`, or all of the images."""
     if len(missing) > max_bad * len(source) or len(missing) == len(source):
         few = "; ".join(why for _, why in missing[:3])
+        if len(missing) < len(source):
+            few += ". --set max_unreadable=SHARE allows more"
         raise DataError(
             f"{len(missing):,} of {len(source):,} images of {source.name} cannot be read "
             f"(max_unreadable allows {100 * max_bad:g}%): {few}"

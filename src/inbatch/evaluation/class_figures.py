@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from inbatch.errors import DataError
+from inbatch.errors import DataError, listed
 from inbatch.evaluation.accuracy import class_name, credit
 from inbatch.evaluation.confidence import calibration_error
 
@@ -47,7 +47,9 @@ class ClassFigures:
             DataError: if no image is labelled.
         """
         if not sum(len(labels) for labels, *_ in self._chunks):
-            raise DataError("no image has a label of the classes of the classifier")
+            raise DataError(
+                f"no image has a label of the classes of the classifier: pass labelled images of {listed(self.classes)}"
+            )
         labels, predicted, confidence, five = (torch.cat(parts) for parts in zip(*self._chunks, strict=True))
         correct = labels == predicted
         count = max(len(self.classes), int(torch.maximum(labels, predicted).max()) + 1)

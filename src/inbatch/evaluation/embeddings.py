@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from inbatch.errors import ConfigError, DataError, listed, type_name
+from inbatch.errors import DIVERGED, ConfigError, DataError, listed, type_name
 
 
 @dataclass(frozen=True)
@@ -140,4 +140,4 @@ def check_finite(vectors: Float[Tensor, "n f"], name: str = "the features") -> N
     for rows in vectors.split(1 << 14):
         # A sum is much faster to check; it may overflow although the features are finite.
         if not rows.sum().isfinite() and not rows.isfinite().all():
-            raise DataError(f"{name} hold NaN or infinity: the encoder has diverged.")
+            raise DataError(f"{name} hold NaN or infinity: {DIVERGED}")

@@ -145,7 +145,7 @@ def _check_protocols(
 def _with_images(use: str, encoder: Encoder | None, *data: Source | Embeddings) -> tuple[Encoder, list[Source]]:
     """Return the encoder and the sources; raise ConfigError without an encoder, or for embeddings."""
     if encoder is None:
-        raise ConfigError(f"{use} an encoder, and there is none.")
+        raise ConfigError(f"{use} an encoder, and there is none: pass encoder.")
     sources: list[Source] = []
     for one in data:
         if isinstance(one, Embeddings):
@@ -159,7 +159,7 @@ def _with_images(use: str, encoder: Encoder | None, *data: Source | Embeddings) 
 def _embedded(encoder: Encoder | None, source: Source, batch: int, precision: torch.dtype, workers: int) -> Embeddings:
     """Return the embeddings of a source; raise ConfigError without an encoder."""
     if encoder is None:
-        raise ConfigError(f"{source.name} holds images, and there is no encoder to embed them.")
+        raise ConfigError(f"{source.name} holds images, and there is no encoder to embed them: pass encoder.")
     return embed(encoder, source, batch=batch, precision=precision, workers=workers)
 
 

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from inbatch.errors import ConfigError, DataError, check_whole
+from inbatch.errors import DIVERGED, ConfigError, DataError, check_whole
 from inbatch.evaluation.knn import largest
 from inbatch.evaluation.selected_rows import AnyRows
 from inbatch.nn.cpu_matmul import fast_products
@@ -33,7 +33,7 @@ def unit_rows(vectors: Float[Tensor, "n f"]) -> Float[Tensor, "n f"]:
     """
     rows = vectors.float()
     if not rows.sum().isfinite() and not rows.isfinite().all():
-        raise DataError("the features hold NaN or infinity: the encoder has diverged")
+        raise DataError(f"the features hold NaN or infinity: {DIVERGED}")
     units = torch.empty_like(rows)
     for some, out in zip(rows.split(_NORMED), units.split(_NORMED), strict=True):
         length = torch.linalg.vector_norm(some, dim=1, keepdim=True, dtype=torch.float64).clamp_(min=1e-12)

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from inbatch.errors import ConfigError, DataError, reason
+from inbatch.errors import DIVERGED, ConfigError, DataError, reason
 from inbatch.runtime.files import open_regular
 from inbatch.runtime.paths import path_of
 from inbatch.runtime.stored_array import stored_member
@@ -62,12 +62,12 @@ def read_features(path: str | Path) -> FeatureTable:
     try:
         vectors, columns = readers[path.suffix](path)
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path} cannot be read as features of inbatch embed: {reason(error)}") from None
+        raise DataError(f"{path} cannot be read as features: {reason(error)}; write it with inbatch embed") from None
     if vectors.ndim != 2 or not vectors.numel() or any(len(column) != len(vectors) for column in columns.values()):
         raise DataError(f"{path} holds no features, one row per image: write it with inbatch embed")
     for rows in vectors.split(1 << 16):
         if not rows.isfinite().all():
-            raise DataError(f"{path}: the features hold NaN or infinity: the encoder has diverged")
+            raise DataError(f"{path}: the features hold NaN or infinity: {DIVERGED}")
     labels, classes = _numbered(columns.get("label"), columns.get("class"), len(vectors))
     index = columns.get("index")
     return FeatureTable(

@@ -74,13 +74,20 @@ def knn_scores(
     """
     check_neighbours(k, len(bank), temperature, distance)
     if query.shape[1:] != bank.shape[1:]:
-        raise DataError(f"queries of shape {tuple(query.shape)} do not have the width of the bank, {tuple(bank.shape)}")
+        raise DataError(
+            f"queries of shape {tuple(query.shape)} do not have the width of the bank, {tuple(bank.shape)}: use "
+            "features of one encoder"
+        )
     if (
         labels.shape != bank.shape[:1]
         or labels.is_floating_point()
         or not 0 <= int(labels.min()) <= int(labels.max()) < classes
     ):
-        raise DataError(f"the labels of the bank must be {len(bank):,} numbers from 0 to {classes - 1}")
+        span = f"from {labels.min()} to {labels.max()}" if labels.numel() else "without a label"
+        raise DataError(
+            f"the labels of the bank must be {len(bank):,} whole numbers from 0 to {classes - 1}, not {labels.dtype} "
+            f"{tuple(labels.shape)} {span}"
+        )
     if query.device.type == "mps":  # it has no float64
         query, bank = query.cpu(), bank.cpu()
     search = _Search(bank, labels.cpu(), classes, k, temperature if distance == "cosine" else None)

@@ -34,7 +34,7 @@ def supcon(
     if v * batch_count(n, z) < 2 or (label is not None and mask is not None):
         raise ValueError(f"SupCon needs at least 2 rows, and labels or a mask, not both: rows are {tuple(z.shape)}")
     if v < 2 and label is None and mask is None:
-        raise ValueError("SupCon of one view has no positives without labels or a mask")
+        raise ValueError("SupCon of one view has no positives without labels or a mask: pass one of them")
     weights = None
     if mask is None:  # rows of a class are summed, without a matrix of pairs
         alone = -1 - positions(n, z.device)

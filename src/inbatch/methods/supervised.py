@@ -58,7 +58,10 @@ class Supervised(Method):
     def prepare(self, *, images: int, classes: int, batch: int, views: int) -> None:
         self.num_classes = self.num_classes or classes
         if self.num_classes < classes:
-            raise ValueError(f"method.num_classes = {self.num_classes}, but the data have {classes}")
+            raise ValueError(
+                f"method.num_classes = {self.num_classes}, but the data have {classes}: set {classes} or "
+                "more, or leave it out"
+            )
 
     def heads(self, width: int) -> dict[str, Head]:
         if not self.num_classes:

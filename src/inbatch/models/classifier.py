@@ -53,7 +53,7 @@ class Classifier(nn.Module):
         if (head.in_features, head.out_features) != (encoder.feature_width, len(classes)):
             raise ConfigError(
                 f"a linear layer of {head.in_features} x {head.out_features} does not fit {encoder.feature_width} "
-                f"features and {len(classes)} classes"
+                f"features and {len(classes)} classes: it must have these sizes"
             )
         self.encoder, self.head, self.classes = encoder, head, tuple(classes)
         self.temperature, self.figures = temperature, dict(figures or {})
@@ -189,5 +189,8 @@ def load_classifier(directory: str | Path) -> Classifier:
         temperature, figures = float(saved["temperature"]), dict(saved["figures"])
         classifier = Classifier(encoder, head, classes, temperature=temperature, figures=figures)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError, ConfigError) as error:
-        raise DataError(f"{folder}: config.json describes no classifier ({reason(error)})") from None
+        raise DataError(
+            f"{folder}: config.json describes no classifier ({reason(error)}): train it again (inbatch "
+            "train-classifier)"
+        ) from None
     return classifier.eval().requires_grad_(False)

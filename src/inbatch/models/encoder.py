@@ -232,10 +232,14 @@ class Encoder(nn.Module):
         with explained(self.name, what, backbone=self.backbone), self.evaluating():
             rows = self(torch.zeros(1, *shape, device=self.device))
         if not isinstance(rows, Tensor):
-            raise ConfigError(f"{self.name} gives {type_name(rows)} for one image instead of one row of features.")
+            raise ConfigError(
+                f"{self.name} gives {type_name(rows)} for one image instead of one row of features: choose another "
+                "encoder."
+            )
         if rows.ndim != 2 or not rows.is_floating_point():
             kind = "" if rows.is_floating_point() else f" of {rows.dtype}"
             raise ConfigError(
-                f"{self.name} gives {tuple(rows.shape)}{kind} for one image instead of one row of pooled features."
+                f"{self.name} gives {tuple(rows.shape)}{kind} for one image instead of one row of pooled "
+                "features: choose an encoder with pooling."
             )
         return rows.shape[1]

@@ -74,7 +74,10 @@ def _check_clip(backbone: nn.Module, name: str, contents: Contents) -> list[str]
             f"(encoders with {QUICK_GELU} in their name), most others GELU"
         ]
     if theirs not in ("gelu", "quick_gelu"):
-        raise ConfigError(f"the weights are of CLIP with the activation {theirs}, which timm's encoders of CLIP lack")
+        raise ConfigError(
+            f"the weights are of CLIP with the activation {theirs}, which timm's encoders of CLIP lack: choose other "
+            "weights"
+        )
     if (theirs == "quick_gelu") != quick:
         other = name.replace("_clip_", f"_clip_{QUICK_GELU}_") if not quick else name.replace(f"{QUICK_GELU}_", "")
         raise ConfigError(

@@ -216,5 +216,5 @@ def restored(weights: dict[str, Any], config: dict[str, Any], origin: Path) -> E
             fill(blocks(encoder), attended, str(origin))
         set_readout(encoder, weights, config, origin)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as e:
-        raise DataError(f"{origin}: config.json describes no encoder ({reason(e)}).") from e
+        raise DataError(f"{origin}: config.json describes no encoder ({reason(e)}): export it again.") from e
     return encoder.eval()

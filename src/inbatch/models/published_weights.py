@@ -218,7 +218,10 @@ def load(backbone: nn.Module, best: Match, name: str, origin: str, least: float,
             "weights themselves; choose a file of floating-point numbers"
         )
     if bad := [key for key in fit if not bool(torch.isfinite(best.tensors[key]).all())]:
-        raise DataError(f"{origin}: {listed(bad, 3)} holds values that are not finite; the weights are damaged")
+        raise DataError(
+            f"{origin}: {listed(bad, 3)} holds values that are not finite; the weights are damaged. Choose others, or "
+            "download them again"
+        )
     backbone.load_state_dict(best.tensors, strict=False)
     sentences = [f"Initial weights: {origin} ({best.layout}): {share}"]
     sentences += [f"Initialised or left out: {problems}"] if problems else []

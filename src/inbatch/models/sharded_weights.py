@@ -49,10 +49,12 @@ class _Reader(checkpoint.FileSystemReader):
         with open(self.index_file, "rb") as file:
             index = _Index(file).load()
         if not isinstance(index, metadata.Metadata) or not isinstance(index.storage_data, dict):
-            raise DataError(f"{self.index_file.name} is not the index of a checkpoint")
+            raise DataError(f"{self.index_file.name} is not the index of a checkpoint. Copy the whole folder again")
         for place in index.storage_data.values():
             if PurePath(place.relative_path).name != place.relative_path:
-                raise DataError(f"its index names a file outside of the folder: {place.relative_path}")
+                raise DataError(
+                    f"its index names a file outside of the folder: {place.relative_path}. Save the checkpoint again"
+                )
         return index
 
 
@@ -83,4 +85,7 @@ class _Index(pickle.Unpickler):
             return getattr(self._MODULES[module], name)
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
-        raise DataError(f"its index refers to {module}.{name}, which is not part of the index of a checkpoint")
+        raise DataError(
+            f"its index refers to {module}.{name}, which is not part of the index of a checkpoint. Save it again with "
+            "torch.distributed.checkpoint"
+        )

@@ -23,13 +23,14 @@ KINDS = (
     "safetensors or of torch.save (.safetensors, .pt, .pth, .pth.tar, .ckpt, .bin), or an index of such files "
     "(.index.json)"
 )
+_SAVE = "Save the weights: torch.save(model.state_dict(), FILE), or safetensors"
 _CONVERT = "Save its tensors with safetensors.torch.save_file, or torch.save a state dict of PyTorch"
 
 _BEGINNINGS: tuple[tuple[int, bytes, str], ...] = (
-    (0, b"\xff\xd8\xff", "it is a picture"),
-    (0, b"\x89PNG", "it is a picture"),
-    (0, b"GIF8", "it is a picture"),
-    (8, b"WEBP", "it is a picture"),
+    (0, b"\xff\xd8\xff", "it is a picture. Pass a file of weights"),
+    (0, b"\x89PNG", "it is a picture. Pass a file of weights"),
+    (0, b"GIF8", "it is a picture. Pass a file of weights"),
+    (8, b"WEBP", "it is a picture. Pass a file of weights"),
     (0, b"\x89HDF", f"it is an HDF5 file, as Keras writes it. {_CONVERT}"),
     (0, b"\x93NUMPY", f"it is one array of NumPy. {_CONVERT}"),
     (257, b"ustar", "it is a tar archive. Unpack it, and pass the file of weights in it"),
@@ -108,16 +109,19 @@ def read_contents(path: Path) -> Contents:
         else:
             loaded = _load_indexed(path) if is_index(path) else _load(path)
         if not isinstance(loaded, Mapping):
-            raise DataError(f"it holds a {type(loaded).__name__} instead of named tensors")
+            raise DataError(f"it holds a {type(loaded).__name__} instead of named tensors. {_SAVE}")
         tensors = {_WRAPPERS.sub("", name): tensor for name, tensor in _named(loaded)}
         if not tensors:
-            raise DataError("it holds no tensors")
+            raise DataError(f"it holds no tensors. {_SAVE}")
     except DataError as error:
         raise DataError(f"{path} cannot be read as weights: {error}") from None
     except OSError as error:
         raise DataError(f"{path} cannot be read as weights: {error.strerror or reason(error)}") from None
     except Exception as error:  # a crafted file makes a reader raise any exception; torch's text advises an unsafe load
-        raise DataError(f"{path} cannot be read as weights: it is damaged ({type(error).__name__})") from error
+        kind = type(error).__name__
+        raise DataError(
+            f"{path} cannot be read as weights: it is damaged ({kind}). Copy or download it again"
+        ) from error
     return Contents(tensors, {str(k): v for k, v in loaded.items() if isinstance(v, str | int | float)})
 
 
@@ -139,11 +143,13 @@ def indexed_files(path: Path) -> dict[str, list[str]]:
         places = json.loads(path.read_bytes())["weight_map"]
         named = [(str(name), str(file)) for name, file in places.items()]
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        raise DataError('it is JSON, but not an index of weights with a "weight_map"') from None
+        raise DataError(
+            'it is JSON, but not an index of weights with a "weight_map". Pass the file of weights'
+        ) from None
     files: dict[str, list[str]] = {}
     for name, file in named:
         if PurePath(file).name != file:
-            raise DataError(f"its index names a file outside of the folder: {file}")
+            raise DataError(f"its index names a file outside of the folder: {file}. Put all files of the model into it")
         files.setdefault(file, []).append(name)
     return files
 
@@ -162,9 +168,11 @@ def _load_indexed(path: Path) -> dict[str, Any]:
         except safetensors.SafetensorError:
             raise DataError(f"{file} is damaged. Copy or download it again") from None
         if not isinstance(part, Mapping):
-            raise DataError(f"{file} holds a {type(part).__name__} instead of named tensors")
+            raise DataError(f"{file} holds a {type(part).__name__} instead of named tensors. {_SAVE}")
         if missing := [name for name in names if name not in part]:
-            raise DataError(f"{file} lacks {listed(missing, 3)}, which its index places there")
+            raise DataError(
+                f"{file} lacks {listed(missing, 3)}, which its index places there. Download all files of the model"
+            )
         tensors |= {name: part[name] for name in names}
     return tensors
 
@@ -173,7 +181,7 @@ def _load(path: Path) -> Any:
     with path.open("rb") as file:
         head = file.read(512)
         if not head:
-            raise DataError("it is empty")
+            raise DataError("it is empty. Copy or download it again")
         if head[4:9] == b"\0\0\0\0{":  # before all others: the length of its header can begin as a pickle or a zip file
             return safetensors.torch.load_file(path)
         for offset, beginning, sentence in _BEGINNINGS:
@@ -192,7 +200,7 @@ def _load(path: Path) -> Any:
         return safetensors.torch.load_file(path)
     if b".data-0" in path.name.encode() or head.startswith(b"model_checkpoint_path:"):
         raise DataError(_OF_TENSORFLOW)
-    raise DataError("it is neither a file of safetensors nor one of torch.save")
+    raise DataError(f"it is neither a file of safetensors nor one of torch.save. {_SAVE}")
 
 
 def _load_torch(path: Path, names: set[str], mapped: bool = True) -> Any:
@@ -213,7 +221,10 @@ def _load_torch(path: Path, names: set[str], mapped: bool = True) -> Any:
         except OSError:
             raise
         except Exception as error:
-            raise DataError(f"a safe load of its content fails ({type(error).__name__}); it is damaged") from error
+            kind = type(error).__name__
+            raise DataError(
+                f"a safe load of its content fails ({kind}); it is damaged. Copy or download it again"
+            ) from error
 
 
 def _names_in_archive(file: BinaryIO) -> set[str]:
@@ -231,7 +242,7 @@ def _names_in_archive(file: BinaryIO) -> set[str]:
     if members and all(member.endswith(".npy") for member in members):
         raise DataError(f"it is an archive of NumPy arrays (.npz), as JAX programs write it. {_CONVERT}")
     if not any(member.endswith("data.pkl") for member in members):
-        raise DataError("it is a zip archive, but not one of torch.save")
+        raise DataError("it is a zip archive, but not one of torch.save. Unpack it, and pass the file of weights")
     file.seek(0)
     return set(torch.serialization.get_unsafe_globals_in_checkpoint(file))
 

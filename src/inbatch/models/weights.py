@@ -18,6 +18,7 @@ from inbatch.models.readout import Readout
 from inbatch.runtime.files import check_writable, object_in, read_json, replacing
 from inbatch.runtime.paths import path_of
 
+_AGAIN = "copy or export the folder again"
 READOUT = "readout.safetensors"
 """File next to model.safetensors, which other libraries load and in which they would reject more tensors."""
 INSIDE = "readout"
@@ -34,7 +35,9 @@ def fill(backbone: nn.Module, weights: dict[str, Tensor], what: str) -> None:
     }
     found = [f"{len(v)} {k} ({', '.join(v[:3])}{', ...' if len(v) > 3 else ''})" for k, v in problems.items() if v]
     if found:
-        raise ConfigError(f"the weights do not fit {what}: {'; '.join(found)}. Are they of the same architecture?")
+        raise ConfigError(
+            f"the weights do not fit {what}: {'; '.join(found)}. Choose weights of the same architecture."
+        )
     backbone.load_state_dict(weights)
 
 
@@ -62,7 +65,9 @@ def read_folder(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
                 "export the encoder again, or pass the file model.safetensors"
             )
         if config and hashlib.sha256(data).hexdigest() != config["sha256"]:
-            raise DataError(f"{path}: model.safetensors is not the file config.json describes; it is damaged.")
+            raise DataError(
+                f"{path}: model.safetensors is not the file config.json describes; it is damaged: {_AGAIN}."
+            )
         return safetensors.torch.load(data), config
     except DataError:
         raise
@@ -72,7 +77,7 @@ def read_folder(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             "the file of weights in it"
         ) from None
     except Exception as e:  # a crafted file makes the reader raise any exception
-        raise DataError(f"{path} cannot be read as weights: {str(e) or reason(e)}") from e
+        raise DataError(f"{path} cannot be read as weights: {str(e) or reason(e)}; {_AGAIN}") from e
 
 
 def encoder_weights(weights: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Tensor]:
@@ -160,12 +165,12 @@ def set_readout(encoder: Encoder, weights: dict[str, Tensor], config: dict[str, 
         else:
             data = path.read_bytes()
             if hashlib.sha256(data).hexdigest() != saved["sha256"]:
-                raise DataError(f"{path} is not the file config.json describes; it is damaged.")
+                raise DataError(f"{path} is not the file config.json describes; it is damaged: {_AGAIN}.")
             state = safetensors.torch.load(data)
         encoder.readout = Readout(encoder.width, int(saved["grid"]), float(saved["eps"]))
         encoder.readout.load_state_dict(state)
     except (OSError, KeyError, RuntimeError, safetensors.SafetensorError) as error:
-        raise DataError(f"{path} cannot be read: {error}") from None
+        raise DataError(f"{path} cannot be read: {error}; {_AGAIN}") from None
 
 
 def split(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

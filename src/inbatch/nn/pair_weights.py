@@ -59,7 +59,7 @@ class SameGroup:
         if not 0 <= self.weight < float("inf"):
             raise ValueError(f"weight {self.weight:g} must be finite and at least 0, because its logarithm is used")
         if (self.q_class is None) != (self.k_class is None):
-            raise ValueError("classes are those of queries and keys, or of neither")
+            raise ValueError("classes are those of queries and keys, or of neither: pass both, or none")
         every = [x for x in (self.q_ids, self.k_ids, self.q_class, self.k_class) if x is not None]
         if any(x.is_floating_point() or x.is_complex() or x.ndim != 1 for x in every):
             raise ValueError("the ids of groups must be one integer per row")
@@ -69,7 +69,8 @@ class SameGroup:
         if (len(self.q_ids), len(self.k_ids)) != (n, m):
             raise ValueError(f"{n} queries and {m} keys need as many ids, got {len(self.q_ids)} and {len(self.k_ids)}")
         if self.q_class is not None and self.k_class is not None and (len(self.q_class), len(self.k_class)) != (n, m):
-            raise ValueError(f"{n} queries and {m} keys need as many classes")
+            got = f"{len(self.q_class)} and {len(self.k_class)}"
+            raise ValueError(f"{n} queries and {m} keys need as many classes, got {got}")
 
     @property
     def symmetric(self) -> bool:

@@ -174,10 +174,12 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         with open_regular(path) as file:
             found = json.loads(file.read().decode("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path} cannot be read: {error}; restore the file") from None
     if not isinstance(found, dict):
-        raise DataError(f"{path} cannot be read: it is not a JSON object")
+        raise DataError(f"{path} cannot be read: it is not a JSON object; restore the file")
     return found
 
 
@@ -185,7 +187,7 @@ def object_in(found: Mapping[str, Any], name: str, path: Path) -> dict[str, Any]
     """Return the object of this name in the object of a file, empty if it is null or missing; else DataError."""
     part = found.get(name)
     if part is not None and not isinstance(part, dict):
-        raise DataError(f"{path} cannot be read: {name!r} is not a JSON object")
+        raise DataError(f"{path} cannot be read: {name!r} is not a JSON object; restore the file")
     return part or {}
 
 

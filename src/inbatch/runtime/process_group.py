@@ -55,7 +55,7 @@ def setup(expect: int | None = None, device: str = "cpu", timeout: float = _TIME
             try:
                 _init(backend, timeout)
             except ValueError as error:  # a variable is missing or not a number
-                raise ConfigError(f"the processes cannot connect: {error}") from None
+                raise ConfigError(f"the processes cannot connect: {error}; start them with torchrun") from None
             except RuntimeError as error:
                 many = f"{os.environ['WORLD_SIZE']} processes did not connect within {timeout:,.0f} s"
                 raise RankError(f"{many}: {error}", speaks=True) from error

@@ -47,7 +47,9 @@ class RankStore:
             if (mine := facts.get(name, "none")) != (other := first.get(name, "none"))
         ]
         if differences:
-            problem = f"ranks disagree about {', and about '.join(differences)}"
+            problem = (
+                f"ranks disagree about {', and about '.join(differences)}. Start all with the same command and files"
+            )
             self.tell(problem, ConfigError.exit_code)
             error = ConfigError(problem)
             error.alone = True  # rank 0 may be ended before it receives the error
@@ -166,7 +168,9 @@ def fresh(store: Any, rank: int, world: int, timeout: float) -> str:
         if time.monotonic() > end:
             who = f"ranks {', '.join(map(str, sorted(waiting)))}" if rank == 0 else "rank 0"
             raise RankError(
-                f"{world} processes did not connect within {timeout:,.0f} s: {who} did not join", speaks=True
+                f"{world} processes did not connect within {timeout:,.0f} s: {who} did not join. Start all of them, "
+                "with the same MASTER_ADDR and MASTER_PORT",
+                speaks=True,
             )
         time.sleep(0.02)
     if rank == 0:

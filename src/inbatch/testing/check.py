@@ -19,6 +19,7 @@ from inbatch.testing.rank_free import rank_free
 from inbatch.testing.ranks import ranks as two_ranks
 from inbatch.testing.report import Finding, MethodError, Report
 from inbatch.testing.trial import WIDTH, Trial
+from inbatch.training.renamed_keys import check_not_renamed
 
 Test = Callable[[Trial], Finding]
 _ALONE: tuple[Test, ...] = (
@@ -83,6 +84,7 @@ def check_method(
         raise ConfigError(f"batch_size = {batch_size}: two ranks and two context groups need an even number")
     known = inspect.signature(method).parameters.values()
     if not any(p.kind is p.VAR_KEYWORD for p in known) and (unknown := sorted(set(options) - {p.name for p in known})):
+        check_not_renamed(f"method.{unknown[0]}", method.__name__, {p.name for p in known})
         names = ", ".join(p.name for p in known) or "none"
         raise ConfigError(f"{method.__name__} has no option {unknown[0]!r}; there are {names}")
     report = _report(method, options, batch_size, num_views or 0, any_order, processes)

@@ -121,7 +121,9 @@ def build(
     set_rates(recipe, loader.steps, timeline, optimizer, 0)  # an invalid schedule raises an error now
     frozen = frozen_steps(recipe, loader.steps, timeline.planned)
     if frozen and not any(p.requires_grad for p in network.heads.parameters()):
-        raise ConfigError(f"schedule.freeze_encoder_epochs: {recipe.method.name} has no heads that could learn alone")
+        raise ConfigError(
+            f"schedule.freeze_encoder_epochs: {recipe.method.name} has no heads that could learn alone; leave it out"
+        )
     step = Step(
         method=parts.method, network=network, call=distributed.wrap(network), target=target,
         views=lambda batch: drawn(parts.views, batch, device), count=len(parts.views), optimizer=optimizer,

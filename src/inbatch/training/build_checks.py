@@ -101,8 +101,10 @@ def context_and_groups(recipe: Recipe, world: int) -> tuple[int, int]:
     if context > share or share % context or (recipe.sync_norm and context % world):
         whose = "the batch" if world == 1 or recipe.sync_norm else "a rank's share of the batch"
         raise ConfigError(f"a context of {context} does not divide {whose}, {share}: choose a divisor of it")
-    if context // (world if recipe.sync_norm else 1) < 2:
-        raise ConfigError("a context group needs at least 2 samples on every rank: one sample has no statistics")
+    if context // (ranks := world if recipe.sync_norm else 1) < 2:
+        raise ConfigError(
+            f"a context of {context} leaves one sample for a rank, which has no statistics: choose at least {2 * ranks}"
+        )
     return context, share // context
 
 

@@ -157,7 +157,7 @@ def _check_views(views: list[Any], chunks: int) -> None:
     if len(sizes) > 1:
         raise ConfigError(f"the views hold {sizes} samples: every view holds the same samples, (N, ...)")
     if sizes[0] < chunks:
-        raise ConfigError(f"{sizes[0]} samples cannot be cut into {chunks} chunks")
+        raise ConfigError(f"{sizes[0]} samples cannot be cut into {chunks} chunks: choose at most {sizes[0]}")
 
 
 def _check_loss(value: Any) -> None:

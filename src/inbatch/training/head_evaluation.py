@@ -56,25 +56,32 @@ def evaluate_head(run: Path, encoder: Encoder, source: Images, *, workers: int =
         DataError: If `config.json` of the heads is invalid.
     """
     if not (run / "heads").is_dir():
-        raise ConfigError(f"{run} has no heads: the run has not finished, or an older version made it")
+        raise ConfigError(
+            f"{run} has no heads: the run has not finished, or an older version made it; use --from features"
+        )
     weights, config = read(run / "heads")
     try:
         kind, options, prepared = method_named(config["method"]), dict(config["options"]), dict(config["told"])
     except (KeyError, TypeError, ValueError, ConfigError) as error:
         if isinstance(error, ConfigError) and own_parts.is_own(config["method"]):
             raise  # it says what to type
-        raise DataError(f"{run / 'heads'}: config.json describes no heads ({type(error).__name__}: {error})") from None
+        problem = f"{type(error).__name__}: {error}"
+        raise DataError(f"{run / 'heads'}: config.json describes no heads ({problem}); restore the file") from None
     name = kind.assigns
     if name is None:
         which = ", ".join(method for method, kind in METHODS.items() if kind.assigns)
-        raise ConfigError(f"{config['method']} has no head that assigns clusters; {which} have one")
+        raise ConfigError(
+            f"{config['method']} has no head that assigns clusters; {which} have one; use --from features"
+        )
     try:
         with torch.random.fork_rng(devices=[]):
             method = kind(**options)
             method.prepare(**prepared)
             network = Network(encoder, method.heads(encoder.width), (name,))
     except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
-        raise DataError(f"{run / 'heads'}: config.json describes no heads of {config['method']} ({error})") from None
+        raise DataError(
+            f"{run / 'heads'}: config.json describes no heads of {config['method']} ({error}); restore the file"
+        ) from None
     fill(network.heads, weights, f"the heads of {config['method']}")
     rows = embed(HeadRows(network.to(encoder.device), encoder, name), source, workers=workers)
     return {"head": name, **assigned(rows), "split": "test"}

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from inbatch.data import NO_LABELS, Source, Subset, find_split, open_data, splits
-from inbatch.errors import DataError
+from inbatch.errors import DataError, listed
 from inbatch.evaluation import Kept
 from inbatch.evaluation.embeddings import matched_labels
 from inbatch.methods import METHODS
@@ -125,7 +125,10 @@ def _of_classes(source: Source, classes: tuple[str, ...]) -> Source:
     labels = torch.tensor([number.get(name, -1) for name in source.classes] + [-1])[source.labels]
     chosen = Subset(source, (labels >= 0).nonzero()[:, 0], "the listed classes")
     if not len(chosen):
-        raise DataError(f"{source.name} has no image of the {len(classes)} classes of the training data")
+        raise DataError(
+            f"{source.name} has no image of the {len(classes)} classes of the training data: pass images of "
+            f"{listed(classes)}"
+        )
     chosen.labels, chosen.classes = labels[labels >= 0], classes
     return chosen
 

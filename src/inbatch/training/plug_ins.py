@@ -38,7 +38,8 @@ def fusion(
         mixed = f" with mixed images ({recipe.mix.name})" if recipe.mix else ""
         raise ConfigError(
             f"fuse.views = {list(requested)}: {recipe.method.name}{mixed} learns from view "
-            f"{', '.join(map(str, sorted(learned)))} only, and a fusion of others would never be trained"
+            f"{', '.join(map(str, sorted(learned)))} only, and a fusion of others would never be trained: "
+            "choose one of them"
         )
     fused = requested or ((1,) if 1 in learned else (max(learned),))
     sizes = {views.views[v].size for v in fused}
@@ -88,10 +89,13 @@ def curator_of(
     if recipe.curate is None:
         return None
     if len(views) < 2:
-        raise ConfigError(f"curation compares the views of a sample, but {recipe.method.name} draws {len(views)}")
+        raise ConfigError(
+            f"curation compares the views of a sample, but views {recipe.views.name} draw {len(views)}: choose others "
+            "(--set views.name=simclr), or leave out --curate"
+        )
     where = recipe.curate.options["where"]
     if where == "projection" and "projection" not in network.heads:
-        raise ConfigError(f"{recipe.method.name} has no projection: curate.where is features")
+        raise ConfigError(f"{recipe.method.name} has no projection: set curate.where=features")
 
     def embed(model: Network, batch: Batch) -> Tensor:
         def rows(image: Tensor) -> Tensor:

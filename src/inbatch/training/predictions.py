@@ -105,7 +105,10 @@ class _Seen:
     def _table(self, chunk: Embeddings) -> Table:
         logits = chunk.vectors
         if not logits.isfinite().all():
-            raise DataError("the classifier gives NaN or infinity for some images: its weights are damaged")
+            raise DataError(
+                "the classifier gives NaN or infinity for some images: its weights are damaged; train it again "
+                "(inbatch train-classifier)"
+            )
         likely, order = logits.softmax(1).sort(dim=1, descending=True, stable=True)
         names = [[self.classes[i] for i in row] for row in order[:, : self.top].T.tolist()]
         self.predicted += order[:, 0].bincount(minlength=len(self.classes))

@@ -30,12 +30,12 @@ from inbatch.training.registry import (
     Part,
     Settings,
     check_known,
-    check_not_renamed,
     make_part,
     nearest,
     shown,
     validated,
 )
+from inbatch.training.renamed_keys import check_not_renamed
 
 _MOST = 2**31 - 1
 """Upper limit of every count; a larger value is a mistake or malicious, and would cause a crash much later."""
@@ -326,7 +326,8 @@ def _split(settings: Settings) -> tuple[Settings, dict[str, Settings]]:
         else:
             unknown.append(key)
     if unknown:
-        check_not_renamed(unknown[0])
+        for key in unknown:
+            check_not_renamed(key)
         raise ConfigError(f"unknown setting {shown(unknown[0])}{nearest(unknown[0], _all_keys(options))}")
     return top, options
 

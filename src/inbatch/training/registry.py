@@ -22,7 +22,7 @@ from inbatch.models import create_encoder
 from inbatch.models.attention_slots import ATTENDS
 from inbatch.runtime import own_parts
 from inbatch.training.optim import OPTIMIZERS
-from inbatch.training.renamed_keys import RENAMED
+from inbatch.training.renamed_keys import RENAMED, check_not_renamed
 
 Settings = dict[str, Any]
 """Flat settings: "batch_size" or "part.key" -> value."""
@@ -66,7 +66,8 @@ def make_part(part: str, options: Settings, size: int) -> Part | None:
     """Return a part with its options checked against its constructor's signature; None for an omitted part."""
     options = dict(options)
     if part in OPTIONAL and options.get("name") in (None, "none"):
-        for key in set(options) - {"name"}:
+        for key in sorted(set(options) - {"name"}):
+            check_not_renamed(f"{part}.{key}")
             raise ConfigError(f"{part}.{key} is set, but there is no {part}.name: {', '.join(PARTS[part] or ())}")
         return None
     name = str(options.pop("name"))
@@ -96,8 +97,7 @@ def make_part(part: str, options: Settings, size: int) -> Part | None:
         options.setdefault("size", size)
     for key in options:
         if key not in known:
-            if RENAMED.get(f"{part}.{key}", ".").split(".")[1] in known:
-                check_not_renamed(f"{part}.{key}")
+            check_not_renamed(f"{part}.{key}", f"{part} {name}", known)
             raise ConfigError(f"{part} {name} has no setting {shown(key)}{nearest(key, known, usual=False)}")
     checked = validated(adapter, options, f"{part}.").model_dump()
     if part != "optimizer" and own_parts.find(part, name) is not None:
@@ -212,7 +212,9 @@ def validated(adapter: pydantic.TypeAdapter, values: Mapping[str, Any], where: s
         fault = e.errors()[0]
         key = where + ".".join(str(p) for p in fault["loc"] if not isinstance(p, int))
         problem = f"{key} = {shown(fault['input'])}: {fault['msg'][0].lower()}{fault['msg'][1:]}"
-        raise ConfigError(problem if fault["type"] != "missing" else f"{key} must be given") from None
+        raise ConfigError(
+            problem if fault["type"] != "missing" else f"{key} must be given: add --set {key}=VALUE"
+        ) from None
 
 
 def without_addresses(value: Any) -> str:
@@ -233,15 +235,6 @@ def check_known(key: str, name: Any, names: Iterable[str]) -> None:
     """Raise ConfigError with a suggestion if a name is unknown."""
     if not isinstance(name, str) or name not in names:
         raise ConfigError(f"{key} = {shown(name)} is unknown{nearest(name, names)}")
-
-
-def check_not_renamed(key: str) -> None:
-    """Raise ConfigError that names the new key if a key has been renamed."""
-    if key in RENAMED:
-        raise ConfigError(
-            f"the setting {key!r} is now {RENAMED[key]!r}: rename it "
-            "(scripts/migrate_recipes.py of the repository rewrites whole files and runs)"
-        )
 
 
 USUAL = {

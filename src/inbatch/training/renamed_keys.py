@@ -1,5 +1,9 @@
 """Old names of recipe settings and their new names."""
 
+from collections.abc import Iterable
+
+from inbatch.errors import ConfigError
+
 _METHOD = {
     "m": "momentum",
     "out": "out_dim",
@@ -38,3 +42,20 @@ RENAMED: dict[str, str] = {
     "attend.hidden": "attend.hidden_dim",
 }
 """Old name of a setting -> new name."""
+
+
+def check_not_renamed(key: str, owner: str = "", known: Iterable[str] | None = None) -> None:
+    """Raise ConfigError that names the new key if a key has been renamed.
+
+    Args:
+        key: The key.
+        owner: What has the settings `known`, for the message.
+        known: Settings without their part; None if it is unknown which there are.
+    """
+    if key in RENAMED and known is not None and RENAMED[key].split(".")[-1] not in known:
+        raise ConfigError(f"the setting {key!r} is now {RENAMED[key]!r}, which {owner} does not have: leave it out")
+    if key in RENAMED:
+        raise ConfigError(
+            f"the setting {key!r} is now {RENAMED[key]!r}: rename it "
+            "(scripts/migrate_recipes.py of the repository rewrites whole files and runs)"
+        )

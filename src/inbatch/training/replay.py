@@ -115,7 +115,9 @@ def _read_capture(path: Path) -> dict[str, Any]:
     record = read_json(path)
     wrong = [name for name, kind in _CAPTURED.items() if not isinstance(record.get(name), kind)]
     if wrong:
-        raise DataError(f"{path} describes no captured step: {', '.join(wrong)} missing or of another type")
+        raise DataError(
+            f"{path} describes no captured step: {', '.join(wrong)} missing or of another type; restore the file"
+        )
     return record
 
 

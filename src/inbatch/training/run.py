@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 
 from inbatch.data import SKIPPED, GreyAsRGB, Source, open_data, splits
-from inbatch.errors import ConfigError, DataError
+from inbatch.errors import PASS_A_RUN, ConfigError, DataError
 from inbatch.evaluation.embedding_parts import digest
 from inbatch.models import Encoder
 from inbatch.models.shipped_weights import is_shipped, with_shipped
@@ -96,7 +96,7 @@ def recipe_of(path: str | Path) -> Recipe:
             "inbatch pretrain --init continues from them"
         )
     if not (path / "recipe.json").is_file():
-        raise ConfigError(f"{path} is not the folder of a run: it has no recipe.json")
+        raise ConfigError(f"{path} is not the folder of a run: it has no recipe.json; {PASS_A_RUN}")
     return make(read_file(path / "recipe.json"))
 
 

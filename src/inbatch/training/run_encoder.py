@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from inbatch.data.views import make_views
-from inbatch.errors import ConfigError, DataError, InbatchError, reason
+from inbatch.errors import PASS_A_RUN, ConfigError, DataError, InbatchError, reason
 from inbatch.models import Encoder, create_encoder, load_encoder, save_encoder
 from inbatch.models.initial_weights import is_named
 from inbatch.models.likely_encoder import encoder_of_weights
@@ -195,7 +195,7 @@ def load_run_encoder(path: str | Path) -> RunEncoder:
     """
     path = with_shipped(path_of(path))
     if not path.is_dir():
-        raise ConfigError(f"{path} is not the folder of a run")
+        raise ConfigError(f"{path} is not the folder of a run: there is no such folder; {PASS_A_RUN}, or an encoder's")
     report = report_of(path)
     if (path / "encoder" / "config.json").is_file():
         return RunEncoder(load_encoder(path / "encoder"), _count(report, "last_step"), _count(report, "steps"))
@@ -204,7 +204,8 @@ def load_run_encoder(path: str | Path) -> RunEncoder:
     if (path / "model.safetensors").exists() or (path / "config.json").exists():
         return RunEncoder(load_encoder(path))
     raise ConfigError(
-        f"{path} is not the folder of a run or of an encoder: it has neither recipe.json nor model.safetensors"
+        f"{path} is not the folder of a run or of an encoder: it has neither recipe.json nor "
+        f"model.safetensors; {PASS_A_RUN}, or an encoder's"
     )
 
 

@@ -23,7 +23,7 @@ def read_file(path: str | Path) -> Settings:
     except ValueError as e:
         raise ConfigError(f"the recipe {path} is not valid YAML: {e}") from None
     if not isinstance(content, dict):
-        raise ConfigError(f"the recipe {path} is not a mapping of settings")
+        raise ConfigError(f"the recipe {path} is not a mapping of settings: write KEY: VALUE on each line")
     return read_settings(content)
 
 
@@ -47,8 +47,10 @@ def parse_assignment(text: str) -> Settings:
         raise ConfigError(f"--set takes key=value, for example method.temperature=0.2, not {text!r}")
     try:
         parsed = _plain(value)
-    except ValueError:
-        raise ConfigError(f"--set {shown(text)}: the value cannot be read") from None
+    except ValueError as e:
+        raise ConfigError(
+            f"--set {shown(text)}: the value cannot be read ({e}); put a text with special characters into quotes"
+        ) from None
     return {key.strip(): None if parsed == "None" else parsed}
 
 

@@ -76,7 +76,7 @@ def parquet(file: Path, count: int) -> list[bytes]:
             if len(out) >= count:
                 break
     except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"{file} cannot be read as a Parquet file of images: {error}") from error
+        raise DataError(f"{file} cannot be read as a Parquet file of images: {error}; pass another") from error
     return out[:count]
 
 

@@ -42,7 +42,9 @@ def check_method(
 
         values = {key.removeprefix("method."): value for key, value in assignments(options).items()}
         if reserved := sorted(values.keys() & {"batch_size", "num_views", "any_order", "processes", "raise_errors"}):
-            raise ConfigError(f"--set {reserved[0]} is an option of the check, not of a method")
+            raise ConfigError(
+                f"--set {reserved[0]} is an option of the check, not of a method: see inbatch check-method --help"
+            )
         failed: list[str] = []
 
         def compute() -> dict[str, Any]:

@@ -248,7 +248,8 @@ def _images_of(
         source = sources[split]
         if i >= len(source) or _stored(source.identity(i)) != name:
             raise DataError(
-                f"{path} holds features of other images than {public(str(data))}: image {i:,} is not {name!r} there"
+                f"{path} holds features of other images than {public(str(data))}: image {i:,} is not {name!r} "
+                "there; pass the images of the features, or embed these (inbatch embed)"
             )
     return sources
 

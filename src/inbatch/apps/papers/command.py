@@ -161,7 +161,7 @@ def run_table_command(
         check_writable(out)
     table = selection.apply(table, scale)
     if from_ is not None and not from_.is_dir():
-        raise ConfigError(f"--from {from_} is not a folder of results")
+        raise ConfigError(f"--from {from_} is not a folder of results: pass one with records of runs (*.json)")
     problems: dict[str, InbatchError] = {}
     launch: tuple[str, ...] = ()
     if runs and scale == "paper":

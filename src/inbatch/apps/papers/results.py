@@ -161,7 +161,7 @@ def valid_record(found: Mapping[str, Any], name: str) -> Record:
         record = Record.model_validate(found)
         record.told  # noqa: B018 - validates the recipe
     except (ConfigError, pydantic.ValidationError, RecursionError) as error:
-        raise DataError(f"{name} is not the result of a run: {_reason(error)}") from None
+        raise DataError(f"{name} is not the result of a run: {_reason(error)}; repeat the run") from None
     return record
 
 

@@ -34,7 +34,9 @@ def record_of(cell: Cell, place: str, result: Mapping[str, Any]) -> Record:
     if key(make(read_settings(recipe))) != cell.key:
         mine = cell.recipe().nested()
         changed = [name for name, value in mine.items() if name != "seed" and value != recipe.get(name)]
-        raise InbatchError(f"the run's recipe is not the table's: {', '.join(changed)} differ")
+        raise InbatchError(
+            f"the run's recipe is not the table's: {', '.join(changed)} differ; remove its folder, and run it again"
+        )
     here = json.dumps({name: result[name] for name in Record.model_fields if name in result})
     source = source_name(place)
     kept = json.loads(here.replace(json.dumps(place)[1:-1], source) if source != place else here)

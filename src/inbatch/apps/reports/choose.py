@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from inbatch.apps.reports.choose_interval import resampled, undecided, with_intervals
 from inbatch.apps.reports.choose_study import Reliability, reliability
 from inbatch.data.views import Views, make_views
-from inbatch.errors import ConfigError, DataError, check_whole, listed, many, type_name
+from inbatch.errors import PASS_A_RUN, ConfigError, DataError, check_whole, listed, many, type_name
 from inbatch.evaluation import alpha_req, embed, feature_std, knn, rankme
 from inbatch.evaluation.embeddings import Embeddings
 from inbatch.evaluation.rank_correlation import kendall_tau
@@ -143,11 +143,11 @@ def score_of(by: str, one: Mapping[str, Any]) -> float:
 def recorded(path: Path) -> dict[str, Any]:
     """Return the measures of a run at its last online evaluation: from result.json, else from its last checkpoint."""
     if not path.is_dir():
-        raise ConfigError(f"{path} is not the folder of a run")
+        raise ConfigError(f"{path} is not the folder of a run: there is no such folder; {PASS_A_RUN}")
     if not (path / "recipe.json").is_file():
         if (path / "config.json").is_file():
             raise ConfigError(f"{path} is an encoder's folder, which has no record of a run: pass --data")
-        raise ConfigError(f"{path} is not the folder of a run: it has no recipe.json")
+        raise ConfigError(f"{path} is not the folder of a run: it has no recipe.json; {PASS_A_RUN}")
     recipe, file = recipe_of(path), path / "result.json"
     steps = note = None
     if file.is_file():
@@ -160,14 +160,18 @@ def recorded(path: Path) -> dict[str, Any]:
         file, note, width = saved.path, f"{path} has not finished; its last evaluation is used", None
         curve = saved.state.get("progress", {}).get("curve")
     if not isinstance(curve, list) or not all(isinstance(entry, dict) for entry in curve):
-        raise DataError(f"{file} cannot be read: its curve is not a list of evaluations")
+        raise DataError(f"{file} cannot be read: its curve is not a list of evaluations; restore the file")
     if not curve:
-        raise ConfigError(f"{path} was stopped before its first evaluation: continue it with inbatch pretrain --resume")
+        raise ConfigError(
+            f"{path} was stopped before its first evaluation: continue it with inbatch pretrain --resume {path}"
+        )
     names = ("step", "rankme", "lidar", "alpha", "feature_std", "loss", "knn")
     values = {name: curve[-1].get(name) for name in names}
     bad = [name for name, value in values.items() if value is not None and type(value) not in (int, float)]
     if bad:
-        raise DataError(f"{file} cannot be read: {listed(bad)} is not a number at the last evaluation")
+        raise DataError(
+            f"{file} cannot be read: {listed(bad)} is not a number at the last evaluation; restore the file"
+        )
     origin = {
         "run": str(path), "method": recipe.method.name, "encoder": recipe.encoder.name, "width": width, "steps": steps,
         "images": [str(recipe.data), recipe.split, recipe.subset], "note": note,

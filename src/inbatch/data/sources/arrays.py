@@ -105,7 +105,11 @@ def open_arrays(images: Any, labels: Any, reading: Reading, like: Labels | None 
     if not len(pixels):
         raise DataError("The array holds no image (its first side is 0)")
     if reading.channels not in (None, pixels.shape[1]):
-        raise DataError(f"The array's images have {pixels.shape[1]} channels, {reading.channels} were requested")
+        has = pixels.shape[1]
+        raise DataError(
+            f"The array's images have {has} channels, {reading.channels} were requested (--set channels={has} reads "
+            "them)"
+        )
     if labels is None:
         return ArraySource(pixels, unlabelled(len(pixels)), ())
     known = from_array(_in_memory(labels), len(pixels), LABELS, like=like)

@@ -64,10 +64,15 @@ def find_cifar(data: object, reading: Reading) -> dict[str, Callable[[], Source]
 def open_split(folder: Path, kind: Kind, split: str, reading: Reading) -> Source:
     """Open one split of a folder with CIFAR files: (N, 3, 32, 32) in memory."""
     if reading.channels not in (None, 3):
-        raise DataError(f"CIFAR's images have 3 channels, {reading.channels} were requested")
+        raise DataError(
+            f"CIFAR's images have 3 channels, {reading.channels} were requested (--set channels=3 reads them)"
+        )
     names = _read(folder / kind.meta).get(kind.names)
     if not isinstance(names, list) or not names or not all(isinstance(name, bytes | str) for name in names):
-        raise DataError(f"{str(folder / kind.meta)!r} holds no list {kind.names!r}: it is not a CIFAR file")
+        raise DataError(
+            f"{str(folder / kind.meta)!r} holds no list {kind.names!r}: it is not a CIFAR file; unpack the archive "
+            "again"
+        )
     images, labels = [], []
     for file in kind.train if split == "train" else kind.test:
         pixels, numbers = _batch(folder / file, kind.labels, len(names))
@@ -82,10 +87,13 @@ def _batch(file: Path, key: str, classes: int) -> tuple[np.ndarray, list[int]]:
     content = _read(file)
     data, labels = content.get("data"), content.get(key)
     if not isinstance(data, _Array) or not isinstance(labels, list):
-        raise DataError(f"{str(file)!r} lacks 'data' or {key!r}: it is not a CIFAR file")
+        raise DataError(f"{str(file)!r} lacks 'data' or {key!r}: it is not a CIFAR file; unpack the archive again")
     pixels = data.pixels(str(file))
     if len(labels) != len(pixels) or not all(type(x) is int and -1 <= x < classes for x in labels):
-        raise DataError(f"{str(file)!r} needs a label from 0 to {classes - 1} for each of its {len(pixels):,} images")
+        raise DataError(
+            f"{str(file)!r} needs a label from 0 to {classes - 1} for each of its {len(pixels):,} images; unpack the "
+            "archive again"
+        )
     return pixels, labels
 
 
@@ -97,9 +105,10 @@ def _read(file: Path) -> dict[str, Any]:
     except OSError as e:
         raise DataError(f"{str(file)!r} cannot be read: {e.strerror}; unpack the archive again") from e
     except Exception as e:  # a damaged pickle can raise any exception
-        raise DataError(f"{str(file)!r} is not a CIFAR file, or is damaged: {e or type(e).__name__}") from e
+        problem = e or type(e).__name__
+        raise DataError(f"{str(file)!r} is not a CIFAR file, or is damaged: {problem}; unpack the archive again") from e
     if not isinstance(content, dict):
-        raise DataError(f"{str(file)!r} is not a CIFAR file: it holds no dictionary")
+        raise DataError(f"{str(file)!r} is not a CIFAR file: it holds no dictionary; unpack the archive again")
     return {_text(key): value for key, value in content.items() if isinstance(key, bytes | str)}
 
 
@@ -130,7 +139,9 @@ class _Array:
             or shape != (len(data) // _PIXELS, _PIXELS)
             or by_column not in (False, 0, "C")
         ):
-            raise DataError(f"{file!r}: 'data' is not an array of {_PIXELS:,} bytes per image")
+            raise DataError(
+                f"{file!r}: 'data' is not an array of {_PIXELS:,} bytes per image; unpack the archive again"
+            )
         return np.frombuffer(data, np.uint8).reshape(-1, _PIXELS)
 
 

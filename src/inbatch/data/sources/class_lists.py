@@ -26,7 +26,7 @@ def choose(source: Source, file: str) -> Source:
     if not source.classes:
         raise DataError(
             f"{source.name} has no labels{source.why_unlabelled()}: "
-            f"a list of classes ({file!r}) cannot choose among its images"
+            f"a list of classes ({file!r}) cannot choose among its images; leave it out"
         )
     names = _listed(file, source)
     number = torch.full((len(source.classes) + 1,), -1)
@@ -35,7 +35,7 @@ def choose(source: Source, file: str) -> Source:
     new = number[source.labels]  # -1 indexes the last entry and stays unknown
     chosen = Subset(source, (new >= 0).nonzero()[:, 0], f"the {len(names)} classes that {file} lists")
     if not len(chosen):
-        raise DataError(f"{source.name} has no image of the {len(names)} classes that {file!r} lists")
+        raise DataError(f"{source.name} has no image of the {len(names)} classes that {file!r} lists: list others")
     chosen.labels, chosen.classes = new[new >= 0], names
     chosen.ids = None if source.ids is None else tuple(source.ids[place[name]] for name in names)
     return chosen
@@ -68,7 +68,10 @@ def _listed(file: str, source: Source) -> tuple[str, ...]:
             )
         found[name] = number
     if unknown:
-        raise DataError(f"{source.name} lacks classes that {file!r} lists: {listed(unknown)}")
+        raise DataError(
+            f"{source.name} lacks classes that {file!r} lists: {listed(unknown)}; its classes are "
+            f"{listed(source.classes)}"
+        )
     if not found:
         raise DataError(f"the list of classes {file!r} is empty: write a class on each line")
     return tuple(found)

@@ -31,7 +31,10 @@ def find_digits(data: object, reading: Reading) -> dict[str, Callable[[], Source
         def open_split() -> Source:
             images, labels = make()
             if reading.channels not in (None, images.shape[1]):
-                raise DataError(f"{data} has {images.shape[1]} channels, {reading.channels} were requested")
+                has = images.shape[1]
+                raise DataError(
+                    f"{data} has {has} channels, {reading.channels} were requested (--set channels={has} reads them)"
+                )
             return ArraySource(images[part], labels[part], tuple("0123456789"), data)
 
         return open_split

@@ -55,7 +55,10 @@ class FolderSource(Source):
         check_inner_splits(root, self.scan.folders)
         labels, names = label_by_folder(paths, classes)
         if unknown := sorted(set(names) - set(classes or names)):
-            raise DataError(f"{str(root)!r} holds classes that the train split lacks: {listed(unknown)}")
+            raise DataError(
+                f"{str(root)!r} holds classes that the train split lacks: {listed(unknown)}; rename or remove "
+                "their folders"
+            )
         super().__init__(str(root), channels, labels, (classes or names) if names else ())
         if group_column is not None:
             if not is_path_rule(group_column):

@@ -82,7 +82,7 @@ def groups_of_paths(paths: Iterable[str], column: str, name: str) -> Int[Tensor,
         groups.append(numbers.setdefault(text, len(numbers)) if text else -1)
     if not numbers:
         what = "no image is in a folder" if column == FOLDER else "it finds no text in its brackets in any path"
-        raise DataError(f"group_column = {column!r}: {what} of {name!r}, such as {last!r}")
+        raise DataError(f"group_column = {column!r}: {what} of {name!r}, such as {last!r}; correct it, or leave it out")
     return torch.tensor(groups, dtype=torch.int64)
 
 

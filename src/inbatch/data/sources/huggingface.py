@@ -22,6 +22,7 @@ from inbatch.data.sources.labels import Labels, arrow_codes, from_arrow
 from inbatch.data.sources.split_names import arranged, split_of
 from inbatch.errors import ConfigError, DataError, type_name
 
+_AGAIN = "; save the data set again (save_to_disk)"
 _NAME = re.compile(r"hf/(?P<name>[\w-][\w.-]*(?:/[\w-][\w.-]*)?)(?::(?P<config>[\w.-]+))?")
 
 
@@ -105,7 +106,10 @@ class HubSource(Source):
             root, file = self.folder.resolve(), (self.folder / path).resolve()
             if file.is_relative_to(root):
                 return str(file)
-        raise DataError(f"{path!r} cannot be read: {self.name!r} names a file that is not in its folder")
+        raise DataError(
+            f"{path!r} cannot be read: {self.name!r} names a file that is not in its folder; save the data set with "
+            "its images (save_to_disk)"
+        )
 
 
 def find_huggingface(data: object, reading: Reading) -> dict[str, Callable[[], Source]] | None:
@@ -122,7 +126,7 @@ def find_huggingface(data: object, reading: Reading) -> dict[str, Callable[[], S
     if (root / "dataset_dict.json").is_file():
         names = _json(root / "dataset_dict.json").get("splits", [])
         if not names or any(Path(str(name)).name != name for name in names):
-            raise DataError(f"{str(root / 'dataset_dict.json')!r} names no splits, or splits without a folder")
+            raise DataError(f"{str(root / 'dataset_dict.json')!r} names no splits, or splits without a folder{_AGAIN}")
         first = _training(names)
         train = None if first is None else partial(_saved, root / first)
         return arranged(
@@ -174,14 +178,14 @@ def _saved(folder: Path) -> Any:
     try:
         inside = all(Path(table["filename"]).name == table["filename"] for table in tables)
     except (TypeError, KeyError) as e:
-        raise DataError(f"{str(folder / 'state.json')!r} is damaged: {e}") from e
+        raise DataError(f"{str(folder / 'state.json')!r} is damaged: {e}{_AGAIN}") from e
     if not inside:
-        raise DataError(f"{str(folder / 'state.json')!r} names a table that is not in its folder")
+        raise DataError(f"{str(folder / 'state.json')!r} names a table that is not in its folder{_AGAIN}")
     datasets = _datasets()
     try:
         return datasets.load_from_disk(str(folder), keep_in_memory=False)
     except Exception as e:  # a damaged folder, or one without rows, can raise any exception
-        raise DataError(f"{str(folder)!r} cannot be read as a saved dataset, or has no rows: {e}") from e
+        raise DataError(f"{str(folder)!r} cannot be read as a saved dataset, or has no rows: {e}{_AGAIN}") from e
 
 
 @lru_cache(maxsize=4)
@@ -202,7 +206,10 @@ def _hub(name: str, config: str | None, download: bool) -> dict[str, Any]:
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, datasets.exceptions.DatasetsError) as e:
         if isinstance(e, FileNotFoundError) and not download:
             raise DataError(f"hf/{name} is not on this machine: fetch it with --download") from e
-        raise DataError(f"hf/{name} cannot be loaded: {e}") from e
+        raise DataError(
+            f"hf/{name} cannot be loaded: {e}; correct the name (hf/OWNER/NAME[:CONFIG]), or pass "
+            "the folder of its files"
+        ) from e
 
 
 @contextmanager
@@ -253,9 +260,9 @@ def _json(file: Path) -> dict[str, Any]:
     try:
         found = json.loads(file.read_text("utf-8"))
     except (OSError, ValueError) as e:
-        raise DataError(f"{str(file)!r} cannot be read: {e}") from e
+        raise DataError(f"{str(file)!r} cannot be read: {e}{_AGAIN}") from e
     if not isinstance(found, dict):
-        raise DataError(f"{str(file)!r} is damaged: it is not a JSON object")
+        raise DataError(f"{str(file)!r} is damaged: it is not a JSON object{_AGAIN}")
     return found
 
 

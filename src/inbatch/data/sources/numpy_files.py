@@ -21,6 +21,7 @@ from inbatch.runtime.memory import free_bytes
 from inbatch.runtime.stored_array import StoredArray, stored_member
 
 _BLOCK = 1 << 20  # bytes whose checksum is computed at a time
+_AGAIN = "write it again with numpy.save or numpy.savez, as arrays of numbers"
 
 NAMES: dict[str, dict[str, tuple[str, ...]]] = {
     "train": {
@@ -162,7 +163,7 @@ def _stored(file: str, name: str) -> StoredArray | None:
                     pass
             return array
     except Exception as e:  # a damaged file can raise any exception
-        raise DataError(f"{file!r} cannot be read: {e}") from e
+        raise DataError(f"{file!r} cannot be read: {str(e).rstrip('.')}; {_AGAIN}") from e
 
 
 def _arrays(file: str, names: list[str]) -> dict[str, np.ndarray]:
@@ -170,7 +171,7 @@ def _arrays(file: str, names: list[str]) -> dict[str, np.ndarray]:
         try:
             return {name: np.asarray(opened[name]) for name in names}
         except Exception as e:  # a damaged file can raise any exception
-            raise DataError(f"{file!r} cannot be read: {e}") from e
+            raise DataError(f"{file!r} cannot be read: {str(e).rstrip('.')}; {_AGAIN}") from e
 
 
 def _check_memory(file: str, needed: int) -> None:
@@ -199,7 +200,7 @@ def _load(file: str, **how: Any) -> Any:
     try:
         return np.load(file, allow_pickle=False, **how)
     except Exception as e:  # a damaged file can raise any exception
-        raise DataError(f"{file!r} cannot be read: {e}") from e
+        raise DataError(f"{file!r} cannot be read: {str(e).rstrip('.')}; {_AGAIN}") from e
 
 
 def _members(file: str) -> dict[str, int]:
@@ -208,4 +209,4 @@ def _members(file: str) -> dict[str, int]:
         with zipfile.ZipFile(file) as opened:
             return {info.filename.removesuffix(".npy"): info.file_size for info in opened.infolist()}
     except (OSError, zipfile.BadZipFile) as e:
-        raise DataError(f"{file!r} cannot be read: {e}") from e
+        raise DataError(f"{file!r} cannot be read: {str(e).rstrip('.')}; {_AGAIN}") from e

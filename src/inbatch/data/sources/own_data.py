@@ -173,7 +173,9 @@ def pixels_of(picture: Any, channels: int, levels: Levels | None) -> UInt8[Tenso
     if len(values) == 1 and channels == 3:
         values = values.repeat(3, 0)
     if len(values) != channels:
-        raise ValueError(f"it has {len(values)} channels, {channels} are read")
+        raise ValueError(
+            f"it has {len(values)} channels, {channels} are read (--set channels={len(values)} reads them)"
+        )
     return torch.from_numpy(np.ascontiguousarray(values))
 
 
@@ -213,5 +215,7 @@ def _read_once(items: Any, name: str) -> list[Any]:
     """Return the items of an iterable; DataError if it gives another number of items than its length."""
     read = list(items)
     if len(read) != len(items):
-        raise DataError(f"The {name} says that its length is {len(items):,}, and gives {len(read):,} items")
+        raise DataError(
+            f"The {name} says that its length is {len(items):,}, and gives {len(read):,} items: correct its __len__"
+        )
     return read

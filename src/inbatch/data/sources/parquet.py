@@ -159,7 +159,10 @@ class ParquetSource(Source):
             try:
                 yield
             except UNREADABLE as e:
-                raise DataError(f"Row group {group} of {str(self.files[file])!r} cannot be read: {e}") from e
+                raise DataError(
+                    f"Row group {group} of {str(self.files[file])!r} cannot be read: {e}; copy or download the "
+                    "file again"
+                ) from e
 
     def _forget(self) -> None:
         self._process, self._lock = os.getpid(), threading.Lock()

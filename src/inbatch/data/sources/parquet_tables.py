@@ -49,7 +49,7 @@ def read_table(file: str, reading: Reading) -> Table:
             check_group_column([*kinds], column := reading.group_column, file)
             grouped = None if column is None else arrow_codes(opened.read([column])[column])
     except UNREADABLE as e:
-        raise DataError(f"{str(file)!r} cannot be read as Parquet: {e}") from e
+        raise DataError(f"{str(file)!r} cannot be read as Parquet: {e}; copy or download it again") from e
     rows = [meta.row_group(group).num_rows for group in range(meta.num_row_groups)]
     return Table(image, rows, codes, values, named.get(label or "", ()), grouped)
 

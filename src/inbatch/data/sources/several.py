@@ -57,11 +57,16 @@ class Joined(Source):
     def __init__(self, sources: Sequence[Source], prefixes: Sequence[str], name: str, classes: tuple[str, ...] = ()):
         channels = {source.channels for source in sources}
         if len(channels) > 1:
-            raise DataError(f"{name!r}: the images have {' and '.join(map(str, sorted(channels)))} channels")
+            raise DataError(
+                f"{name!r}: the images have {' and '.join(map(str, sorted(channels)))} channels; pass those of one "
+                "number"
+            )
         every = max((source.classes for source in sources), key=len)
         occurring = {one for source in sources for one in source.classes}
         if classes and (unknown := sorted(occurring - set(classes))):
-            raise DataError(f"{name!r} holds classes that the train split lacks: {listed(unknown)}")
+            raise DataError(
+                f"{name!r} holds classes that the train split lacks: {listed(unknown)}; rename or remove these classes"
+            )
         ids = {name: id for source in sources for name, id in class_ids(source).items()}
         by_id = {} if set(ids) != occurring else ids
         together = tuple(sorted(occurring, key=lambda name: (by_id.get(name, 0), name)))

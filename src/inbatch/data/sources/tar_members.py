@@ -53,7 +53,8 @@ def _entries(place: str, column: str | None) -> Iterator[Entry]:
                 yield from _read_entries(file, column)
             except damage as e:  # tarfile can raise any exception on damaged headers
                 reason = getattr(e, "strerror", None) or e
-                raise DataError(f"{str(place)!r} cannot be read as a tar file: {reason}") from e
+                again = "; copy or download it again" if isinstance(e, tarfile.TarError) else ""
+                raise DataError(f"{str(place)!r} cannot be read as a tar file: {reason}{again}") from e
     except OSError as e:
         raise DataError(f"{str(place)!r} cannot be read as a tar file: {e.strerror or e}") from e
 
@@ -76,11 +77,11 @@ def _plain_members(file: BinaryIO) -> Iterator[tuple[str, tarfile.TarInfo]]:
             if (name := _allowed(member)) is None:
                 continue
             if member.offset_data + member.size > length:
-                raise ValueError(f"it is truncated within {name!r}")
+                raise ValueError(f"it is truncated within {name!r}; copy or download it again")
             yield name, member
         file.seek(opened.offset)
         if file.read(512) != bytes(512):  # tarfile treats data that it cannot read as the end of the archive
-            raise ValueError(f"it is damaged or truncated behind byte {opened.offset:,}")
+            raise ValueError(f"it is damaged or truncated behind byte {opened.offset:,}; copy or download it again")
 
 
 def _check_plain(file: BinaryIO) -> None:
@@ -96,11 +97,16 @@ def _allowed(member: tarfile.TarInfo) -> str | None:
     name = member.name.removeprefix("./")
     parts = name.split("/")
     if name.startswith("/") or ".." in parts:
-        raise ValueError(f"its member {member.name!r} points out of the folder that it is unpacked in")
+        raise ValueError(
+            f"its member {member.name!r} points out of the folder that it is unpacked in: pack it with relative names"
+        )
     if member.isdir():
         return None
     if not member.isreg() or member.issparse():
-        raise ValueError(f"its member {member.name!r} is a link, a device or a sparse file: only plain files are read")
+        raise ValueError(
+            f"its member {member.name!r} is a link, a device or a sparse file, and only plain files are read: pack it "
+            "with tar --dereference --hard-dereference"
+        )
     return name
 
 

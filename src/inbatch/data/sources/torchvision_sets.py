@@ -117,7 +117,10 @@ def _open(name: str, split: str, root: Path, reading: Reading) -> Source:
         return _open(name, split, root, Reading(reading.channels, reading.levels))
     source = made if isinstance(made, Source) else _source(made, f"{PREFIX}{name} ({split})", root, reading)
     if reading.channels not in (None, source.channels):
-        raise DataError(f"{source.name} has {source.channels} channels, {reading.channels} were requested")
+        raise DataError(
+            f"{source.name} has {source.channels} channels, {reading.channels} were requested "
+            f"(--set channels={source.channels} reads them)"
+        )
     return source
 
 
@@ -147,7 +150,10 @@ def _fetch(name: str, split: str, root: Path) -> None:
             except Exception:
                 _made(name, split, root, download=True)
     except Exception as e:
-        raise DataError(f"{PREFIX}{name} could not be fetched into {str(root)!r}: {' '.join(str(e).split())}") from e
+        raise DataError(
+            f"{PREFIX}{name} could not be fetched into {str(root)!r}: {' '.join(str(e).split())}; repeat the command "
+            "with a network, or put the files there"
+        ) from e
 
 
 def _source(made: Any, name: str, root: Path, reading: Reading) -> Source:

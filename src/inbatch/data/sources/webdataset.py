@@ -95,7 +95,8 @@ class TarSource(Source):
     def unpack(self, i: int, data: Any) -> ImageFile:
         if len(data) < self._sizes[i]:
             raise DataError(
-                f"{str(self._shard(i))!r} is shorter than at the start of the run: {self.identity(i)!r} is missing"
+                f"{str(self._shard(i))!r} is shorter than at the start of the run: {self.identity(i)!r} is missing; "
+                "restore the file, or start a new run"
             )
         return ImageFile(data, lambda: f"{self._shard(i)}:{self._member(i)}", self.channels, self.levels)
 
@@ -175,6 +176,7 @@ def _expanded(pattern: str) -> list[Path]:
     files = [Path(text) for text in ranges(pattern)]
     if missing := [file for file in files if not file.is_file()]:
         raise DataError(
-            f"{pattern!r}: {len(missing):,} of {len(files):,} files are missing, such as {str(missing[0])!r}"
+            f"{pattern!r}: {len(missing):,} of {len(files):,} files are missing, such as "
+            f"{str(missing[0])!r}: restore them, or correct the pattern"
         )
     return files

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from inbatch.errors import ConfigError, DataError, InbatchError
+from inbatch.errors import DIVERGED, ConfigError, DataError, InbatchError
 from inbatch.models.classifier import Classifier
 from inbatch.models.encoder import Encoder
 
@@ -94,7 +94,7 @@ def compare(
         images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
         expected = _expected(model, images, whitened)
         if not expected.isfinite().all():
-            raise DataError(f"{model.name} gives {rows} that are not finite: its training has diverged")
+            raise DataError(f"{model.name} gives {rows} that are not finite: {DIVERGED}")
         computed = torch.as_tensor(run(images)).detach().float()
         if computed.shape != expected.shape:
             raise InbatchError(

@@ -60,7 +60,9 @@ def save_neighbour_grid(
         if len(rows) != len(source):
             raise DataError(f"{len(rows):,} vectors do not belong to the {len(source):,} images of {source.name}.")
     if len(source) <= neighbours:
-        raise DataError(f"{source.name} has {len(source)} images: too few for {neighbours} neighbours of each.")
+        raise DataError(
+            f"{source.name} has {len(source)} images: too few for {neighbours} neighbours of each; pass more."
+        )
     queries = min(queries, len(source))
     order = source.labels.argsort(stable=True)
     chosen = order[(torch.arange(queries) + 0.5).mul(len(order) / queries).long()]

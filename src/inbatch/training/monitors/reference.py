@@ -170,7 +170,9 @@ def read_reference(path: str | Path, name: str | None = None) -> Reference:
     elif os.path.isfile(path / "recipe.json"):
         files = [path / "result.json"]
         if not os.path.isfile(files[0]):
-            raise ConfigError(f"the run in {path} has not finished: it cannot be a reference yet")
+            raise ConfigError(
+                f"the run in {path} has not finished: finish it (inbatch pretrain --resume {path}), or pass another"
+            )
     else:
         files = sorted(path.glob("*.json")) if os.path.isdir(path) else []
     if not files:
@@ -180,8 +182,13 @@ def read_reference(path: str | Path, name: str | None = None) -> Reference:
     seeds: dict[str, Path] = {}
     for file, result in results.items():
         if other := differing(first, result["recipe"], {"seed"}):
-            raise ConfigError(f"{path} is not a reference: {files[0].name} and {file.name} differ in {listed(other)}")
+            raise ConfigError(
+                f"{path} is not a reference: {files[0].name} and {file.name} differ in {listed(other)}; its runs may "
+                "differ in their seed only"
+            )
         if (twin := seeds.setdefault(repr(result["recipe"].get("seed")), file)) != file:
-            raise ConfigError(f"{path} is not a reference: {twin.name} and {file.name} have the same seed")
+            raise ConfigError(
+                f"{path} is not a reference: {twin.name} and {file.name} have the same seed; leave one of them out"
+            )
     curves = [result["curve"] for result in results.values()]
     return Reference(one_line(str(path)) if name is None else name, curves, first)

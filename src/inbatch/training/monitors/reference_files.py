@@ -20,15 +20,17 @@ def read_result(path: Path) -> dict[str, Any]:
         raise ConfigError(f"no reference: {error}") from None
     curve = result.get("curve")
     if not isinstance(result.get("recipe"), dict) or not isinstance(curve, list) or not curve:
-        raise ConfigError(f"{path} is not a reference: it is not the result.json of a run with recipe and curve")
+        raise ConfigError(f"{path} is not a reference: pass the result.json of a finished run, with recipe and curve")
     for entry in curve:
         measured = {"epoch", *MEASURES} & entry.keys() if isinstance(entry, dict) else set()
         bad = sorted(name for name in measured if not _number(entry[name]))
         if bad or "epoch" not in measured:
             what = ", ".join(bad) or "epoch"
-            raise ConfigError(f"{path} is not a reference: {what} is not a number at an evaluation of its curve")
+            raise ConfigError(
+                f"{path} is not a reference: {what} is not a number at an evaluation of its curve; pass another run"
+            )
     if any(then["epoch"] >= now["epoch"] for then, now in pairwise(curve)):
-        raise ConfigError(f"{path} is not a reference: the epochs of its curve do not increase")
+        raise ConfigError(f"{path} is not a reference: the epochs of its curve do not increase; pass another run")
     return result
 
 

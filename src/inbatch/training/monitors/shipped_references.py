@@ -54,7 +54,7 @@ def find_reference(recipe: dict[str, Any]) -> Reference:
         closest = min(other, key=lambda name: len(other[name]))
         raise ConfigError(
             f"inbatch has no reference run of this recipe. The closest, {closest}, differs in "
-            f"{listed(other[closest], 8)}"
+            f"{listed(other[closest], 8)}: set these as it does, or pass a run directory to --compare"
         )
     theirs = results[same[0]]["recipe"]
     curves = [results[name]["curve"] for name in same]

@@ -85,7 +85,7 @@ def _record(file: Path) -> dict[str, Any]:
     """Return the run of a record."""
     record = read_json(file)
     if not isinstance(record.get("recipe"), dict) or "method" not in record["recipe"]:
-        raise DataError(f"{file} is not the result of a run")
+        raise DataError(f"{file} is not the result of a run: it has no recipe with a method")
     return _described(
         str(file), record.get("status", "finished"), record["recipe"], record, _list(record.get("curve")), []
     )
