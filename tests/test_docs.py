@@ -102,8 +102,9 @@ def test_every_option_of_a_plug_in_is_explained() -> None:
 def test_pages_on_parts_run(name: str) -> None:
     codes = blocks(DOCS / f"{name}.md", "python")
     assert len(codes) >= 2
-    for code in codes:
-        exec(code, {"projections": torch.randn(2, 8, 4, requires_grad=True)})
+    names = {"projections": torch.randn(2, 8, 4, requires_grad=True)}
+    for code in codes:  # in order, as a reader types them
+        exec(code, names)
 
 
 @PAGES

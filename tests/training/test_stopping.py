@@ -407,7 +407,7 @@ def decode(*args):
 resident._decode = decode
 main()
 """
-    words = ["pretrain", *SMALL, "--data", str(images), "--out", str(tmp_path / "run")]
+    words = ["pretrain", *SMALL[2:], "--data", str(images), "--out", str(tmp_path / "run")]
     code, _, err, seconds = stopped_in(slow, words, number, "busy")
     assert code == CODES[number] and "before there was a result" in err, err
     assert seconds < 30
