@@ -72,8 +72,10 @@ SMALL: dict[str, dict[str, object]] = {
 """Options that make a registered method small; a method that is not listed is built with its defaults."""
 
 
-def small_settings(method: str) -> dict[str, Any]:
-    """Return the settings of a small run of a method: its options, and a teacher if it needs one."""
+def small_settings(method: Any) -> dict[str, Any]:
+    """Return the settings of a small run: of a registered method its options, and a teacher if it needs one."""
+    if method not in METHODS:
+        return {}
     options = {f"method.{k}": v for k, v in SMALL.get(method, {}).items() if k != "num_classes"}
     return options | ({"teacher": "inbatch/cifar10-fast"} if METHODS[method].teacher else {})
 
