@@ -194,6 +194,12 @@ def test_json_is_strict_and_whole(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["result.json"]
 
 
+def test_json_has_no_character_that_a_terminal_obeys():
+    value = {"a\u202eb": "\x9b \u200d", "é图": ["two\nlines", "\udcff"]}
+    text = files.to_json(value, indent=2)
+    assert text.replace("\n", "").isprintable() and "é图" in text and json.loads(text) == value
+
+
 def test_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with (

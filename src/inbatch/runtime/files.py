@@ -150,7 +150,10 @@ def out_of_room(folder: Path) -> Iterator[None]:
 
 
 def to_json(value: Any, indent: int | None = None) -> str:
-    """Return strict JSON: numbers that it does not support (nan, inf) become null."""
+    """Return strict JSON: numbers that it does not support (nan, inf) become null.
+
+    Characters that cannot be printed are escaped: a class name could otherwise turn the line of a terminal around.
+    """
 
     def finite(x: Any) -> Any:
         if isinstance(x, float) and not math.isfinite(x):
@@ -159,7 +162,10 @@ def to_json(value: Any, indent: int | None = None) -> str:
             return {key: finite(item) for key, item in x.items()}
         return [finite(item) for item in x] if isinstance(x, (list, tuple)) else x
 
-    return json.dumps(finite(value), indent=indent, ensure_ascii=False, allow_nan=False)
+    text = json.dumps(finite(value), indent=indent, ensure_ascii=False, allow_nan=False)
+    if text.replace("\n", "").isprintable():
+        return text
+    return "".join(c if c == "\n" or c.isprintable() else json.dumps(c)[1:-1] for c in text)
 
 
 def write_json(path: Path, value: Any) -> None:
