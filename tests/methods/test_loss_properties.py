@@ -292,13 +292,13 @@ def test_row_whose_square_overflows_gives_nan() -> None:
 @given(problem=problems(least=2, kinds=["random"]), power=st.sampled_from([17, 20, 30, 37]))
 def test_rows_too_large_to_be_squared_give_no_wrong_number(name: str, problem: Given, power: int) -> None:
     """The value that float64 gives, or a value that is not finite."""
+    # Relation's targets are a soft-max of the temperature, too: rounding is divided by its square.
+    assume(not name.startswith("relation") or problem.t >= 0.01)
     z = (problem.z.float() * 10.0**power).contiguous().requires_grad_()
     loss = answered(lambda: problem(name, z))
     if loss.isfinite():
         expected = problem(name, z.detach().double())
-        # The temperature amplifies the rounding of similarities; the targets of relation are a soft-max of it, too.
-        amplified = max(1, 1 / problem.t) ** (2 if name.startswith("relation") else 1)
-        torch.testing.assert_close(loss.double(), expected, rtol=1e-4, atol=1e-4 * amplified)
+        torch.testing.assert_close(loss.double(), expected, rtol=1e-4, atol=1e-4 * max(1, 1 / problem.t))
         assert torch.autograd.grad(loss, z)[0].isfinite().all()
 
 
