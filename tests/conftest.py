@@ -1,5 +1,6 @@
 """Shared fixtures: shapes in signatures are checked, torch uses one thread, the network is blocked."""
 
+import atexit
 import gc
 import importlib
 import os
@@ -56,6 +57,8 @@ def pytest_sessionstart(session: pytest.Session) -> None:
             subprocess.Popen([sys.executable, "-c", "import inbatch.data.views.numba_kernel"], cwd=KERNEL.parents[3])
         return
     gc.disable()  # until all tests are collected: each collection would scan everything imported so far
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        atexit.register(os._exit, 0)  # runs last; an interpreter with all these objects takes seconds to take down
     import torch
     from jaxtyping import install_import_hook
 
@@ -70,7 +73,9 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 def pytest_unconfigure(config: pytest.Config) -> None:
     """Let the last collection see all objects: the bindings of triton report those that it would leave as leaks."""
-    if "PYTEST_XDIST_WORKER" not in os.environ:
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        gc.freeze()  # a worker ends without one
+    else:
         gc.unfreeze()
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from odd_images import bomb
 from PIL import Image
 
 from inbatch.data import open_data, splits, write_folder
@@ -255,9 +256,8 @@ class TestDecode:
 
     def test_bombs_are_refused_by_their_header(self):
         for side in (9_000, 10_000, 20_000):  # over inbatch's limit, over Pillow's warning, over Pillow's limit
-            bomb = encoded(Image.new("1", (side, side)), "PNG")
             with pytest.raises(DataError, match="'the file' cannot be read"):
-                opened(bomb)
+                opened(bomb(side))
 
 
 SHAPE = np.asarray(Image.effect_mandelbrot((301, 203), (-2, -1, 1, 1), 30))[..., None] // np.array([1, 2, 4], np.uint8)

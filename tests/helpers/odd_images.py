@@ -55,7 +55,7 @@ def raw_png(
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
     head = struct.pack(">IIBBBBB", size[1], size[0], bits, colour, 0, 0, 0)
-    body = zlib.compress(b"".join(b"\0" + line for line in lines), 9)
+    body = zlib.compress(b"".join(b"\0" + line for line in lines), 1)
     parts = [(b"IHDR", head), *chunks, (b"IDAT", body), (b"IEND", b"")]
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
 
@@ -73,7 +73,7 @@ def interlaced() -> bytes:
 
 
 def bomb(side: int = 30_000) -> bytes:
-    """Encode an image of 900 million pixels in 110 kB."""
+    """Encode an image of 900 million pixels in 490 kB."""
     return raw_png(1, 0, [bytes(side // 8)] * side, (side, side))
 
 

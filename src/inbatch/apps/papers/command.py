@@ -56,7 +56,7 @@ class TableReport:
             lines += ["", "Commands to launch on a cluster (inbatch slurm writes a batch script):", ""]
             lines += [f"  {command}" for command in self.launch]
         elif not self.sheet.records:
-            lines += ["", f"Nothing has been run yet: inbatch table {table.name} --scale {scale}"]
+            lines += ["", f"There are no results yet. To compute them: inbatch table {table.name} --scale {scale}"]
         return [part for line in lines for part in line.split("\n")]
 
     def _compared(self) -> list[str]:
@@ -160,8 +160,9 @@ def run_table_command(
         _writer(out)
         check_writable(out)
     table = selection.apply(table, scale)
-    if from_ is not None and not from_.is_dir():
-        raise ConfigError(f"--from {from_} is not a folder of results: pass one with records of runs (*.json)")
+    if from_ is not None and not any(from_.glob("*.json")):
+        state = "contains no records of runs (*.json)" if from_.is_dir() else "is not a folder of results"
+        raise ConfigError(f"--from {from_} {state}: pass the folder `results` of the --work-dir of other runs")
     problems: dict[str, InbatchError] = {}
     launch: tuple[str, ...] = ()
     if runs and scale == "paper":
