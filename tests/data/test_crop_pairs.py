@@ -3,7 +3,6 @@
 import itertools
 import json
 import shlex
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from scipy import stats
+from torch.utils._python_dispatch import TorchDispatchMode
 from typer.testing import CliRunner, Result
 
 from inbatch import rng
@@ -247,16 +247,24 @@ def test_the_same_boxes_on_a_gpu():
     assert (there == pairs(u, size)).all(-1).double().mean() > 0.999  # exp may differ in its last bit
 
 
-def test_256_pairs_take_milliseconds():
-    pairs = crop_pairs.CropPairs((0, 1, 2), *DEFAULT)
-    u, size = rng.uniform(0, 0, torch.arange(256), PAIR, pairs.draws), torch.full((256, 2), 224)
-    taken = []
-    for _ in range(10):
-        begin = time.perf_counter()
-        pairs(u, size)
-        taken.append(time.perf_counter() - begin)
-    print(f"256 pairs in {min(taken) * 1e3:.1f} ms")
-    assert min(taken) < 0.1
+class Operations(TorchDispatchMode):
+    """Count the operations of tensors."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+def test_the_number_of_operations_does_not_depend_on_the_number_of_pairs():
+    pairs, counts = crop_pairs.CropPairs((0, 1, 2), *DEFAULT), []
+    for n in (16, 256):
+        u, size = rng.uniform(0, 0, torch.arange(n), PAIR, pairs.draws), torch.full((n, 2), 224)
+        with Operations() as operations:
+            pairs(u, size)
+        counts.append(operations.count)
+    assert counts[0] == counts[1] > 0
 
 
 # Views
