@@ -169,7 +169,7 @@ def elastic(out: Path, port: int) -> Started:
     return Started(
         sys.executable, "-m", "torch.distributed.run", "--nnodes", "1:2", "--nproc-per-node", "1", "--max-restarts",
         "3", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{port}", "--rdzv-id", f"job {port}",
-        "--rdzv-conf", "last_call_timeout=5", "-m", "inbatch", *words(out, epochs=30), "--dist-timeout", "60",
+        "--rdzv-conf", "last_call_timeout=30", "-m", "inbatch", *words(out, epochs=30), "--dist-timeout", "60",
     )  # fmt: skip
 
 
