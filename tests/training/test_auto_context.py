@@ -43,19 +43,19 @@ def free(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
 def costs(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[int]]:
     """Set the cost of a group in bytes and seconds; return the list of the groups with dry steps."""
 
-    def given(needed: Callable[[int], float], seconds: float = 0.0) -> list[int]:
-        made: list[int] = []
+    def set_costs(needed: Callable[[int], float], seconds: float = 0.0) -> list[int]:
+        tried: list[int] = []
 
         def trial(self: Any, context: int, dry: bool = True) -> MemoryProbe:
             if dry:
-                made.append(context)
+                tried.append(context)
             kept = round((needed(context) - needed(0)) / 2)
             return MemoryProbe(round(needed(context)), kept, seconds * context if dry else None)
 
         monkeypatch.setattr(memory_bench.MemoryBench, "trial", trial)
-        return made
+        return tried
 
-    return given
+    return set_costs
 
 
 # Search
@@ -73,19 +73,19 @@ def test_the_largest_divisor_that_fits_is_found(
     sizes, chosen = candidates(recipe, 1), []
     assert sizes == [c for c in range(2, share + 1) if share % c == 0]
     for size in (200, 1000, 5000, 1e5, 1e7):
-        made = costs(curve)
+        tried = costs(curve)
         free(size / MB)
-        fits = [c for c in sizes if curve(c) <= 0.8 * size]
-        if not fits:
+        fitting = [c for c in sizes if curve(c) <= 0.8 * size]
+        if not fitting:
             with pytest.raises(ConfigError, match="even a group of"):
                 auto_context.fit(recipe, source, CPU)
             continue
-        found = auto_context.fit(recipe, source, CPU)
-        chosen.append(found.context)
-        assert found.context == max(fits) and found.needed == round(curve(max(fits)))
-        assert found.how == "found by a dry step" and found.context in made
-        assert (found.larger is None) == (found.context == share)
-        assert all(curve(c) <= 2 * size for c in made if c > 32)
+        fit = auto_context.fit(recipe, source, CPU)
+        chosen.append(fit.context)
+        assert fit.context == max(fitting) and fit.needed == round(curve(max(fitting)))
+        assert fit.how == "found by a dry step" and fit.context in tried
+        assert (fit.larger is None) == (fit.context == share)
+        assert all(curve(c) <= 2 * size for c in tried if c > 32)
     assert chosen == sorted(chosen) and chosen
 
 
@@ -101,10 +101,10 @@ def test_a_group_that_would_take_too_long_is_predicted(
     free: Callable[[float], None], costs: Callable[..., list[int]]
 ) -> None:
     recipe, source = planned(batch_size=1024)
-    made = costs(lambda g: 100 + 10 * g, seconds=auto_context.PATIENCE / 300)
+    tried = costs(lambda g: 100 + 10 * g, seconds=auto_context.PATIENCE / 300)
     free(1)
-    found = auto_context.fit(recipe, source, CPU)
-    assert found.context == 1024 and max(made) == 256 and "predicted by dry steps" in found.sentence()
+    fit = auto_context.fit(recipe, source, CPU)
+    assert fit.context == 1024 and max(tried) == 256 and "predicted by dry steps" in fit.sentence()
 
 
 def test_candidates_are_divisors_of_the_batch() -> None:
@@ -126,30 +126,30 @@ def test_candidates_are_divisors_of_the_batch() -> None:
 def test_a_group_that_is_halved_has_dry_steps() -> None:
     """Half of two samples has no norm statistics."""
     recipe, source = planned(batch_size=14, mix__name="mixco", encoder__name="tiny", image_size=12)
-    found = auto_context.fit(recipe, source, CPU)
-    assert found.context == 14 and found.meets
+    fit = auto_context.fit(recipe, source, CPU)
+    assert fit.context == 14 and fit.meets
 
 
 @pytest.mark.slow
 def test_real_steps_follow_the_limit(free: Callable[[float], None]) -> None:
     recipe, source = planned()
-    found = []
+    fits = []
     for size in (25, 60, 1000):
         free(size)
-        found.append(auto_context.fit(recipe, source, CPU))
-        assert found[-1].needed <= 0.8 * size * MB
-        assert found[-1].larger is None or found[-1].larger[1] > 0.8 * size * MB
-    contexts = [one.context for one in found]
+        fits.append(auto_context.fit(recipe, source, CPU))
+        assert fits[-1].needed <= 0.8 * size * MB
+        assert fits[-1].larger is None or fits[-1].larger[1] > 0.8 * size * MB
+    contexts = [one.context for one in fits]
     assert contexts == sorted(contexts) and contexts[0] < contexts[-1] == 128
-    assert found[0].noisy and "noisy" in found[0].sentence() and not found[-1].noisy
-    assert "One more forward pass" in found[0].sentence() and "forward pass" not in found[-1].sentence()
+    assert fits[0].noisy and "noisy" in fits[0].sentence() and not fits[-1].noisy
+    assert "One more forward pass" in fits[0].sentence() and "forward pass" not in fits[-1].sentence()
 
 
 def dry_and_real() -> tuple[int, int, int]:
     """Return the context, the memory predicted for it, and the memory of a step of the run."""
     memory_bench.free_bytes = lambda *_: 140 * MB  # this process ends with the test
-    recipe, found = auto_context.resolve(*planned(subset=600, batch_size=512), CPU)
-    assert found is not None
+    recipe, fit = auto_context.resolve(*planned(subset=600, batch_size=512), CPU)
+    assert fit is not None
     built = build(recipe, open_data("digits-canvas", subset=600), device=CPU)
     batch = next(iter(built.loader.epoch(0)))
     steps = []
@@ -158,7 +158,7 @@ def dry_and_real() -> tuple[int, int, int]:
         before = memory_bench.held(CPU)
         built.step(batch, step)
         steps.append(memory_bench.peak(CPU) - before)
-    return found.context, found.needed, min(steps)
+    return fit.context, fit.needed, min(steps)
 
 
 @pytest.mark.slow
@@ -192,8 +192,8 @@ def test_plug_ins_are_on_in_the_dry_steps(free: Callable[[float], None], monkeyp
     monkeypatch.setattr(auto_context, "PATIENCE", 0.0)
     free(1000)
     recipe, source = planned(fuse__name="conv", attend__name="batchformer", curate__name="redraw", method__name="byol")
-    found = auto_context.fit(recipe, source, CPU)
-    assert seen == [8, 32] and found.context == 128 and "predicted" in found.how
+    fit = auto_context.fit(recipe, source, CPU)
+    assert seen == [8, 32] and fit.context == 128 and "predicted" in fit.how
 
 
 @pytest.mark.slow
@@ -209,9 +209,9 @@ def test_full_gpu_means_that_the_context_does_not_fit(
 
     monkeypatch.setattr(memory_bench, "dry_step", step)
     free(1000)
-    found = auto_context.fit(*planned(), CPU)
-    assert found.context == 16 and found.larger == (32, None)
-    assert "32 would run out of memory" in found.sentence()
+    fit = auto_context.fit(*planned(), CPU)
+    assert fit.context == 16 and fit.larger == (32, None)
+    assert "32 would run out of memory" in fit.sentence()
     monkeypatch.setattr(memory_bench, "dry_step", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("a bug")))
     with pytest.raises(RuntimeError, match="a bug"):
         auto_context.fit(*planned(), CPU)
@@ -224,8 +224,8 @@ def test_bytes_are_counted_if_the_system_reports_no_memory(
     monkeypatch.setattr(memory_bench, "held", lambda device: None)
     monkeypatch.setattr(memory_bench, "dry_step", lambda *_, **__: pytest.fail("a dry step that nothing measures"))
     free(20)
-    found = auto_context.fit(*planned(), CPU)
-    assert 2 <= found.context < 128 and "counted with a margin of 50 %" in found.sentence()
+    fit = auto_context.fit(*planned(), CPU)
+    assert 2 <= fit.context < 128 and "counted with a margin of 50 %" in fit.sentence()
 
 
 def test_error_if_no_context_fits(free: Callable[[float], None]) -> None:
@@ -238,7 +238,7 @@ def test_error_if_no_context_fits(free: Callable[[float], None]) -> None:
 def test_waiting_batches_and_rows_count(free: Callable[[float], None]) -> None:
     """They depend on the batch, not on the group."""
     free(1000)
-    found = {}
+    sizes = {}
     for name, settings in {
         "small": {"batch_size": 32},
         "large": {"batch_size": 128},
@@ -247,10 +247,10 @@ def test_waiting_batches_and_rows_count(free: Callable[[float], None]) -> None:
         recipe, source = planned(**settings)
         bench = memory_bench.MemoryBench(recipe, source, CPU, workers=3)
         bench.trial(8, dry=False)
-        found[name] = bench.batch
+        sizes[name] = bench.batch
     per = 128 * 2 * 20 * 20  # the crops of a batch, one channel
-    assert found["streamed"] == 7 * per + 128 * 8 * 2 * 128 * 4  # one in use, two in each of three workers; rows
-    assert found["small"] < found["large"]
+    assert sizes["streamed"] == 7 * per + 128 * 8 * 2 * 128 * 4  # one in use, two in each of three workers; rows
+    assert sizes["small"] < sizes["large"]
 
 
 @pytest.mark.slow
@@ -258,13 +258,13 @@ def test_state_of_the_caller_is_unchanged(free: Callable[[float], None], tmp_pat
     monkeypatch.chdir(tmp_path)
     free(40)
     before = torch.get_rng_state(), np.random.get_state()[1].tolist(), torch.is_grad_enabled()
-    found = api.prepare("digits-canvas", **SMALL)
+    built = api.prepare("digits-canvas", **SMALL)
     assert torch.equal(before[0], torch.get_rng_state()) and torch.is_grad_enabled() == before[2]
     assert np.random.get_state()[1].tolist() == before[1]
-    assert not list(tmp_path.iterdir()) and 2 <= found.context < 128 == found.recipe.batch_size
-    plain = api.prepare("digits-canvas", **SMALL | {"context": found.context})
-    assert found.recipe == plain.recipe
-    assert_same_state(found.network.state_dict(), plain.network.state_dict())
+    assert not list(tmp_path.iterdir()) and 2 <= built.context < 128 == built.recipe.batch_size
+    plain = api.prepare("digits-canvas", **SMALL | {"context": built.context})
+    assert built.recipe == plain.recipe
+    assert_same_state(built.network.state_dict(), plain.network.state_dict())
 
 
 # Runs
@@ -282,8 +282,8 @@ def test_a_run_keeps_the_number(
     context = done.recipe.context
     assert context == 8 == done.result["context"], "of 16, in 80 % of 11 MB"
     recipe = json.loads((tmp_path / "auto" / "recipe.json").read_text())
-    told = json.loads((tmp_path / "auto" / "run.json").read_text())
-    assert recipe["context"] == context == told["context"] and f"--set context={context}" in told["command"]
+    metadata = json.loads((tmp_path / "auto" / "run.json").read_text())
+    assert recipe["context"] == context == metadata["context"] and f"--set context={context}" in metadata["command"]
 
     tiny("simclr", tmp_path / "given", context=context, epochs=1)
     assert_same_state(saved(tmp_path / "auto"), saved(tmp_path / "given"))
@@ -317,14 +317,14 @@ LINE = "pretrain --data digits-canvas --set subset=200 --batch 40 --dry-run"
 def test_dry_run_prints_the_context_found(free: Callable[[float], None], tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)
     free(27)
-    said = run(f"{LINE} --context auto")
-    assert said.exit_code == 0 and not list(tmp_path.iterdir())
-    (line,) = [line for line in said.stdout.splitlines() if line.startswith("# context: ")]
-    context = yaml.safe_load(said.stdout)["context"]
+    result = run(f"{LINE} --context auto")
+    assert result.exit_code == 0 and not list(tmp_path.iterdir())
+    (line,) = [line for line in result.stdout.splitlines() if line.startswith("# context: ")]
+    context = yaml.safe_load(result.stdout)["context"]
     assert f"# context: {context} of 40, found" in line and f"set context={context}" in line and "limit 80 %" in line
     free(1000)
-    told = one_object(run(f"{LINE} --set context=auto --json").stdout)
-    assert told["context"] == told["recipe"]["context"] == told["context_found"]["context"] == 40
+    report = one_object(run(f"{LINE} --set context=auto --json").stdout)
+    assert report["context"] == report["recipe"]["context"] == report["context_found"]["context"] == 40
     Path("auto.yaml").write_text("context: auto\n")
     assert one_object(run(f"{LINE} --config auto.yaml --json").stdout)["context_found"]["larger"] is None
     free(3)
@@ -360,9 +360,9 @@ def test_the_table_of_cards_is_what_the_file_makes() -> None:
     spec = importlib.util.spec_from_file_location("context_memory", root / "benchmarks" / "context_memory.py")
     benchmark = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(benchmark)
-    found = json.loads((root / "results" / "context-memory.json").read_text())
-    assert list(found["entries"]) == list(benchmark.ENTRIES)
-    for row in found["entries"].values():
+    record = json.loads((root / "results" / "context-memory.json").read_text())
+    assert list(record["entries"]) == list(benchmark.ENTRIES)
+    for row in record["entries"].values():
         for card, context in row["contexts"].items():
             taken = row["fixed"] + row["rows"] + np.array([1, 2]) * context * row["per_sample"]
             assert (
@@ -398,6 +398,6 @@ def found_on_a_rank() -> list[dict[str, Any]]:
 @pytest.mark.slow
 def test_ranks_agree() -> None:
     one, other = on_ranks(2, found_on_a_rank)
-    assert one == other and [found["share"] for found in one] == [64, 128, 64]
-    for found in one:
-        assert found["free_bytes"] == 40 * MB and found["share"] % found["context"] == 0 and found["context"] >= 4
+    assert one == other and [fit["share"] for fit in one] == [64, 128, 64]
+    for fit in one:
+        assert fit["free_bytes"] == 40 * MB and fit["share"] % fit["context"] == 0 and fit["context"] >= 4

@@ -41,8 +41,8 @@ def test_bad_budgets_are_one_sentence_and_exit_code_2(tmp_path: Path) -> None:
         done = CliRunner().invoke(app, ["pretrain", "--data", "digits-canvas", "--out", str(tmp_path / "run"),
                                         f"--budget={text}"])  # fmt: skip
         assert done.exit_code == 2 and done.output.count("\n") == 1 and "budget" in done.output, done.output
-    for value, said in ((True, "not a time"), (math.nan, "not a time"), (math.inf, "too long"), (10**400, "too long")):
-        with pytest.raises(ConfigError, match=said):
+    for value, error in ((True, "not a time"), (math.nan, "not a time"), (math.inf, "too long"), (10**400, "too long")):
+        with pytest.raises(ConfigError, match=error):
             parse_budget(value)
     for more in ([], ["--set", "steps=3"], ["--set", "steps=3", "--encoder", "fast"]):
         words = ["pretrain", "--data", "nowhere", "--budget", "45m", "--epochs", "3", *more]
@@ -225,8 +225,8 @@ def test_a_budget_is_planned_kept_and_repeated_without_calibrating(
 ) -> None:
     monkeypatch.setattr(calibration, "FEWEST", -(10**9))  # beside other work, calibration may take the whole budget
     run = inbatch.pretrain(IMAGES, out=tmp_path / "run", budget="5s", batch_size=16)
-    said = capsys.readouterr().err
-    assert -1 < said.find("timing real steps, for about 10 s") < said.find("Expected: about")
+    output = capsys.readouterr().err
+    assert -1 < output.find("timing real steps, for about 10 s") < output.find("Expected: about")
     assert run.result["wall_seconds"] < 60  # on a busy machine a step, an import or a picture may take long
     recipe = json.loads((tmp_path / "run/recipe.json").read_text())
     assert recipe["budget"] == 5.0 and recipe["preset"] == "fast" and recipe["steps"] >= 1
@@ -248,10 +248,10 @@ def test_a_budget_is_planned_kept_and_repeated_without_calibrating(
     assert (tmp_path / "run/result.json").read_bytes() == before
 
 
-def _plan(**given: Any) -> Choice:
-    given = {key.replace("__", "."): value for key, value in given.items()} | {"batch_size": 16}
+def _plan(**settings: Any) -> Choice:
+    settings = {key.replace("__", "."): value for key, value in settings.items()} | {"batch_size": 16}
     options: dict[str, Any] = {"device": torch.device("cpu"), "workers": None, "download": False}
-    return plan_budget(IMAGES, given, time.perf_counter(), **options)[0]
+    return plan_budget(IMAGES, settings, time.perf_counter(), **options)[0]
 
 
 def test_given_settings_are_kept_and_the_context_is_searched_first(
@@ -324,8 +324,8 @@ def test_one_hour_is_the_default_budget_on_a_cpu() -> None:
     cpu = torch.device("cpu")
     default = requested_settings.with_default_budget({}, "photos", cpu, configured=False)
     assert default["budget"] == "1h" and requested_settings.needs_plan(default)
-    for given in ({"epochs": 3}, {"preset": "cifar"}, {"encoder.name": "tiny"}, {"budget": "2h"}, {"steps": 5}):
-        assert requested_settings.with_default_budget(given, "photos", cpu, configured=False) == given
+    for settings in ({"epochs": 3}, {"preset": "cifar"}, {"encoder.name": "tiny"}, {"budget": "2h"}, {"steps": 5}):
+        assert requested_settings.with_default_budget(settings, "photos", cpu, configured=False) == settings
     assert requested_settings.with_default_budget({}, "photos", cpu, configured=True) == {}
     assert requested_settings.with_default_budget({}, "digits-canvas", cpu, configured=False) == {}
     assert requested_settings.with_default_budget({}, "photos", torch.device("cuda"), configured=False) == {}

@@ -183,9 +183,9 @@ def test_autocast_and_a_scaler() -> None:
         rows = network(torch.cat(views()).float()).float().unflatten(0, (2, N))
         plain = loss_of(rows)
     plain.backward()
-    for found in results:
-        assert found[0].item() == pytest.approx(plain.item(), rel=1e-6)
-        error = (found[1:] / 8 - gradient(network)).norm() / gradient(network).norm()
+    for result in results:
+        assert result[0].item() == pytest.approx(plain.item(), rel=1e-6)
+        error = (result[1:] / 8 - gradient(network)).norm() / gradient(network).norm()
         assert float(error) < 0.02  # bfloat16 sums in other orders
 
 
@@ -231,7 +231,7 @@ def test_number_of_chunks_is_kept_and_detached_outputs_are_allowed(chunks: int, 
     with inbatch.grad_cache(network, chunks) as step:
         step(x, lambda z: z["rows"].square().sum())
     assert network.sizes[: len(sizes)] == sizes
-    found = network.linear.weight.grad
+    grad = network.linear.weight.grad
     network.zero_grad()
     network(x)["rows"].square().sum().backward()
-    torch.testing.assert_close(found, network.linear.weight.grad)
+    torch.testing.assert_close(grad, network.linear.weight.grad)

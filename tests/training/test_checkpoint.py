@@ -27,11 +27,11 @@ def state(step):
     }
 
 
-def assert_whole(found):
-    step, model = found.step, found.state["model"]
+def assert_whole(loaded):
+    step, model = loaded.step, loaded.state["model"]
     assert torch.equal(model["weight"], torch.full((300, 40), float(step))) and model["count"] == step
-    assert torch.equal(found.state["queue"][0], torch.arange(step + 3))
-    assert found.state["queue"][1] == {"pointer": step, "name": "q", "none": None, "pair": (1, 2.5)}
+    assert torch.equal(loaded.state["queue"][0], torch.arange(step + 3))
+    assert loaded.state["queue"][1] == {"pointer": step, "name": "q", "none": None, "pair": (1, 2.5)}
 
 
 @pytest.fixture
@@ -46,9 +46,9 @@ def test_last_previous_and_best(tmp_path):
     for step, best in ((1, True), (2, True), (3, False), (4, False)):
         checkpoint.save(tmp_path, state(step), step=step, best=best)
     for name, step in (("last.pt", 4), ("previous.pt", 3), ("best.pt", 2)):
-        found = checkpoint.load(tmp_path, name)
-        assert (found.step, found.path, found.note) == (step, tmp_path / name, None)
-        assert_whole(found)
+        loaded = checkpoint.load(tmp_path, name)
+        assert (loaded.step, loaded.path, loaded.note) == (step, tmp_path / name, None)
+        assert_whole(loaded)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["best.pt", "last.pt", "previous.pt"]
 
 
@@ -65,12 +65,12 @@ def test_training_state_survives_bit_for_bit(tmp_path):
     parts = {"model": model, "optimizer": optimizer}
     saved = {name: part.state_dict() for name, part in parts.items()}
     checkpoint.save(tmp_path, saved | {"rng": torch.get_rng_state()}, step=1)
-    found = checkpoint.load(tmp_path).state
-    assert torch.equal(found.pop("rng"), torch.get_rng_state())
+    loaded = checkpoint.load(tmp_path).state
+    assert torch.equal(loaded.pop("rng"), torch.get_rng_state())
 
     other = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
     fresh = torch.optim.AdamW(other.parameters())
-    checkpoint.restore({"model": other, "optimizer": fresh}, found)
+    checkpoint.restore({"model": other, "optimizer": fresh}, loaded)
     for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True):
         assert torch.equal(a, b)
     assert fresh.state_dict()["param_groups"] == optimizer.state_dict()["param_groups"]
@@ -126,10 +126,10 @@ def test_killed_while_saving(two):
         time.sleep(rng.random() * 0.2)
         os.kill(process.pid, signal.SIGKILL)
         process.join()
-        found = checkpoint.load(two)
-        assert_whole(found)
-        assert found.step > step
-        step = found.step
+        loaded = checkpoint.load(two)
+        assert_whole(loaded)
+        assert loaded.step > step
+        step = loaded.step
         stuck += len(list(two.glob(".*.tmp")))
     assert stuck > 0, "no kill fell into a save: the test has lost its point"
     with files.locked(two) as note:
@@ -148,9 +148,9 @@ def test_killed_between_the_two_renames(two, monkeypatch, left=2):
     monkeypatch.setattr(files.os, "replace", die_at_the_second)
     with pytest.raises(KeyboardInterrupt):
         checkpoint.save(two, state(3), step=3)
-    found = checkpoint.load(two)
-    assert found.step == left and "last.pt is missing" in found.note
-    assert_whole(found)
+    loaded = checkpoint.load(two)
+    assert loaded.step == left and "last.pt is missing" in loaded.note
+    assert_whole(loaded)
 
 
 def test_best_is_written_again_after_a_kill_between_best_and_last(two, monkeypatch):
@@ -222,11 +222,11 @@ def damaged(data):
 def test_previous_checkpoint_replaces_a_damaged_one(two, kind):
     last = two / "last.pt"
     last.write_bytes(damaged(last.read_bytes())[kind])
-    found = checkpoint.load(two)
-    assert found.step == 1 and found.path == two / "previous.pt"
-    assert f"{last} is {'empty' if kind == 'empty' else 'damaged'}" in found.note
-    assert "Resuming from" in found.note and "step 1" in found.note
-    assert_whole(found)
+    loaded = checkpoint.load(two)
+    assert loaded.step == 1 and loaded.path == two / "previous.pt"
+    assert f"{last} is {'empty' if kind == 'empty' else 'damaged'}" in loaded.note
+    assert "Resuming from" in loaded.note and "step 1" in loaded.note
+    assert_whole(loaded)
 
 
 def test_a_save_never_keeps_a_damaged_file_in_the_place_of_a_whole_one(two, monkeypatch):
@@ -277,8 +277,8 @@ def test_malicious_checkpoint_is_refused(two, tmp_path_factory, monkeypatch):
     assert sentinel.exists(), "the file is not malicious: the test has lost its point"
     sentinel.unlink()
 
-    found = checkpoint.load(two)
-    assert found.step == 2 and "last.pt holds more than plain values" in found.note
+    loaded = checkpoint.load(two)
+    assert loaded.step == 2 and "last.pt holds more than plain values" in loaded.note
     (two / "last.pt").write_bytes(pickle.dumps(Malicious(sentinel)))
     assert checkpoint.load(two).step == 2
     assert not sentinel.exists()

@@ -48,9 +48,9 @@ def edited(run: Path, **changes: Any) -> None:
 
 def rewritten(run: Path, at: int, **entries: Any) -> None:
     """Save the checkpoint of a run again with other entries of its training state, and a valid checksum."""
-    found = checkpoint.load(run / "checkpoints")
-    found.state["progress"] |= entries
-    checkpoint.save(run / "checkpoints", found.state, step=at, run=found.run)
+    loaded = checkpoint.load(run / "checkpoints")
+    loaded.state["progress"] |= entries
+    checkpoint.save(run / "checkpoints", loaded.state, step=at, run=loaded.run)
 
 
 def test_an_edited_recipe_is_refused_with_the_keys(copy: Path) -> None:
@@ -117,8 +117,8 @@ def test_a_checkpoint_with_old_names_is_compared_by_the_new_ones() -> None:
 def test_a_checkpoint_of_an_earlier_version_resumes_with_a_sentence(
     copy: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    found = checkpoint.load(copy / "checkpoints")
-    checkpoint.save(copy / "checkpoints", found.state, step=found.step)
+    loaded = checkpoint.load(copy / "checkpoints")
+    checkpoint.save(copy / "checkpoints", loaded.state, step=loaded.step)
     assert checkpoint.load(copy / "checkpoints").run == {}
     inbatch.pretrain(resume=copy)
     assert capfd.readouterr().err.count(EARLIER) == 1
@@ -142,9 +142,9 @@ def test_steps_outside_the_run_are_refused(copy: Path) -> None:
 
 
 def test_an_emptied_optimiser_is_refused(copy: Path) -> None:
-    found = checkpoint.load(copy / "checkpoints")
-    found.state["optimizer"]["state"] = {}
-    checkpoint.save(copy / "checkpoints", found.state, step=found.step, run=found.run)
+    loaded = checkpoint.load(copy / "checkpoints")
+    loaded.state["optimizer"]["state"] = {}
+    checkpoint.save(copy / "checkpoints", loaded.state, step=loaded.step, run=loaded.run)
     with pytest.raises(InbatchError, match=r"in 'optimizer': state\.0 \(encoder\..*\) is missing") as caught:
         inbatch.pretrain(resume=copy, quiet=True)
     assert caught.value.exit_code == 1

@@ -48,10 +48,10 @@ def run(method: str, settings: dict[str, Any], out: Path) -> dict[str, Any]:
 def test_broken_runs_are_reported_as_collapsed(name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     method, settings = BROKEN[name]
     result = run(method, settings, tmp_path)
-    said = [line for line in capfd.readouterr().err.splitlines() if "collapse:" in line]
+    lines = [line for line in capfd.readouterr().err.splitlines() if "collapse:" in line]
     measures = ("standard deviation per dimension", "effective rank (RankMe)")
-    assert any("rows of projection" in line and any(measure in line for measure in measures) for line in said), said
-    assert said[0].startswith("epoch ") and "optimizer.lr" in said[0]
+    assert any("rows of projection" in line and any(measure in line for measure in measures) for line in lines), lines
+    assert lines[0].startswith("epoch ") and "optimizer.lr" in lines[0]
     assert any("projection" in sentence for sentence in result["collapsed"])
 
 
@@ -73,9 +73,9 @@ def test_spread_of_equal_and_of_different_outputs() -> None:
     network = Network(nn.Sequential(nn.Flatten(), nn.BatchNorm1d(12)), heads, ["prediction"])
     before = {key: value.clone() for key, value in network.state_dict().items()}
     images = torch.randn(64, 3, 2, 2)
-    found, same = spread(network, images), spread(network, images[:1].expand(64, 3, 2, 2))
-    assert set(found) == {"features_std", "features_rank", "projection_std", "projection_rank"}
-    assert found["features_std"] > 0.9 and found["features_rank"] > 11
+    different, same = spread(network, images), spread(network, images[:1].expand(64, 3, 2, 2))
+    assert set(different) == {"features_std", "features_rank", "projection_std", "projection_rank"}
+    assert different["features_std"] > 0.9 and different["features_rank"] > 11
     assert same["projection_std"] < 1e-5 and same["projection_rank"] == pytest.approx(1, abs=1e-3)
     assert network.training and all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
 

@@ -76,15 +76,15 @@ def test_embed_writes_the_ids_of_the_data(learned: inbatch.Run, animals: Path, t
 def test_evaluation_without_classes_reports_the_skipped_protocols(
     learned: inbatch.Run, animals: Path, tmp_path: Path
 ) -> None:
-    found = inbatch.evaluate_run(learned.directory)
-    assert "unlabelled" in found and "k-NN and the linear probe are left out" in found["note"]
+    evaluation = inbatch.evaluate_run(learned.directory)
+    assert "unlabelled" in evaluation and "k-NN and the linear probe are left out" in evaluation["note"]
     with pytest.raises(ConfigError, match=r"has no labels for the evaluation \(.*list<"):
         inbatch.evaluate_run(learned.directory, protocols=["knn"])
     assert inbatch.evaluate_run(learned.directory, label_column="species", protocols=["knn"])["knn"]["top1"] >= 0
     many = np.zeros((12, 14), np.uint8)
     np.savez(tmp_path / "chest.npz", images=np.zeros((12, 16, 16, 3), np.uint8), labels=many)
-    found = inbatch.evaluate_run(learned.directory, tmp_path / "chest.npz")  # without the columns of the run
-    assert "shape (12, 14), several for each image" in found["note"]
+    evaluation = inbatch.evaluate_run(learned.directory, tmp_path / "chest.npz")  # without the columns of the run
+    assert "shape (12, 14), several for each image" in evaluation["note"]
 
 
 def test_test_data_have_columns_of_their_own_and_may_lack_classes(animals: Path, tmp_path: Path) -> None:
@@ -109,25 +109,25 @@ def test_recipes_keep_the_columns(animals: Path) -> None:
 
 
 def test_options(animals: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = run(f"data {animals} --image-column photo --label-column species --sample 2")
-    assert found.exit_code == 0 and "2: cat 15, dog 15" in found.stdout
-    found = run(f"data {animals} --image-column photo --sample 2")
-    assert found.exit_code == 0 and "k-NN and the linear probe are left out" in found.stdout
-    found = run(f"data {animals}")
-    assert found.exit_code == 3 and "choose one of photo, mask with image_column (--image-column)" in found.stderr
+    result = run(f"data {animals} --image-column photo --label-column species --sample 2")
+    assert result.exit_code == 0 and "2: cat 15, dog 15" in result.stdout
+    result = run(f"data {animals} --image-column photo --sample 2")
+    assert result.exit_code == 0 and "k-NN and the linear probe are left out" in result.stdout
+    result = run(f"data {animals}")
+    assert result.exit_code == 3 and "choose one of photo, mask with image_column (--image-column)" in result.stderr
     asked: dict[str, Any] = {}
     monkeypatch.setattr("inbatch.api.dry_run", lambda *_, **fields: asked.update(fields) or {})
     monkeypatch.setattr("inbatch.apps.cli.training.print_dry_run", lambda _: None)
     assert run(f"pretrain --data {animals} --image-column photo --label-column none --dry-run").exit_code == 0
     assert (asked["image_column"], asked["label_column"]) == ("photo", "none")
     for command in ("evaluate", "embed"):
-        told: dict[str, Any] = {}
+        requested: dict[str, Any] = {}
 
-        def fail(*_: Any, told: dict[str, Any] = told, **options: Any) -> None:
-            told.update(options)
+        def fail(*_: Any, requested: dict[str, Any] = requested, **options: Any) -> None:
+            requested.update(options)
             raise ConfigError("enough")
 
         monkeypatch.setattr(f"inbatch.api.{command}_run", fail)
         data = "" if command == "evaluate" else f"{animals} -o f.npz"
         assert run(f"{command} {tmp_path} {data} --image-column photo --label-column code").exit_code == 2
-        assert (told["image_column"], told["label_column"]) == ("photo", "code")
+        assert (requested["image_column"], requested["label_column"]) == ("photo", "code")

@@ -40,7 +40,7 @@ def refused(method: str, kind: str, value: Any) -> bool:
 def pairwise(method: str) -> list[dict[str, Any]]:
     """Return combinations in which every two values of different plug-ins that the method allows occur together."""
     draw, rows = random.Random(0), []
-    values = {kind: [v for v in some if not refused(method, kind, v)] for kind, some in PLUGS.items()}
+    values = {kind: [v for v in choices if not refused(method, kind, v)] for kind, choices in PLUGS.items()}
     left = {
         frozenset([(a, x), (b, y)])
         for a, b in itertools.combinations(values, 2) for x in values[a] for y in values[b]
@@ -95,10 +95,10 @@ def sentence(data: dict[str, Path], method: str, plugs: dict[str, Any]) -> str:
 @pytest.mark.parametrize("method", METHODS)
 def test_every_plug_in_trains_or_is_refused_in_one_sentence(method: str, kind: str, data: dict[str, Path]) -> None:
     for value in PLUGS[kind]:
-        said = sentence(data, method, {kind: value})
-        assert bool(said) == refused(method, kind, value), (value, said)
-        if said:
-            assert "\n" not in said and (f"{kind} {value}" in said or kind in said), said
+        message = sentence(data, method, {kind: value})
+        assert bool(message) == refused(method, kind, value), (value, message)
+        if message:
+            assert "\n" not in message and (f"{kind} {value}" in message or kind in message), message
 
 
 @pytest.mark.slow

@@ -16,37 +16,37 @@ from inbatch.training.monitors.context_leak import SURE, group_leak, leak, meets
 def rows(strength: float, scale: float = 0.0) -> torch.Tensor:
     """Draw two views of 8 groups of 64 samples; each group is shifted (or scaled) by this much in the second view."""
     g = torch.Generator().manual_seed(0)
-    made = torch.randn(2, 8, 64, 16, generator=g)
-    made[1] += strength * torch.randn(8, 1, 16, generator=g)
-    return made
+    views = torch.randn(2, 8, 64, 16, generator=g)
+    views[1] += strength * torch.randn(8, 1, 16, generator=g)
+    return views
 
 
 def test_chance_is_called_chance() -> None:
-    found = group_leak(rows(0.0))
-    assert found["leak_chance"] == 1 / 8
-    assert found["leak"] < found["leak_chance"] + SURE * found["leak_error"] and sign(found, False) is None
+    figures = group_leak(rows(0.0))
+    assert figures["leak_chance"] == 1 / 8
+    assert figures["leak"] < figures["leak_chance"] + SURE * figures["leak_error"] and sign(figures, False) is None
 
 
 def test_a_signature_is_found() -> None:
-    found = group_leak(rows(1.0))
-    assert found["leak"] > 0.5
-    assert "--shuffle-groups" in str(sign(found, False)) and "shuffled" in str(sign(found, True))
+    figures = group_leak(rows(1.0))
+    assert figures["leak"] > 0.5
+    assert "--shuffle-groups" in str(sign(figures, False)) and "shuffled" in str(sign(figures, True))
 
 
 def test_centred_group_is_not_a_leak() -> None:
     """Batch normalisation removes the group's mean: its halves lie on opposite sides, which gives less than chance."""
     centred = rows(1.0)
     centred -= centred.mean(2, keepdim=True)
-    found = group_leak(centred)
-    assert sign(found, False) is None
+    figures = group_leak(centred)
+    assert sign(figures, False) is None
 
 
 @pytest.mark.parametrize(("fuse", "attend", "expected"), [
     (None, None, False), ("set", None, True), (None, "ba2m", True), (None, "batchformer", True), (None, "se", False),
 ])  # fmt: skip
 def test_leak_is_measured_if_samples_interact(fuse: str | None, attend: str | None, expected: bool) -> None:
-    given = {key: value for key, value in (("fuse", fuse), ("attend", attend)) if value}
-    assert meets(api.prepare("digits-canvas", subset=80, batch_size=16, **given)) is expected
+    plugins = {key: value for key, value in (("fuse", fuse), ("attend", attend)) if value}
+    assert meets(api.prepare("digits-canvas", subset=80, batch_size=16, **plugins)) is expected
 
 
 @pytest.mark.grid(1)
@@ -55,9 +55,9 @@ def test_looking_changes_nothing(method: str) -> None:
     built = api.prepare("digits-canvas", method, subset=80, batch_size=16, context=8, fuse="set", attend="batchformer")
     before = [s.clone() for s in running_statistics(built.network)]
     state = torch.get_rng_state()
-    found = leak(built, 0)
-    assert set(found) == {"leak", "leak_chance", "leak_error"} and found["leak_chance"] == 1 / 10
-    assert found == leak(built, 0)
+    figures = leak(built, 0)
+    assert set(figures) == {"leak", "leak_chance", "leak_error"} and figures["leak_chance"] == 1 / 10
+    assert figures == leak(built, 0)
     assert all(torch.equal(a, b) for a, b in zip(before, running_statistics(built.network), strict=True))
     assert torch.equal(state, torch.get_rng_state()) and built.network.training
 

@@ -145,8 +145,8 @@ def test_a_finished_run_with_a_budget_is_returned_for_the_same_images_only(
         return finished_run(tmp_path / "run", data, requested, False, lambda sentence: None)
 
     for data in (None, "photos", other):
-        found = again(data)
-        assert found is not None and found.result["steps"] == 2
+        run = again(data)
+        assert run is not None and run.result["steps"] == 2
     with pytest.raises(ConfigError, match="seed = 9"):
         again(None, seed=9)
     next(other.rglob("*.png")).unlink()

@@ -60,12 +60,11 @@ def test_every_image_with_its_split(encoder: Path, tmp_path: Path) -> None:
 
 def test_embed_prints_the_splits_and_accepts_several_paths(encoder: Path, tmp_path: Path) -> None:
     one, two = write(tmp_path / "one", "train/1.png", "test/2.png"), write(tmp_path / "two", "3.png")
-    found = run(f"embed {encoder} {one} {two} -o {tmp_path / 'f.npz'}")
-    assert (
-        found.exit_code == 0 and "3 images embedded into" in found.stdout and "(2 of train, 1 of test)" in found.stdout
-    )
+    result = run(f"embed {encoder} {one} {two} -o {tmp_path / 'f.npz'}")
+    assert result.exit_code == 0 and "3 images embedded into" in result.stdout
+    assert "(2 of train, 1 of test)" in result.stdout
     assert np.load(tmp_path / "f.npz")["path"].tolist() == ["one/1.png", "two/3.png", "one/2.png"]
-    found = run(f"data {one} {two}")
-    assert found.exit_code == 0 and "2 in train, 1 in test" in found.stdout and "splits: train, test" in found.stdout
-    found = run(f"pretrain --data {one} {two}")
-    assert found.exit_code == 2 and "is a path, not a method: write a pattern in quotes" in found.stderr
+    result = run(f"data {one} {two}")
+    assert result.exit_code == 0 and "2 in train, 1 in test" in result.stdout and "splits: train, test" in result.stdout
+    result = run(f"pretrain --data {one} {two}")
+    assert result.exit_code == 2 and "is a path, not a method: write a pattern in quotes" in result.stderr

@@ -34,8 +34,8 @@ def train_frozen(variant: str, groups: int) -> dict:
     [("byol", 2, 2), *(pytest.param(v, w, g, marks=pytest.mark.slow) for v in VARIANTS for w, g in ((2, 1), (4, 1)))],
 )
 def test_ranks_equal_plain_autograd(variant: str, world: int, groups: int) -> None:
-    for found in on_ranks(world, train_frozen, variant, groups):
-        assert_same(found, literal(variant, N, world * groups, 3, frozen=2))
+    for result in on_ranks(world, train_frozen, variant, groups):
+        assert_same(result, literal(variant, N, world * groups, 3, frozen=2))
 
 
 def test_the_encoder_keeps_weights_and_statistics() -> None:

@@ -37,8 +37,8 @@ def train_one(variant: str, groups: int, synced: bool, dropout: float) -> dict:
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize(("world", "groups"), [(2, 1), (2, 2), (4, 1)])
 def test_ranks_equal_plain_autograd(variant: str, world: int, groups: int) -> None:
-    for found in on_ranks(world, train_one, variant, groups, False, 0.2):
-        assert_same(found, expected(variant, world * groups))
+    for result in on_ranks(world, train_one, variant, groups, False, 0.2):
+        assert_same(result, expected(variant, world * groups))
 
 
 def train_gathered(variants: tuple[str, ...], groups: int) -> list[dict]:
@@ -51,8 +51,8 @@ def train_gathered(variants: tuple[str, ...], groups: int) -> list[dict]:
 @pytest.mark.parametrize("variants", [("simclr", "moco", "vicreg"), pytest.param((*VARIANTS,), marks=pytest.mark.slow)])
 def test_gathered_rows_equal_plain_autograd(variants: tuple[str, ...]) -> None:
     for rank in on_ranks(2, train_gathered, variants, 2):
-        for variant, found in zip(variants, rank, strict=True):
-            assert_same(found, expected(variant, 4))
+        for variant, result in zip(variants, rank, strict=True):
+            assert_same(result, expected(variant, 4))
 
 
 @pytest.mark.grid(2)
@@ -61,8 +61,8 @@ def test_gathered_rows_equal_plain_autograd(variants: tuple[str, ...]) -> None:
 def test_synchronised_norm_is_one_group(variant: str, world: int) -> None:
     """With norm over all ranks, W ranks are one context group of the batch (no dropout: its draws are per rank)."""
     whole = on_ranks(1, train_one, variant, 1, False, 0.0)[0]
-    for found in on_ranks(world, train_one, variant, 1, True, 0.0):
-        assert_same(found, whole)
+    for result in on_ranks(world, train_one, variant, 1, True, 0.0):
+        assert_same(result, whole)
 
 
 @pytest.mark.grid(1)
@@ -72,8 +72,8 @@ def test_only_one_groups_views_are_held(method: str, plug: dict, monkeypatch: py
     """The views of a whole batch are never drawn at once: not by the step, by curation, or by the leak monitor."""
     settings = {"curate.warmup": 0.0} if "curate" in plug else {}
     named = {f"{key}.name" if key in ("curate", "fuse") else key: value for key, value in plug.items()}
-    given = {"subset": 160, "batch_size": 32, "context": 8, "epochs": 3, "device": "cpu"}
-    built = api.prepare("digits-canvas", method, settings=settings | named, **given)
+    options = {"subset": 160, "batch_size": 32, "context": 8, "epochs": 3, "device": "cpu"}
+    built = api.prepare("digits-canvas", method, settings=settings | named, **options)
     drawn, draw = [], Views.__call__
     monkeypatch.setattr(Views, "__call__", lambda self, batch: drawn.append(len(batch)) or draw(self, batch))
     built.step(next(iter(built.loader.epoch(1))), 5)

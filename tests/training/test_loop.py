@@ -32,10 +32,10 @@ def surveyed(images: int) -> dict[str, Any]:
         "digits-canvas", "pcl", subset=images, batch_size=40, settings=options, device="cpu", workers=0
     )
     built.encoder.train()
-    found = survey(built, 0)
+    figures = survey(built, 0)
     assert built.encoder.training
     state = {name: x.numpy() for name, x in built.method.clusterings.state_dict().items()}
-    return state | {"found": found}
+    return state | {"found": figures}
 
 
 @pytest.mark.slow
@@ -54,7 +54,7 @@ def test_a_survey_is_of_clean_images_through_the_target_in_evaluation_mode(monke
     settings = {f"method.{k}": v for k, v in SMALL["pcl"].items()}
     built = inbatch.api.prepare("digits-canvas", "pcl", subset=60, batch_size=20, settings=settings, device="cpu")
     seen: dict[str, Any] = {}
-    monkeypatch.setattr(built.method, "survey", lambda *given: seen.update(zip("rlew", given, strict=True)) or {})
+    monkeypatch.setattr(built.method, "survey", lambda *args: seen.update(zip("rlew", args, strict=True)) or {})
     with torch.no_grad():
         for p in built.network.parameters():
             p.zero_()  # the survey must not use the online network
@@ -126,8 +126,8 @@ def test_divergence_is_an_error_and_changes_nothing(tmp_path: Path, monkeypatch:
     real = METHODS["simclr"].loss
 
     def broken(self: Any, *args: Any) -> dict[str, torch.Tensor]:
-        found = real(self, *args)
-        return {"loss": found["loss"] * float("nan")}
+        losses = real(self, *args)
+        return {"loss": losses["loss"] * float("nan")}
 
     monkeypatch.setattr(METHODS["simclr"], "loss", broken)
     with pytest.raises(TrainingError, match="no weight was changed") as caught:
@@ -260,9 +260,9 @@ def test_online_evaluation_uses_some_streamed_images_and_the_last_one_all(
     monkeypatch.setattr(online_evaluation, "embed", counting)
     monkeypatch.setattr(online_evaluation, "BANK", 50)
     monkeypatch.setattr(online_evaluation, "QUERIES", 30)
-    found = tiny(
+    run = tiny(
         "simclr", tmp_path, epochs=1, cache_on_device=resident, workers=0, settings={"schedule.warmup_epochs": 0}
     )
     assert sizes == [200, 500, 200, 500] if resident else [50, 30, 50, 30]
-    evaluated = found.result["evaluation"]
+    evaluated = run.result["evaluation"]
     assert (evaluated["train"]["images"], evaluated["test"]["images"]) == (200, 500)

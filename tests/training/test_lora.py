@@ -61,10 +61,10 @@ def test_merged_weights_are_sums() -> None:
         "x.fc.base_layer.weight": w, "x.fc.base_layer.bias": b[:, 0], "x.fc.lora_A.default.weight": a,
         "x.fc.lora_B.default.weight": b, "norm.weight": a[0],
     }  # fmt: skip
-    found = merged(weights)
-    assert list(found) == ["x.fc.weight", "x.fc.bias", "norm.weight"]
-    torch.testing.assert_close(found["x.fc.weight"], w + b @ a)
-    assert found["x.fc.bias"] is weights["x.fc.base_layer.bias"] and found["norm.weight"] is weights["norm.weight"]
+    result = merged(weights)
+    assert list(result) == ["x.fc.weight", "x.fc.bias", "norm.weight"]
+    torch.testing.assert_close(result["x.fc.weight"], w + b @ a)
+    assert result["x.fc.bias"] is weights["x.fc.base_layer.bias"] and result["norm.weight"] is weights["norm.weight"]
     weights["x.fc.lora_B.default.weight"] = torch.zeros(3, 2)
     assert torch.equal(merged(weights)["x.fc.weight"], w)
 
@@ -193,10 +193,10 @@ def test_two_ranks_are_one_process(method: str, folder: Path) -> None:
     pytest.importorskip("peft")
     expected = state_of(folder, method, 4)
     assert any(np.any(np.array(x)) for key, x in expected.items() if "lora_B" in key)
-    for found in on_ranks(2, state_of, folder, method, 4):
-        assert found.keys() == expected.keys()
+    for state in on_ranks(2, state_of, folder, method, 4):
+        assert state.keys() == expected.keys()
         for key, value in expected.items():
-            np.testing.assert_allclose(found[key], value, rtol=0, atol=1e-9, err_msg=key)
+            np.testing.assert_allclose(state[key], value, rtol=0, atol=1e-9, err_msg=key)
 
 
 @pytest.mark.slow
@@ -204,12 +204,12 @@ def test_a_run_is_resumed_exactly_and_leaves_a_plain_encoder(
     folder: Path, tmp_path: Path, brief: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("peft")
-    given: dict[str, Any] = {"settings": settings_of(folder, "byol")}
-    tiny("byol", tmp_path / "whole", **given)
+    options: dict[str, Any] = {"settings": settings_of(folder, "byol")}
+    tiny("byol", tmp_path / "whole", **options)
     with monkeypatch.context() as patch:
         stop_after(patch, 7)
         with pytest.raises(Preempted):
-            tiny("byol", tmp_path / "parts", **given)
+            tiny("byol", tmp_path / "parts", **options)
     start = load_encoder(folder)
     with monkeypatch.context() as patch, pytest.warns(match="stopped at step"):
         patch.setitem(sys.modules, "peft", None)
@@ -219,7 +219,7 @@ def test_a_run_is_resumed_exactly_and_leaves_a_plain_encoder(
     assert_same_state(dict(stopped.backbone.state_dict()), merged(inside))
     assert not torch.equal(stopped.backbone.blocks[0].mlp.fc1.weight, start.backbone.blocks[0].mlp.fc1.weight)
     assert torch.equal(stopped.backbone.blocks[0].norm1.weight, start.backbone.blocks[0].norm1.weight)
-    tiny("byol", tmp_path / "parts", resume=True, **given)
+    tiny("byol", tmp_path / "parts", resume=True, **options)
     assert_same_state(saved(tmp_path / "parts"), saved(tmp_path / "whole"))
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "peft", None)

@@ -57,10 +57,10 @@ def test_features_of_whole_images_find_copies() -> None:
                             settings={"negatives.threshold": 0.999, "cache_on_device": resident})  # fmt: skip
         before = {key: x.clone() for key, x in built.network.state_dict().items()}
         batch = next(iter(built.loader.epoch(0)))
-        found, figures = built.step.similar(batch, lambda x, dim: x, 0)
+        marked, figures = built.step.similar(batch, lambda x, dim: x, 0)
         assert figures == {"similar_pairs": 8.0, "dropped_pairs": 8.0}
         place = batch.index.argsort()
-        assert torch.equal(found.same[place[:8]], found.same[place[16:]]) and built.network.training
+        assert torch.equal(marked.same[place[:8]], marked.same[place[16:]]) and built.network.training
         assert all(torch.equal(x, before[key]) for key, x in built.network.state_dict().items())
         assert torch.isfinite(built.step(batch, 0)["loss"])
 
@@ -133,9 +133,9 @@ BAD = {
 
 def test_invalid_settings_are_refused_before_the_first_step(videos: Path) -> None:
     for message, fields in BAD.items():
-        given = dict(fields)
+        options = dict(fields)
         with pytest.raises(ConfigError) as refused:
-            api.prepare(videos, given.pop("method", "simclr"), **TINY, **given)
+            api.prepare(videos, options.pop("method", "simclr"), **TINY, **options)
         assert message in str(refused.value)
     with pytest.raises(DataError, match=r"all 48 images of .* are of one group of one, so that none is a negative"):
         api.prepare(videos, "simclr", **TINY, negatives="drop-similar", settings={"group_column": "one"})

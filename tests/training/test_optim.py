@@ -98,8 +98,8 @@ def test_groups_hold_every_trainable_parameter_once():
 
 def test_parts_and_vectors_with_their_own_rates():
     groups = groups_of(network(), vector_lr=0.0048, own={"predictor": {"lr": 0.05, "constant": True}})
-    found = {(g["lr"], g["weight_decay"], g["constant"]): len(g["params"]) for g in groups}
-    assert found == {(0.2, 0.01, False): 2, (0.0048, 0, False): 4, (0.05, 0.01, True): 1, (0.05, 0, True): 1}
+    counts = {(g["lr"], g["weight_decay"], g["constant"]): len(g["params"]) for g in groups}
+    assert counts == {(0.2, 0.01, False): 2, (0.0048, 0, False): 4, (0.05, 0.01, True): 1, (0.05, 0, True): 1}
 
     optimizer = optim.build_optimizer("sgd", groups)
     optim.set_learning_rate(optimizer, 0.5, decay_factor=10)
@@ -151,8 +151,8 @@ def test_layer_decay_of_timm_and_of_other_backbones():
 
 
 def test_layer_decay_of_the_optimiser_and_the_heads():
-    given = {"settings": {"optimizer.layer_decay": 0.5}, "subset": 80, "batch_size": 40, "epochs": 1}
-    decayed = api.prepare("digits-canvas", "simclr", device="cpu", **given)
+    options = {"settings": {"optimizer.layer_decay": 0.5}, "subset": 80, "batch_size": 40, "epochs": 1}
+    decayed = api.prepare("digits-canvas", "simclr", device="cpu", **options)
     rates = {p: group["lr"] for group in decayed.optimizer.param_groups for p in group["params"]}
     base = {group["base_lr"] for group in decayed.optimizer.param_groups}
     assert base == {decayed.lr * 0.5**n for n in range(4)}

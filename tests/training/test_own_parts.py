@@ -335,8 +335,8 @@ def test_typed_parts_are_imported_from_the_current_folder(
         (["evaluate", "run", "--encoder", "Net"], "write your own code as MODULE:NAME"),
         (["pretrain", "--callback", "my_parts:Net", "--data", "digits-canvas"], "callback"),
     ):
-        found = command(*words)
-        assert found.exit_code == 2 and message in found.stderr, (words, found.output)
+        result = command(*words)
+        assert result.exit_code == 2 and message in result.stderr, (words, result.output)
     assert command("evaluate", "run", "--protocol", "knn", "--encoder", "my_parts:Net").exit_code == 0
     assert not own_parts.current()
 

@@ -26,7 +26,7 @@ def fields(method: str, fuse: str | None, curate: bool, attend: str | None) -> d
     options = small_settings(method)
     if curate:
         options["curate.name"] = "redraw"
-    given = {
+    arguments = {
         "subset": 80,
         "batch_size": 16,
         "context": 8,
@@ -35,15 +35,15 @@ def fields(method: str, fuse: str | None, curate: bool, attend: str | None) -> d
         "fuse": fuse,
         "attend": attend,
     }
-    return {key: value for key, value in given.items() if value is not None}
+    return {key: value for key, value in arguments.items() if value is not None}
 
 
 @pytest.mark.grid(5)
 @pytest.mark.parametrize(("fuse", "curate", "attend"), COMBINATIONS)
 @pytest.mark.parametrize("method", METHODS)
 def test_every_combination_trains(method: str, fuse: str | None, curate: bool, attend: str | None) -> None:
-    given = fields(method, fuse, curate, attend)
-    built = api.prepare("digits-canvas", method, **given)
+    arguments = fields(method, fuse, curate, attend)
+    built = api.prepare("digits-canvas", method, **arguments)
     plugged = [*blocks(built.encoder).named_parameters(), *(built.network.fuse.named_parameters() if fuse else ())]
     before = [p.detach().clone() for _, p in plugged]
     for step, batch in enumerate(itertools.islice(built.loader.epoch(1), 2)):
@@ -113,9 +113,9 @@ def test_the_same_seed_is_the_same_start_with_and_without(attend: str) -> None:
     shared = {"subset": 80, "batch_size": 16, "settings": {"encoder.name": "resnet10"}}
     plain = api.prepare("digits-canvas", "byol", **shared)
     both = api.prepare("digits-canvas", "byol", **shared, attend=attend, fuse="conv")
-    found = both.network.state_dict()
+    state = both.network.state_dict()
     for name, weight in plain.network.state_dict().items():
-        assert torch.equal(found[name], weight), name
+        assert torch.equal(state[name], weight), name
 
 
 BAD = {
@@ -147,30 +147,30 @@ BAD = {
 
 @pytest.mark.parametrize("message", BAD)
 def test_invalid_settings_are_refused_before_the_first_step(message: str) -> None:
-    given = dict(BAD[message])
-    method = given.pop("method", "simclr")
+    arguments = dict(BAD[message])
+    method = arguments.pop("method", "simclr")
     with pytest.raises(ConfigError, match=message.replace("(", "\\(")):
-        api.prepare("digits-canvas", method, subset=80, batch_size=16, epochs=1, **given)
+        api.prepare("digits-canvas", method, subset=80, batch_size=16, epochs=1, **arguments)
 
 
 @pytest.mark.slow
 def test_dry_run_prints_the_plug_ins_and_their_parameters() -> None:
-    given = {
+    arguments = {
         "subset": 80,
         "batch_size": 16,
         "context": 8,
         "settings": {"curate.name": "redraw"},
         "shuffle_groups": True,
     }
-    found = api.dry_run("digits-canvas", "byol", fuse="conv", attend="ba2m", **given)
-    words = found["description"]
+    report = api.dry_run("digits-canvas", "byol", fuse="conv", attend="ba2m", **arguments)
+    words = report["description"]
     for part in ("fuse:    conv, ", "curate:  from epoch 7 on, ", "attend:  ba2m in 3 blocks", "groups:  shuffled"):
         assert part in words, words
     plain = api.dry_run("digits-canvas", "byol", subset=80, batch_size=16, context=8)
-    more, less = found["memory_bytes_estimate"], plain["memory_bytes_estimate"]
+    more, less = report["memory_bytes_estimate"], plain["memory_bytes_estimate"]
     assert more["curator"] >= less["weights"] and less["curator"] == 0
     assert more["activations_of_a_group"] > less["activations_of_a_group"]
-    assert found["parameters"]["fuse"] > 0 and found["rows"] == plain["rows"]
+    assert report["parameters"]["fuse"] > 0 and report["rows"] == plain["rows"]
 
 
 @pytest.mark.parametrize("text", ["fuse.target=none", "schedule.scaling=none"])

@@ -137,15 +137,15 @@ def test_sentences_say_what_is_outside_and_where() -> None:
 
 
 def test_leaving_and_entering_the_band_are_reported_once() -> None:
-    reference, mine, told = Reference("r", [curve(*[0.5] * 8)]), [], []
+    reference, mine, messages = Reference("r", [curve(*[0.5] * 8)]), [], []
     compared = Comparison(reference, mine, range(8), 5)
     for entry in curve(0.5, 0.4, 0.3, 0.9, math.nan, math.nan, 0.5, 0.5, 0.9):  # the last one beyond the reference
         mine.append(entry)
-        told.append(" ".join(compared.news()))
-    for said, words in zip(
-        told, ["", "is below", "", "is above", "is not a number", "", "is back inside", "", ""], strict=True
+        messages.append(" ".join(compared.news()))
+    for message, words in zip(
+        messages, ["", "is below", "", "is above", "is not a number", "", "is back inside", "", ""], strict=True
     ):
-        assert words in said and bool(words) == bool(said)
+        assert words in message and bool(words) == bool(message)
     assert compared.json() == {"reference": "r", "seeds": 1, "looks": 8, "outside": {"knn": [1, 2, 3, 4, 5]}}
     assert "inside the band at 3 of 8 evaluations (k-NN)" in compared.summary()
 
@@ -214,8 +214,8 @@ def test_run_outside_the_band_is_reported_and_exits_with_0(finished: Path, tmp_p
     ):
         assert words in done.stderr, words
     assert "Not the reference's" not in done.stderr, "the recipes are the same"
-    found = json.loads((tmp_path / "run" / "result.json").read_text())["compared"]
-    assert found["outside"] == {"knn": [1], "loss": [], "feature_std": [], "rankme": [0, 1, 2]}
+    comparison = json.loads((tmp_path / "run" / "result.json").read_text())["compared"]
+    assert comparison["outside"] == {"knn": [1], "loss": [], "feature_std": [], "rankme": [0, 1, 2]}
     assert_same_state(saved(tmp_path / "run"), saved(finished))
     assert not list((tmp_path / "run").rglob(".*.tmp"))
 
@@ -332,8 +332,8 @@ def test_auto_finds_the_runs_of_the_same_recipe(
     changed(finished, tmp_path / "later.json", lambda r: r.update(schema=2))
     other = {"data": "/elsewhere/other", "epochs": 9}
     changed(finished, tmp_path / "other.json", lambda r: (r.update(schema=1), r["recipe"].update(other)))
-    found = shipped_references.find_reference(recipe)
-    assert len(found.curves) == 2 and "same-0, same-5" in found.name
-    assert api._reference("auto", load_run(finished).recipe) == found
+    reference = shipped_references.find_reference(recipe)
+    assert len(reference.curves) == 2 and "same-0, same-5" in reference.name
+    assert api._reference("auto", load_run(finished).recipe) == reference
     with pytest.raises(ConfigError, match=r"The closest, same-0, differs in epochs \(2 there, 3 here\)"):
         shipped_references.find_reference(recipe | {"epochs": 3})

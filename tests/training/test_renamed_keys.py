@@ -94,9 +94,9 @@ def test_script_renames_only_settings(tmp_path: Path):
     (run / "heads" / "config.json").write_text(
         json.dumps({"inbatch": {"method": "byol", "options": {"m": 0.9, "hidden": 8}, "told": {"batch": 4}}})
     )
-    given = tmp_path / "mine.yaml", run
-    assert migrate("--check", *given) == 1 and "  m: 0.99" in (tmp_path / "mine.yaml").read_text("utf-8")
-    assert migrate(*given) == 0
+    paths = tmp_path / "mine.yaml", run
+    assert migrate("--check", *paths) == 1 and "  m: 0.99" in (tmp_path / "mine.yaml").read_text("utf-8")
+    assert migrate(*paths) == 0
     assert (
         (tmp_path / "mine.yaml").read_text("utf-8")
         == """\
@@ -124,7 +124,7 @@ command: inbatch pretrain --set image_size=96 --set method.queue_size=4096 --set
     assert json.loads((run / "heads" / "config.json").read_text())["inbatch"] == {
         "method": "byol", "options": {"momentum": 0.9, "hidden_dim": 8}, "told": {"batch": 4},
     }  # fmt: skip
-    assert migrate("--check", *given) == 0
+    assert migrate("--check", *paths) == 0
 
 
 def test_the_script_leaves_what_it_must_not_change(tmp_path: Path):

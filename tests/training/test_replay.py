@@ -39,8 +39,8 @@ def break_a_weight(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
 def built(data: Any = "digits-canvas", method: str = "simclr", **fields: Any) -> RunComponents:
     options = small_settings(method)
     settings = options | {"precision": "float32"} | fields.pop("settings", {})
-    given = {key: value for key, value in TINY.items() if key != "quiet"} | fields
-    return prepare(data, method, settings=settings, **given)
+    arguments = {key: value for key, value in TINY.items() if key != "quiet"} | fields
+    return prepare(data, method, settings=settings, **arguments)
 
 
 def kept(out: Path, built: RunComponents, step: int = 0) -> Any:
@@ -49,11 +49,11 @@ def kept(out: Path, built: RunComponents, step: int = 0) -> Any:
         built.step.curator.starts = 0
     batch = next(iter(built.loader.epoch(step // built.loader.steps, step % built.loader.steps)))
     if built.step.curator is not None:
-        batch, told = built.step.curator(batch)
-        assert told["curate_redrawn"] > 0, "nothing was redrawn: the test has lost its point"
+        batch, figures = built.step.curator(batch)
+        assert figures["curate_redrawn"] > 0, "nothing was redrawn: the test has lost its point"
     if built.step.similar is not None:
-        batch, told = built.step.similar(batch, lambda x, dim: x, 0)
-        assert told["dropped_pairs"] > 0, "nothing was left out"
+        batch, figures = built.step.similar(batch, lambda x, dim: x, 0)
+        assert figures["dropped_pairs"] > 0, "nothing was left out"
     capture(out, built, NonFiniteError(step, batch, {"loss": torch.tensor(0.0)}, torch.tensor(0.0)))
     built.step.curator = built.step.similar = None
     return batch
@@ -69,13 +69,13 @@ def test_run_stops_before_its_weights_change_and_states_the_remedy(
             tiny("simclr", tmp_path, precision="float32")
     assert caught.value.exit_code == 4
     assert json.loads((tmp_path / "run.json").read_text())["status"] == "failed"
-    told = json.loads((tmp_path / FOLDER / "capture.json").read_text())
-    assert told["step"] == 7 and told["epoch"] == 1 and len(told["images"]) == TINY["batch_size"]
+    record = json.loads((tmp_path / FOLDER / "capture.json").read_text())
+    assert record["step"] == 7 and record["epoch"] == 1 and len(record["images"]) == TINY["batch_size"]
 
-    found = replay_run(tmp_path)
-    assert found["reproduced"] and found["places"][0] == "the weight encoder.backbone.3.weight"
-    assert found["places"][1] == "the output of encoder.backbone.3 (Conv2d)"
-    assert any(place.startswith("the gradient of") for place in found["places"]) and "float32" not in found
+    report = replay_run(tmp_path)
+    assert report["reproduced"] and report["places"][0] == "the weight encoder.backbone.3.weight"
+    assert report["places"][1] == "the output of encoder.backbone.3 (Conv2d)"
+    assert any(place.startswith("the gradient of") for place in report["places"]) and "float32" not in report
     shown = CliRunner().invoke(app, ["replay", str(tmp_path)])
     assert shown.exit_code == 0 and "first the weight encoder.backbone.3.weight" in shown.output
 
@@ -94,12 +94,12 @@ def test_the_step_is_the_same_bit_for_bit(tmp_path: Path, method: str, resident:
         "subset": None,
     }
     here = built(images, method, **fields, settings={"curate.rule": "strict"} if curate else {})
-    made = kept(tmp_path, here)
-    losses = here.step(made, 0)
+    batch = kept(tmp_path, here)
+    losses = here.step(batch, 0)
     (tmp_path / "images").rename(tmp_path / "away")  # the capture needs no data
-    found = replay_run(tmp_path)
-    assert not found["reproduced"] and found["places"] == []
-    assert (found["loss"], found["grad_norm"]) == (float(losses["loss"]), float(losses["grad_norm"]))
+    report = replay_run(tmp_path)
+    assert not report["reproduced"] and report["places"] == []
+    assert (report["loss"], report["grad_norm"]) == (float(losses["loss"]), float(losses["grad_norm"]))
 
 
 @pytest.mark.slow
@@ -108,10 +108,10 @@ def test_near_duplicates_are_part_of_the_capture(tmp_path: Path, method: str) ->
     """Also those among the rows of a memory bank, and what it keeps of the samples."""
     here = built("digits-canvas", method, settings={"negatives.name": "drop-similar", "negatives.threshold": 0.5})
     here.step(next(iter(here.loader.epoch(0))), 0)
-    made = kept(tmp_path, here, 1)
-    assert (made.bank is not None) == (method == "moco")
-    losses, found = here.step(made, 1), replay_run(tmp_path)
-    assert (found["loss"], found["grad_norm"]) == (float(losses["loss"]), float(losses["grad_norm"]))
+    batch = kept(tmp_path, here, 1)
+    assert (batch.bank is not None) == (method == "moco")
+    losses, report = here.step(batch, 1), replay_run(tmp_path)
+    assert (report["loss"], report["grad_norm"]) == (float(losses["loss"]), float(losses["grad_norm"]))
 
 
 def test_a_view_that_is_not_a_number_is_named_by_its_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,24 +119,24 @@ def test_a_view_that_is_not_a_number_is_named_by_its_image(tmp_path: Path, monke
     bad = int(batch.index[5])
 
     def spoiling(views: Any, places: list[str]) -> Any:
-        def spoilt(some: Any) -> Any:
-            drawn = [view.clone() for view in views(some)]
-            drawn[1][some.index == bad] = float("nan")
+        def spoilt(chunk: Any) -> Any:
+            drawn = [view.clone() for view in views(chunk)]
+            drawn[1][chunk.index == bad] = float("nan")
             return drawn
 
         return real(spoilt, places)
 
     monkeypatch.setattr(module, "_checked", spoiling)
-    found = replay_run(tmp_path)
-    assert found["reproduced"] and found["places"][0] == f"view 1 of image {bad}"
+    report = replay_run(tmp_path)
+    assert report["reproduced"] and report["places"][0] == f"view 1 of image {bad}"
 
 
 @pytest.mark.slow
 def test_bf16_step_is_repeated_in_float32(tmp_path: Path) -> None:
     kept(tmp_path, built(settings={"precision": "bf16"}))
-    found = replay_run(tmp_path)
-    assert (found["precision"], found["float32"]["precision"]) == ("bfloat16", "float32")
-    assert found["loss"] == pytest.approx(found["float32"]["loss"], rel=0.05)
+    report = replay_run(tmp_path)
+    assert (report["precision"], report["float32"]["precision"]) == ("bfloat16", "float32")
+    assert report["loss"] == pytest.approx(report["float32"]["loss"], rel=0.05)
     shown = CliRunner().invoke(app, ["replay", str(tmp_path), "--json"])
     assert shown.exit_code == TrainingError.exit_code  # the step did not fail
     assert json.loads(shown.output)["reproduced"] is False
@@ -154,13 +154,13 @@ def _diverge_on_a_rank(folder: str) -> str:
 
 @pytest.mark.slow
 def test_step_of_two_ranks_is_repeated_by_one_process(tmp_path: Path) -> None:
-    for said in on_ranks(2, _diverge_on_a_rank, str(tmp_path)):
-        assert "inbatch replay" in said
+    for message in on_ranks(2, _diverge_on_a_rank, str(tmp_path)):
+        assert "inbatch replay" in message
     assert {p.name for p in (tmp_path / FOLDER).iterdir()} == {
         "capture.json", "recipe.json", "last.pt", "share-0.safetensors", "share-1.safetensors",
     }  # fmt: skip
-    found = replay_run(tmp_path)
-    assert found["reproduced"] and found["places"][0] == "the weight encoder.backbone.3.weight"
+    report = replay_run(tmp_path)
+    assert report["reproduced"] and report["places"][0] == "the weight encoder.backbone.3.weight"
     (tmp_path / FOLDER / "share-1.safetensors").unlink()
     with pytest.raises(ConfigError, match=r"share-1\.safetensors cannot be read .*machine of rank 1"):
         replay_run(tmp_path)

@@ -146,9 +146,9 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(
 @pytest.mark.parametrize("key", ["tower", "target", "method", "optimizer", "progress"])
 def test_a_checkpoint_without_a_part_is_refused(key: str, tmp_path: Path) -> None:
     tiny("moco", tmp_path, epochs=1)
-    found = checkpoint.load(tmp_path / "checkpoints")
-    del found.state[key]
-    checkpoint.save(tmp_path / "checkpoints", found.state, step=found.step)
+    loaded = checkpoint.load(tmp_path / "checkpoints")
+    del loaded.state[key]
+    checkpoint.save(tmp_path / "checkpoints", loaded.state, step=loaded.step)
     with pytest.raises(inbatch.errors.InbatchError, match=key):
         tiny("moco", tmp_path, epochs=1, resume=True)
 

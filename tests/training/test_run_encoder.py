@@ -82,10 +82,10 @@ def test_the_images_of_a_stopped_run_are_not_needed(copy: Path) -> None:
 @pytest.mark.slow
 def test_embed_states_the_step_of_the_encoder(stopped: Path, tmp_path: Path) -> None:
     out = tmp_path / "f.npz"
-    found = run(f"embed {words(stopped)} digits-canvas --split test -o {out}")
-    assert found.exit_code == 0 and f"the run in {stopped} {SENTENCE}" in found.stdout
-    told = one_object(run(f"embed {words(stopped)} digits-canvas --split test -o {out} --json").stdout)
-    assert (told["images"], told["step"], told["steps"]) == (500, 7, 10) and SENTENCE in told["note"]
+    result = run(f"embed {words(stopped)} digits-canvas --split test -o {out}")
+    assert result.exit_code == 0 and f"the run in {stopped} {SENTENCE}" in result.stdout
+    report = one_object(run(f"embed {words(stopped)} digits-canvas --split test -o {out} --json").stdout)
+    assert (report["images"], report["step"], report["steps"]) == (500, 7, 10) and SENTENCE in report["note"]
     source = inbatch.data.open_data("digits-canvas", "test")
     expected = loaded(stopped).embed([source.image(i) for i in range(5)])
     vectors = np.load(out, allow_pickle=False)["vector"]
@@ -96,8 +96,8 @@ def test_embed_states_the_step_of_the_encoder(stopped: Path, tmp_path: Path) -> 
 
 @pytest.mark.slow
 def test_evaluate_accepts_a_stopped_run(copy: Path) -> None:
-    found = run(f"evaluate {words(copy)} --protocol knn,clustering")
-    assert found.exit_code == 0 and SENTENCE in found.stdout and "untrained encoder" in found.stdout
+    result = run(f"evaluate {words(copy)} --protocol knn,clustering")
+    assert result.exit_code == 0 and SENTENCE in result.stdout and "untrained encoder" in result.stdout
     written = json.loads((copy / "evaluation.json").read_text())
     assert (written["step"], written["steps"]) == (7, 10) and SENTENCE in written["note"]
     assert written["held_out"] == "test split of digits-canvas"
@@ -111,17 +111,17 @@ def test_a_run_to_begin_from(stopped: Path, tmp_path: Path, finished: bool) -> N
     line = f"pretrain --data digits-canvas --set subset=200 --batch 40 --epochs 1 --init {words(other)} --out new"
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path)
-        found = run(line)
-    assert found.exit_code == 0, found.stderr
-    assert (SENTENCE in found.stderr) == (not finished)
-    assert "encoder before training" in found.stdout and "untrained" not in found.stdout
+        result = run(line)
+    assert result.exit_code == 0, result.stderr
+    assert (SENTENCE in result.stderr) == (not finished)
+    assert "encoder before training" in result.stdout and "untrained" not in result.stdout
     begun = inbatch.load(tmp_path / "new" / "initial").state_dict()
     assert_same_state(dict(begun), dict((inbatch.load if finished else loaded)(other).state_dict()))
 
 
 def test_a_run_to_begin_from_must_fit(stopped: Path, tmp_path: Path) -> None:
-    found = run(f"pretrain --data digits-canvas --encoder resnet10 --init {words(stopped)} --out {tmp_path / 'new'}")
-    assert found.exit_code == 2 and "do not fit resnet10 (the encoder tiny)" in found.stderr
+    result = run(f"pretrain --data digits-canvas --encoder resnet10 --init {words(stopped)} --out {tmp_path / 'new'}")
+    assert result.exit_code == 2 and "do not fit resnet10 (the encoder tiny)" in result.stderr
 
 
 @pytest.mark.slow
@@ -149,8 +149,8 @@ def test_initial_weights_of_a_run_are_not_needed_later(tmp_path: Path) -> None:
     shutil.rmtree(out / "encoder")
     with pytest.warns(UserWarning, match=r"mean \(0\.5,\) and std \(0\.25,\) are the defaults"):
         assert inbatch.load(out).mean == (0.5,)
-    found = inbatch.evaluate_run(out, protocols=["knn"])
-    assert found["untrained"] is None and "the encoder before training cannot be created" in found["note"]
+    evaluation = inbatch.evaluate_run(out, protocols=["knn"])
+    assert evaluation["untrained"] is None and "the encoder before training cannot be created" in evaluation["note"]
 
 
 @pytest.mark.slow
@@ -187,8 +187,8 @@ def test_averaged_weights_are_preferred(copy: Path) -> None:
     saved = checkpoint.load(copy / "checkpoints")
     average = {key: value * 0.5 for key, value in saved.state["tower"].items() if value.is_floating_point()}
     checkpoint.save(copy / "checkpoints", saved.state | {"average": saved.state["tower"] | average}, step=7)
-    own, found = in_checkpoint(copy), loaded(copy).state_dict()
-    assert all(torch.equal(found[key], value * 0.5) for key, value in own.items() if value.is_floating_point())
+    own, weights = in_checkpoint(copy), loaded(copy).state_dict()
+    assert all(torch.equal(weights[key], value * 0.5) for key, value in own.items() if value.is_floating_point())
 
 
 # Errors and stages
@@ -201,9 +201,9 @@ def test_run_without_encoder_and_checkpoint_is_refused(copy: Path, tmp_path: Pat
         f"export {words(copy)} -o new",
         f"evaluate {words(copy)}",
     ):
-        found = run(line)
-        assert found.exit_code == 2 and "neither an encoder nor a checkpoint" in found.stderr, found.output
-        assert "--resume auto" in found.stderr and found.stderr.count("error") == 1
+        result = run(line)
+        assert result.exit_code == 2 and "neither an encoder nor a checkpoint" in result.stderr, result.output
+        assert "--resume auto" in result.stderr and result.stderr.count("error") == 1
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match=r"neither recipe\.json nor model\.safetensors"):
         inbatch.load(tmp_path / "empty")
@@ -215,8 +215,8 @@ def test_damaged_checkpoints(copy: Path) -> None:
     with pytest.warns(UserWarning, match=r"at step 7 of 10; its encoder is from step 5\. .* is damaged"):
         inbatch.load(copy)
     previous.write_bytes(b"")
-    found = run(f"export {words(copy)} -o new")
-    assert found.exit_code == 3 and "is damaged" in found.stderr and "Traceback" not in found.output
+    result = run(f"export {words(copy)} -o new")
+    assert result.exit_code == 3 and "is damaged" in result.stderr and "Traceback" not in result.output
 
 
 @pytest.mark.slow
@@ -261,8 +261,8 @@ def test_the_full_result_is_refused(stopped: Path) -> None:
 
 def test_export_writes_what_loads_again(stopped: Path, tmp_path: Path) -> None:
     out = tmp_path / "an encoder"
-    found = run(f"export {words(stopped)} -o {words(out)}")
-    assert found.exit_code == 0 and SENTENCE in found.stdout and f"inbatch.load('{out}')" in found.stdout
+    result = run(f"export {words(stopped)} -o {words(out)}")
+    assert result.exit_code == 0 and SENTENCE in result.stdout and f"inbatch.load('{out}')" in result.stdout
     assert {path.name for path in out.iterdir()} == {"model.safetensors", "config.json"}
     np.testing.assert_array_equal(inbatch.load(out).embed(IMAGES), loaded(stopped).embed(IMAGES))
     again = one_object(run(f"export {words(stopped)} -o {words(out)} --json").stdout)  # its own output may be replaced
@@ -273,8 +273,8 @@ def test_export_writes_what_loads_again(stopped: Path, tmp_path: Path) -> None:
 @pytest.mark.usefixtures("brief")
 def test_export_of_a_finished_run_is_its_encoder(tmp_path: Path) -> None:
     out = tiny("simclr", tmp_path / "run", epochs=1).directory
-    told = inbatch.export_run(out, tmp_path / "new")
-    assert told["note"] is None and (told["step"], told["steps"]) == (5, 5)
+    report = inbatch.export_run(out, tmp_path / "new")
+    assert report["note"] is None and (report["step"], report["steps"]) == (5, 5)
     for name in ("model.safetensors", "config.json"):
         assert (tmp_path / "new" / name).read_bytes() == (out / "encoder" / name).read_bytes()
 
@@ -290,8 +290,8 @@ def test_export_overwrites_nothing_foreign(stopped: Path, tmp_path: Path) -> Non
     (theirs / "config.json").write_text('{"architecture": "resnet18"}')
     (theirs / "model.safetensors").write_bytes(b"theirs")
     for out in (file, folder, theirs):
-        found = run(f"export {words(stopped)} -o {words(out)}")
-        assert found.exit_code == 2 and "choose another folder" in found.stderr
+        result = run(f"export {words(stopped)} -o {words(out)}")
+        assert result.exit_code == 2 and "choose another folder" in result.stderr
     assert file.read_text() == "mine" and (theirs / "model.safetensors").read_bytes() == b"theirs"
     assert [path.name for path in folder.iterdir()] == ["notes.txt"]
 
@@ -319,8 +319,8 @@ def test_timm_reads_what_it_can_build(tmp_path: Path) -> None:
         inbatch.pretrain(
             images, out=tmp_path / "run", encoder="resnet10", batch_size=4, epochs=1, image_size=72, quiet=True
         )
-    found = run(f"export {words(tmp_path / 'run')} -o {words(tmp_path / 'out')}")
-    assert found.exit_code == 0 and f"timm.create_model('local-dir:{tmp_path / 'out'}'" in found.stdout
+    result = run(f"export {words(tmp_path / 'run')} -o {words(tmp_path / 'out')}")
+    assert result.exit_code == 0 and f"timm.create_model('local-dir:{tmp_path / 'out'}'" in result.stdout
     model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
     encoder = inbatch.load(tmp_path / "out")
     with torch.no_grad():
@@ -332,18 +332,18 @@ def test_the_encoder_of_init_is_that_of_the_weights(tmp_path: Path) -> None:
     """--init alone also selects the encoder, because weights of another one would not fit."""
     encoder = create_encoder("fast", size=32, width=8, whiten=True)
     save_encoder(encoder, tmp_path / "encoder")
-    found = with_encoder_of_init({"encoder.init": str(tmp_path / "encoder")})
-    assert {k: found[k] for k in ("encoder.name", "encoder.width", "encoder.whiten")} == {
+    settings = with_encoder_of_init({"encoder.init": str(tmp_path / "encoder")})
+    assert {k: settings[k] for k in ("encoder.name", "encoder.width", "encoder.whiten")} == {
         "encoder.name": "fast", "encoder.width": 8, "encoder.whiten": True,
     }  # fmt: skip
-    recipe = make(found | {"data": "photos", "image_size": 32, "preset": "fast", "epochs": 2})
+    recipe = make(settings | {"data": "photos", "image_size": 32, "preset": "fast", "epochs": 2})
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "recipe.json").write_text(json.dumps(recipe.nested()))
     again = with_encoder_of_init({"encoder.init": tmp_path / "run"})
     assert again["encoder.name"] == "fast" and again["encoder.width"] == 8
     assert again["encoder.init"] == tmp_path / "run"
-    for given in ({}, {"encoder.init": "timm"}, {"encoder.init": "w.pth"}, found | {"encoder.name": "tiny"}):
-        assert with_encoder_of_init(given) == given
+    for requested in ({}, {"encoder.init": "timm"}, {"encoder.init": "w.pth"}, settings | {"encoder.name": "tiny"}):
+        assert with_encoder_of_init(requested) == requested
     with pytest.raises(ConfigError, match="nowhere does not exist"):
         create_encoder("tiny", size=32, init="nowhere")
 

@@ -50,8 +50,8 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def learn(photos: Path, out: Path, **fields: Any) -> inbatch.Run:
-    given: dict[str, Any] = {"encoder": "tiny", "batch_size": 10, "epochs": 2, "quiet": True, "image_size": 24} | fields
-    return inbatch.pretrain(photos, out=out, **given)
+    defaults: dict[str, Any] = {"encoder": "tiny", "batch_size": 10, "epochs": 2, "quiet": True, "image_size": 24}
+    return inbatch.pretrain(photos, out=out, **defaults | fields)
 
 
 @pytest.fixture(scope="module")
@@ -73,26 +73,27 @@ def test_measures_literally() -> None:
     assert label_free.uniformity(first) == pytest.approx(np.log(np.mean(potential)), abs=1e-5)
     apart = [float(((first[i] - second[i]) ** 2).sum()) for i in range(9)]
     assert label_free.alignment(first, second) == pytest.approx(np.mean(apart), abs=1e-5)
-    found = [max(range(9), key=lambda j, i=i: float(first[i] @ second[j])) == i for i in range(9)]
-    assert label_free.same_image(first, second) == pytest.approx(np.mean(found))
+    hits = [max(range(9), key=lambda j, i=i: float(first[i] @ second[j])) == i for i in range(9)]
+    assert label_free.same_image(first, second) == pytest.approx(np.mean(hits))
     assert label_free.same_image(first, first) == 1 and label_free.alignment(first, first) == 0
 
 
 def test_collapse_is_visible_in_every_measure_except_alignment() -> None:
     same = torch.ones(50, 8)
-    found = label_free.measures(label_free.Embedded(same, same, same, torch.arange(50)))
-    assert found["same_image"] == pytest.approx(1 / 50) and found["rankme"] == pytest.approx(1, abs=0.01)
-    assert found["uniformity"] == pytest.approx(0, abs=1e-6) and found["feature_std"] == pytest.approx(0, abs=1e-5)
-    assert found["alignment"] == 0
+    measures = label_free.measures(label_free.Embedded(same, same, same, torch.arange(50)))
+    assert measures["same_image"] == pytest.approx(1 / 50) and measures["rankme"] == pytest.approx(1, abs=0.01)
+    assert measures["uniformity"] == pytest.approx(0, abs=1e-6)
+    assert measures["feature_std"] == pytest.approx(0, abs=1e-5)
+    assert measures["alignment"] == 0
 
 
 def test_one_view_is_drawn_twice() -> None:
     source = open_data((torch.randint(0, 255, (12, 1, 20, 20), dtype=torch.uint8), [0] * 12))
     encoder = create_encoder("tiny", size=20, channels=1).eval()
     one = Views(make_views("digits", {"size": 20}, 1)[:1], encoder.mean, encoder.std)
-    found = label_free.embed_all({"it": encoder}, one, label_free.Chosen(source, None, 0), 0)["it"]
-    assert found.first.shape == found.second.shape == (12, 96)
-    assert not torch.allclose(found.first, found.second)
+    embedded = label_free.embed_all({"it": encoder}, one, label_free.Chosen(source, None, 0), 0)["it"]
+    assert embedded.first.shape == embedded.second.shape == (12, 96)
+    assert not torch.allclose(embedded.first, embedded.second)
 
 
 @pytest.mark.slow
@@ -106,43 +107,43 @@ def test_whitened_features_are_measured_before_they_are() -> None:
     expected = label_free.measures(plain)
     assert encoder.readout is not None and plain.handed_out(plain.clean) is plain.clean
     encoder.readout.fit(plain.clean)
-    found = label_free.embed_all({"it": encoder}, views, chosen, 0)["it"]
+    embedded = label_free.embed_all({"it": encoder}, views, chosen, 0)["it"]
     assert int(encoder.readout.images) == 40
-    assert torch.equal(found.clean, plain.clean)
+    assert torch.equal(embedded.clean, plain.clean)
     whitened = encoder.embed([source.image(int(i)) for i in chosen.indices])
-    np.testing.assert_allclose(found.handed_out(found.clean), whitened, rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(embedded.handed_out(embedded.clean), whitened, rtol=1e-3, atol=1e-3)
     del expected["same_image"]
-    assert label_free.measures(found) | expected == label_free.measures(found)
+    assert label_free.measures(embedded) | expected == label_free.measures(embedded)
 
 
 # Runs without labels
 
 
 def test_a_run_without_labels_shows_whether_it_learned(learned: inbatch.Run, photos: Path) -> None:
-    found = learned.result["unlabelled"]
-    assert {name: told["better"] for name, told in found.items()} == MEASURES
-    for told in found.values():
-        assert told["untrained"] != told["trained"] and "image" in told["what"]
-    assert found["rankme"]["trained"] <= 40 and "40 images, at most 96" in found["rankme"]["what"]
-    assert 1 / 40 <= found["same_image"]["trained"] <= 1
+    measures = learned.result["unlabelled"]
+    assert {name: measure["better"] for name, measure in measures.items()} == MEASURES
+    for measure in measures.values():
+        assert measure["untrained"] != measure["trained"] and "image" in measure["what"]
+    assert measures["rankme"]["trained"] <= 40 and "40 images, at most 96" in measures["rankme"]["what"]
+    assert 1 / 40 <= measures["same_image"]["trained"] <= 1
     assert learned.result["untrained"] is None and learned.result["initial"] == "untrained encoder"
     assert learned.result["comparison_seconds"] > 0
     width, height = Image.open(learned.directory / "neighbours.png").size
     assert width > 11 * neighbour_grid.SIDE and height > 8 * neighbour_grid.SIDE
-    assert json.loads((learned.directory / "result.json").read_text())["unlabelled"] == found
+    assert json.loads((learned.directory / "result.json").read_text())["unlabelled"] == measures
 
 
 @pytest.mark.slow
 def test_pretrain_prints_it(photos: Path, tmp_path: Path) -> None:
     line = f"pretrain --data {words(photos)} --encoder tiny --epochs 1 --batch 10 --set image_size=24"
-    found = run(f"{line} --out {words(tmp_path / 'a run')}")
-    assert found.exit_code == 0
+    result = run(f"{line} --out {words(tmp_path / 'a run')}")
+    assert result.exit_code == 0
     picture = tmp_path / "a run" / "neighbours.png"
-    assert f"Neighbours: {picture} (left: before training, right: after)" in found.stdout
+    assert f"Neighbours: {picture} (left: before training, right: after)" in result.stdout
     for row in ("same image found", "RankMe", "feature std", "uniformity", "alignment"):
-        assert row in found.stdout
-    assert "untrained encoder" in found.stdout and "higher" in found.stdout and "No labels" in found.stdout
-    assert "Compared with the encoder before training in " in found.stderr
+        assert row in result.stdout
+    assert "untrained encoder" in result.stdout and "higher" in result.stdout and "No labels" in result.stdout
+    assert "Compared with the encoder before training in " in result.stderr
 
 
 @pytest.mark.slow
@@ -158,12 +159,12 @@ def test_a_resumed_run_shows_the_same(learned: inbatch.Run, photos: Path, tmp_pa
 
 @pytest.mark.slow
 def test_streamed_images_give_the_same_figures_as_held_ones(photos: Path, tmp_path: Path) -> None:
-    found = [
+    measures = [
         learn(photos, tmp_path / str(held), cache_on_device=held, workers=0, epochs=1).result["unlabelled"]
         for held in (True, False)
     ]
     for name in MEASURES:
-        assert found[0][name]["untrained"] == pytest.approx(found[1][name]["untrained"], rel=1e-4)
+        assert measures[0][name]["untrained"] == pytest.approx(measures[1][name]["untrained"], rel=1e-4)
 
 
 @pytest.mark.slow
@@ -210,19 +211,19 @@ def test_neighbour_grid_shows_both_encoders(tmp_path: Path, monkeypatch: pytest.
 
 @pytest.mark.slow
 def test_a_run_with_labels_shows_every_column_untrained(tmp_path: Path) -> None:
-    found = run(f"pretrain --data digits-canvas --set subset=200 --batch 40 --epochs 1 --out {tmp_path / 'run'}")
-    assert found.exit_code == 0
-    row = next(line for line in found.stdout.splitlines() if line.startswith("untrained encoder"))
+    result = run(f"pretrain --data digits-canvas --set subset=200 --batch 40 --epochs 1 --out {tmp_path / 'run'}")
+    assert result.exit_code == 0
+    row = next(line for line in result.stdout.splitlines() if line.startswith("untrained encoder"))
     assert row.count("%") == 5, "k-NN, linear, NMI, ACC, ARI"
-    result = json.loads((tmp_path / "run" / "result.json").read_text())
-    assert result["untrained"]["knn"]["top1"] == pytest.approx(result["curve"][0]["knn"], abs=0.01)
-    assert "RankMe" in found.stdout and "Neighbours:" in found.stdout
+    figures = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert figures["untrained"]["knn"]["top1"] == pytest.approx(figures["curve"][0]["knn"], abs=0.01)
+    assert "RankMe" in result.stdout and "Neighbours:" in result.stdout
 
     again = run(f"evaluate {tmp_path / 'run'}")
     assert again.exit_code == 0
     written = json.loads((tmp_path / "run" / "evaluation.json").read_text())
     for protocol, key in (("knn", "top1"), ("linear", "top1"), ("clustering", "nmi")):
-        own = result["untrained"][protocol][key]
+        own = figures["untrained"][protocol][key]
         assert written["untrained"][protocol][key] == pytest.approx(own, abs=0.01)
     row = next(line for line in again.stdout.splitlines() if line.startswith("untrained encoder"))
     assert row.count("%") == 5
@@ -244,14 +245,14 @@ def test_costly_protocols_are_not_run_on_the_untrained_encoder(monkeypatch: pyte
 
 
 def test_evaluate_without_labels(learned: inbatch.Run, photos: Path) -> None:
-    found = run(f"evaluate {words(learned.directory)}")
-    assert found.exit_code == 0, found.output
-    assert "40 images without labels" in found.stdout and "RankMe" in found.stdout and "untrained" in found.stdout
+    result = run(f"evaluate {words(learned.directory)}")
+    assert result.exit_code == 0, result.output
+    assert "40 images without labels" in result.stdout and "RankMe" in result.stdout and "untrained" in result.stdout
     written = json.loads((learned.directory / "evaluation.json").read_text())
-    for name, told in learned.result["unlabelled"].items():
-        assert written["unlabelled"][name]["better"] == told["better"]
+    for name, measure in learned.result["unlabelled"].items():
+        assert written["unlabelled"][name]["better"] == measure["better"]
         for side in ("untrained", "trained"):
-            assert written["unlabelled"][name][side] == pytest.approx(told[side], rel=1e-3)
+            assert written["unlabelled"][name][side] == pytest.approx(measure[side], rel=1e-3)
     for asked in ("--protocol knn", "--from head"):
         refused = run(f"evaluate {words(learned.directory)} {asked}")
         assert refused.exit_code == 2 and "has no labels for the evaluation" in refused.stderr
@@ -262,8 +263,8 @@ def test_ranks_compare_what_they_evaluate(
 ) -> None:
     facts: list[dict[str, object]] = []
 
-    def meet(found: dict[str, object]) -> None:
-        facts.append(found)
+    def meet(entry: dict[str, object]) -> None:
+        facts.append(entry)
         raise ConfigError("compared")
 
     monkeypatch.setattr(distributed, "world", lambda: 2)
@@ -281,8 +282,9 @@ def test_ranks_compare_what_they_evaluate(
 def test_evaluate_by_other_images_without_labels(tmp_path: Path, photos: Path) -> None:
     done = tiny("simclr", tmp_path / "run", epochs=1).directory
     grey = torch.randint(0, 255, (20, 1, 28, 28), dtype=torch.uint8)
-    found = inbatch.evaluate_run(done, grey)
-    assert found["images"] == 20 and found["unlabelled"].keys() == MEASURES.keys() and found["held_out"] is None
+    evaluation = inbatch.evaluate_run(done, grey)
+    assert evaluation["images"] == 20 and evaluation["held_out"] is None
+    assert evaluation["unlabelled"].keys() == MEASURES.keys()
     with pytest.raises(ConfigError, match="no labels"):
         inbatch.evaluate_run(done, grey, protocols=["knn"])
     colour = learn(photos, tmp_path / "colour", epochs=1).directory
@@ -300,17 +302,17 @@ def test_real_photographs(tmp_path: Path) -> None:
     for i, row in enumerate(parquet.read_table(file).slice(0, 200).to_pylist()):
         (tmp_path / "photos" / f"{i}.jpg").write_bytes(row["image"]["bytes"])
     fields = {"image_size": 32, "batch_size": 50, "settings": {"optimizer.name": "adamw", "optimizer.lr": 2e-3}}
-    found = learn(tmp_path / "photos", tmp_path / "run", **fields).result["unlabelled"]["same_image"]
-    assert found["trained"] > found["untrained"]
+    measure = learn(tmp_path / "photos", tmp_path / "run", **fields).result["unlabelled"]["same_image"]
+    assert measure["trained"] > measure["untrained"]
 
 
 @pytest.mark.slow
 def test_neighbour_grid_draws_the_encoder_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """After a run without a step, both sides are the same encoder."""
     built = inbatch.api.prepare("digits-canvas", subset=100, batch_size=50)
-    found = run_evaluation.compare_with_initial(built, None, tmp_path)
-    for told in found["unlabelled"].values():
-        assert told["untrained"] == told["trained"]
+    comparison = run_evaluation.compare_with_initial(built, None, tmp_path)
+    for measure in comparison["unlabelled"].values():
+        assert measure["untrained"] == measure["trained"]
     assert_same_state(
         dict(run_evaluation.initial_encoder(built.recipe, tmp_path).state_dict()), dict(built.encoder.state_dict())
     )
@@ -322,8 +324,8 @@ def test_a_budget_limits_what_is_compared(tmp_path: Path, monkeypatch: pytest.Mo
     assert run_evaluation.images_within(built, 1e9)[0] == label_free.IMAGES
     images, seconds = run_evaluation.images_within(built, 0.0)
     assert images == 64 and seconds > 1
-    found = run_evaluation.compare_with_initial(built, None, tmp_path, images)["unlabelled"]
-    assert "64 images" in found["rankme"]["what"] and "32 images" in found["same_image"]["what"]
+    measures = run_evaluation.compare_with_initial(built, None, tmp_path, images)["unlabelled"]
+    assert "64 images" in measures["rankme"]["what"] and "32 images" in measures["same_image"]["what"]
 
 
 @pytest.mark.slow

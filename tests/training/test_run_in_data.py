@@ -27,8 +27,8 @@ def test_resumed_and_inspected(tmp_path: Path, few: None, monkeypatch: pytest.Mo
         stop_after(patch, 3)
         inbatch.pretrain(".", **settings)
     run = tmp_path / "runs" / "simclr-data-1"
-    found = inspect_run(run)
-    assert found["pictures"] and "16 images" in found["data"]
+    report = inspect_run(run)
+    assert report["pictures"] and "16 images" in report["data"]
     inspect_run(run, out="pictures")
     inbatch.pretrain(resume="runs/simclr-data-1", quiet=True)
     assert (run / "curves.png").is_file() and open_data(".").signature() == before

@@ -37,8 +37,8 @@ def test_neighbours_are_those_of_scikit_learn(source, tmp_path, monkeypatch):
     monkeypatch.setattr(source, "image", lambda i: drawn.append(i) or real(i))
     save_neighbour_grid(source, vectors, tmp_path / "n.png", queries=4, neighbours=3)
     rows = np.array(drawn).reshape(4, 4)
-    found = NearestNeighbors(n_neighbors=4, metric="cosine").fit(vectors).kneighbors(vectors[rows[:, 0]])[1]
-    np.testing.assert_array_equal(rows, found)
+    expected = NearestNeighbors(n_neighbors=4, metric="cosine").fit(vectors).kneighbors(vectors[rows[:, 0]])[1]
+    np.testing.assert_array_equal(rows, expected)
     assert source.labels[rows[:, 0]].tolist() == [-1, 0, 1, 2]
 
 

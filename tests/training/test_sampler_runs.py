@@ -66,21 +66,21 @@ def test_the_user_reads_what_has_no_effect(tmp_path: Path) -> None:
         "settings": {"group_column": "video"},
     }
 
-    def said(**more: Any) -> str:
+    def description(**more: Any) -> str:
         dry = api.dry_run(file, "simclr", **fields | more)["description"]
         return " ".join(dry.split())
 
     idle, unused = "The sampler has no effect", "group_column = video: this run does not use the groups"
-    alone = said(epochs=1, sampler="neighbours")
+    alone = description(epochs=1, sampler="neighbours")
     assert idle in alone and unused in alone
-    assert idle not in said(epochs=2, sampler="neighbours") and unused in said(epochs=1)
+    assert idle not in description(epochs=2, sampler="neighbours") and unused in description(epochs=1)
     late = "Curation has no effect: it begins with epoch 2"
-    assert late in said(epochs=1, curate="redraw") and late not in said(epochs=2, curate="redraw")
-    apart = said(epochs=1, sampler="apart")
+    assert late in description(epochs=1, curate="redraw") and late not in description(epochs=2, curate="redraw")
+    apart = description(epochs=1, sampler="apart")
     assert unused not in apart and idle not in apart and "leaves out 4 images" in apart
-    assert unused not in said(epochs=1, negatives="drop-similar")
+    assert unused not in description(epochs=1, negatives="drop-similar")
     by_features = fields["settings"] | {"negatives.by": "features"}
-    assert unused in said(epochs=1, negatives="drop-similar", settings=by_features)
+    assert unused in description(epochs=1, negatives="drop-similar", settings=by_features)
 
 
 def test_invalid_samplers_are_refused() -> None:

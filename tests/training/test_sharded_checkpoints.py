@@ -45,9 +45,9 @@ def numbers(state: Any) -> Any:
     return sharding.whole(state).numpy().copy() if isinstance(state, Tensor) else state
 
 
-def of(made: dict[str, Any]) -> dict[str, Any]:
+def of(components: dict[str, Any]) -> dict[str, Any]:
     """Return the state of parts as a checkpoint holds it without shards."""
-    state = {name: part.state_dict() for name, part in made.items()}
+    state = {name: part.state_dict() for name, part in components.items()}
     plain, shards = divide(state)
 
     def read(targets: dict[str, Tensor]) -> None:
@@ -58,18 +58,18 @@ def of(made: dict[str, Any]) -> dict[str, Any]:
 
 
 def saved(folder: Path, steps: int, divided: bool = True) -> dict[str, Any]:
-    made = parts(divided, steps)
-    state = {name: part.state_dict() for name, part in made.items()}
+    components = parts(divided, steps)
+    state = {name: part.state_dict() for name, part in components.items()}
     if divided or distributed.rank() == 0:
         checkpoint.save(folder, state, step=steps, best=steps == 2)
-    return of(made)
+    return of(components)
 
 
 def restored(folder: Path, divided: bool = True) -> tuple[int, str | None, dict[str, Any]]:
-    made = parts(divided, 1)  # other values than those saved
-    loaded = checkpoint.load(folder, parts=made)
-    checkpoint.restore(made, loaded.state)
-    return loaded.step, loaded.note, of(made)
+    components = parts(divided, 1)  # other values than those saved
+    loaded = checkpoint.load(folder, parts=components)
+    checkpoint.restore(components, loaded.state)
+    return loaded.step, loaded.note, of(components)
 
 
 def equal(a: Any, b: Any) -> bool:

@@ -125,7 +125,7 @@ def replaced(run: Path) -> None:
 
 @pytest.mark.usefixtures("brief")
 @pytest.mark.parametrize(
-    ("damage", "said"),
+    ("damage", "messages"),
     [
         (cut, ("17 damaged lines dropped", "run.json cannot be read", "data.json cannot be read")),
         pytest.param(
@@ -135,7 +135,7 @@ def replaced(run: Path) -> None:
     ],
 )  # fmt: skip
 def test_run_continues_without_its_side_files(
-    damage: Callable[[Path], None], said: tuple[str, ...], stopped: Path, tmp_path: Path,
+    damage: Callable[[Path], None], messages: tuple[str, ...], stopped: Path, tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     shutil.copytree(stopped, tmp_path / "run")
@@ -143,7 +143,7 @@ def test_run_continues_without_its_side_files(
     tiny("simclr", tmp_path / "run", resume=True, quiet=False)
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "finished"
     shown = capfd.readouterr().err
-    for words in said:
+    for words in messages:
         assert words in shown, words
     if damage is replaced:
         shutil.copytree(stopped, tmp_path / "whole")

@@ -36,20 +36,20 @@ def test_the_slowest_rank_is_compared_with_the_median_of_the_others(times: list[
 
 def test_a_sentence_when_a_rank_becomes_slow_and_when_it_recovers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distributed, "world", lambda: 3)
-    found, others = SlowRanks(torch.device("cpu")), [0.3, 0.3, 0.1, 0.1]
+    monitor, others = SlowRanks(torch.device("cpu")), [0.3, 0.3, 0.1, 0.1]
     monkeypatch.setattr(distributed, "gather", lambda x: torch.cat([x, torch.tensor([0.1, others.pop(0)]).double()]))
-    told = []
+    messages = []
     for _ in range(4):
-        assert found.news() is None  # too few steps
+        assert monitor.news() is None  # too few steps
         for _ in range(slow_ranks.STEPS):
             monkeypatch.setattr(distributed, "_first", 7.1)
-            found.add(began=7.0)
-        told.append(found.news())
-    assert told[0] == (
+            monitor.add(began=7.0)
+        messages.append(monitor.news())
+    assert messages[0] == (
         "the others wait for rank 2: it needs 300 ms for loading, views and forward pass of a step, the median of the "
         "others is 100 ms (50 steps). Check its machine for other processes, slow storage, or fewer cores."
     )
-    assert told[1:] == [None, "rank 2 is no longer slower than the others.", None]
+    assert messages[1:] == [None, "rank 2 is no longer slower than the others.", None]
 
 
 def test_every_exchange_of_own_rows_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:

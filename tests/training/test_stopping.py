@@ -46,11 +46,11 @@ def in_step(monkeypatch: pytest.MonkeyPatch, step: int, place: str, number: int 
                 now[0] = -1
                 signal.raise_signal(number)
 
-        def hook(module: nn.Module, given: Any, made: torch.Tensor) -> None:
+        def hook(module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
             if place != "backward":
                 ask()
-            elif made.requires_grad:
-                made.register_hook(ask)
+            elif output.requires_grad:
+                output.register_hook(ask)
 
         def call(self: Any, batch: Any, at: int) -> Any:
             now[0] = at
@@ -278,9 +278,9 @@ def stuck(gradient):
 def build(*args, **options):
     built = real(*args, **options)
     now, make = [-1], type(built.step).__call__
-    def hook(module, given, made):
-        if made.requires_grad and now[0] == 3:
-            made.register_hook(stuck)
+    def hook(module, inputs, output):
+        if output.requires_grad and now[0] == 3:
+            output.register_hook(stuck)
     def call(self, batch, step):
         now[0] = step
         return make(self, batch, step)
@@ -327,8 +327,8 @@ def test_the_watchdog_answers_in_one_long_call(tmp_path: Path, number: signal.Si
     assert f"stopped by {number.name} during step 4 of 10, which is lost" in err and "Traceback" not in err
     assert json.loads(out)["exit_code"] == code
     assert seconds < 30
-    found = checkpoint.load(tmp_path / "run" / "checkpoints")
-    assert found.step == 3 and found.note is None
+    loaded = checkpoint.load(tmp_path / "run" / "checkpoints")
+    assert loaded.step == 3 and loaded.note is None
     status = json.loads((tmp_path / "run" / "run.json").read_text())
     assert status["status"] == ("interrupted" if number == signal.SIGINT else "preempted") and status["last_step"] == 3
 

@@ -12,12 +12,12 @@ from inbatch.training.build import RunComponents
 
 
 def built(method: str = "simclr", **settings: Any) -> RunComponents:
-    given = {"subset": 200, "batch_size": 64, "method.queue_size": 640} | {
+    requested = {"subset": 200, "batch_size": 64, "method.queue_size": 640} | {
         k.replace("__", "."): v for k, v in settings.items()
     }
     if method != "moco":
-        del given["method.queue_size"]
-    return prepare("digits-canvas", method, settings=given, device="cpu")
+        del requested["method.queue_size"]
+    return prepare("digits-canvas", method, settings=requested, device="cpu")
 
 
 def total(tensors: Any) -> int:
@@ -29,14 +29,14 @@ def total(tensors: Any) -> int:
 @pytest.mark.parametrize("method", ["simclr", "moco"])
 def test_bytes_are_those_of_a_real_step(method: str, optimizer: str) -> None:
     run = built(method, optimizer__name=optimizer, optimizer__lr=0.01)
-    told = size_estimate.estimate(run)["memory_bytes_estimate"]
+    memory = size_estimate.estimate(run)["memory_bytes_estimate"]
     run.step(next(iter(run.loader.epoch(0))), 0)
     states = (x for state in run.optimizer.state.values() for x in state.values() if isinstance(x, Tensor) and x.ndim)
-    assert told["optimiser"] == pytest.approx(total(states), rel=1e-3)
-    assert told["gradients"] == total(p.grad for p in run.network.parameters() if p.requires_grad)
-    assert told["target_network"] == (total(run.target.state_dict().values()) if run.target else 0)
-    assert told["method"] == pytest.approx(640 * 128 * 4 if method == "moco" else 0, abs=64)
-    assert told["sum"] == sum(value for name, value in told.items() if name != "sum")
+    assert memory["optimiser"] == pytest.approx(total(states), rel=1e-3)
+    assert memory["gradients"] == total(p.grad for p in run.network.parameters() if p.requires_grad)
+    assert memory["target_network"] == (total(run.target.state_dict().values()) if run.target else 0)
+    assert memory["method"] == pytest.approx(640 * 128 * 4 if method == "moco" else 0, abs=64)
+    assert memory["sum"] == sum(value for name, value in memory.items() if name != "sum")
 
 
 @pytest.mark.parametrize("context", [16, 64])
@@ -46,20 +46,20 @@ def test_activations_are_those_of_a_whole_group(context: int, monkeypatch: pytes
     def activations() -> int:
         return size_estimate.estimate(built(context=context))["memory_bytes_estimate"]["activations_of_a_group"]
 
-    told = activations()
+    estimate = activations()
     monkeypatch.setattr(size_estimate, "_SAMPLES", context)  # not linear: the group itself is measured
-    assert told == pytest.approx(activations(), rel=1e-3)
+    assert estimate == pytest.approx(activations(), rel=1e-3)
 
 
 def test_shapes_and_parameters() -> None:
     run = built("supervised")
-    told = size_estimate.estimate(run)
-    assert told["parameters"] == {"encoder": 74_400, "classifier": 96 * 10 + 10}
+    estimate = size_estimate.estimate(run)
+    assert estimate["parameters"] == {"encoder": 74_400, "classifier": 96 * 10 + 10}
     images = run.step.views(next(iter(run.loader.epoch(0))))
-    assert told["views"] == [list(image.shape) for image in images]
+    assert estimate["views"] == [list(image.shape) for image in images]
     with torch.no_grad():
         rows = run.network(images)
-    assert told["rows"] == {name: list(x.shape) for name, x in rows.items()}
+    assert estimate["rows"] == {name: list(x.shape) for name, x in rows.items()}
 
 
 def test_recipe_as_text() -> None:

@@ -32,10 +32,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def state_of(folder: Path) -> dict[str, list]:
     """Train two steps with three groups in all; return all weights of student and teacher, and the queue."""
     settings = {"teacher": str(folder), "method.queue_size": 40}
-    given = SMALL | {"batch_size": 24, "context": 8}
+    options = SMALL | {"batch_size": 24, "context": 8}
     if torch.distributed.is_initialized():
-        given |= {"context": 4}
-    built = api.prepare("digits-canvas", settings=settings, precision="float32", **given)
+        options |= {"context": 4}
+    built = api.prepare("digits-canvas", settings=settings, precision="float32", **options)
     for step, batch in zip(range(2), built.loader.epoch(0), strict=False):
         built.step(batch, step)
     modules = {"network": built.network, "target": built.target, "method": built.method}
@@ -48,8 +48,8 @@ def test_teacher_gets_the_views_in_its_own_normalisation() -> None:
     images = torch.randint(0, 256, (3, 3, 24, 24), dtype=torch.uint8)
     mean, std = (torch.tensor(x).view(-1, 1, 1) for x in (student.mean, student.std))
     wrapped = Teacher(teacher, student).train()
-    found = wrapped((images / 255 - mean) / std)
-    np.testing.assert_allclose(found.detach().numpy(), teacher.embed(images), rtol=1e-4, atol=1e-5)
+    rows = wrapped((images / 255 - mean) / std)
+    np.testing.assert_allclose(rows.detach().numpy(), teacher.embed(images), rtol=1e-4, atol=1e-5)
     assert wrapped(torch.randn(2, 3, 20, 20)).shape == (2, teacher.width)
     assert not teacher.training and not any(p.requires_grad for p in wrapped.parameters())
     grey = Teacher(teacher, create_encoder("tiny", size=24, channels=1))
@@ -79,9 +79,9 @@ def test_a_step_leaves_every_bit_of_the_teacher(folder: Path) -> None:
 @pytest.mark.slow
 def test_two_ranks_are_one_process(folder: Path) -> None:
     expected = state_of_context(folder)
-    for found in on_ranks(2, state_of, folder):
+    for state in on_ranks(2, state_of, folder):
         for key, value in expected.items():
-            np.testing.assert_allclose(found[key], value, rtol=0, atol=2e-5, err_msg=key)
+            np.testing.assert_allclose(state[key], value, rtol=0, atol=2e-5, err_msg=key)
 
 
 def state_of_context(folder: Path) -> dict[str, list]:
@@ -100,15 +100,15 @@ def test_a_resumed_run_needs_only_its_own_copy(
 ) -> None:
     moved = tmp_path / "encoder"
     shutil.copytree(folder, moved)
-    given: dict[str, Any] = {"settings": {"teacher": str(moved), "method.queue_size": 40}}
-    tiny("relation", tmp_path / "whole", **given)
+    options: dict[str, Any] = {"settings": {"teacher": str(moved), "method.queue_size": 40}}
+    tiny("relation", tmp_path / "whole", **options)
     with monkeypatch.context() as patch:
         stop_after(patch, 7)
         with pytest.raises(Preempted):
-            tiny("relation", tmp_path / "parts", **given)
+            tiny("relation", tmp_path / "parts", **options)
     shutil.rmtree(moved)
     assert not any("teacher" in key for key in saved(tmp_path / "parts"))
-    tiny("relation", tmp_path / "parts", resume=True, **given)
+    tiny("relation", tmp_path / "parts", resume=True, **options)
     assert_same_state(saved(tmp_path / "parts"), saved(tmp_path / "whole"))
     assert inbatch.load(tmp_path / "parts").name == "tiny"
 

@@ -64,8 +64,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.slow
 def test_small_images_cost_less(clock: None) -> None:
-    given = {"preset": "fast", "encoder.width": 16, "steps": 5, "image_size": 64, "batch_size": 16}
-    recipe, source = resolve_recipe(torch.randint(0, 256, (32, 3, 64, 64), dtype=torch.uint8), given)
+    settings = {"preset": "fast", "encoder.width": 16, "steps": 5, "image_size": 64, "batch_size": 16}
+    recipe, source = resolve_recipe(torch.randint(0, 256, (32, 3, 64, 64), dtype=torch.uint8), settings)
     ((until, cost),) = growth(build(recipe, source, device=CPU), samples=2)
     assert until == recipe.grow_until and cost < 0.9
 
@@ -87,8 +87,8 @@ def test_smaller_choices_take_less_time(clock: None) -> None:
 
 
 def test_dry_run_states_the_expected_duration() -> None:
-    found = dry_run(IMAGES, encoder="tiny", epochs=3, batch_size=32)
-    assert found["seconds_estimate"]["training"] > 0 and "Expected: about" in found["description"]
+    report = dry_run(IMAGES, encoder="tiny", epochs=3, batch_size=32)
+    assert report["seconds_estimate"]["training"] > 0 and "Expected: about" in report["description"]
 
 
 @pytest.mark.slow

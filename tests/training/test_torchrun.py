@@ -24,7 +24,7 @@ LAST = 200  # steps
 
 
 def words(out: Path, **more: object) -> list[str]:
-    given = [
+    arguments = [
         "pretrain",
         "moco",
         "--data",
@@ -36,8 +36,8 @@ def words(out: Path, **more: object) -> list[str]:
         "method.queue_size=64",
     ]
     for key, value in (RUN | more).items():
-        given += ["--set", f"{key}={value}"]
-    return given
+        arguments += ["--set", f"{key}={value}"]
+    return arguments
 
 
 class Started(subprocess.Popen[str]):
@@ -52,14 +52,14 @@ class Started(subprocess.Popen[str]):
 
     def family(self) -> dict[int, dict[str, str]]:
         """Return this process and its running descendants, each with its initial environment."""
-        found = {}
+        processes = {}
         for entry in Path("/proc").glob("[0-9]*"):
             with suppress(OSError):  # it has ended meanwhile
                 words = (entry / "environ").read_bytes().decode(errors="replace").split("\0")
                 environment = dict(word.split("=", 1) for word in words if "=" in word)
                 if environment.get("INBATCH_TEST") == self.mark:
-                    found[int(entry.name)] = environment
-        return found
+                    processes[int(entry.name)] = environment
+        return processes
 
     def rank(self, number: int) -> int:
         """Return the process of a rank: the oldest of those with its number."""
@@ -240,11 +240,11 @@ def test_other_number_of_ranks_resumes_with_the_same_images(first: int, then: in
     assert max(abs(losses[0][step] - losses[1][step]) for step in losses[0]) < 0.05
 
 
-@pytest.mark.parametrize("given", [["nomethod"], ["simclr", "--compare", "nowhere"]], ids=["method", "reference"])
-def test_errors_of_all_ranks_are_printed_once(given: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("arguments", [["nomethod"], ["simclr", "--compare", "nowhere"]], ids=["method", "reference"])
+def test_errors_of_all_ranks_are_printed_once(arguments: list[str], tmp_path: Path) -> None:
     """The launcher ends all ranks when one has ended: rank 0, which prints the error, ends first."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "inbatch"]
-    command = [*launch, "pretrain", *given, "--data", "digits-canvas", "--out", str(tmp_path / "run")]
+    command = [*launch, "pretrain", *arguments, "--data", "digits-canvas", "--out", str(tmp_path / "run")]
     ended = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert ended.returncode and ended.stderr.count("\nerror: ") + ended.stderr.startswith("error: ") == 1, ended.stderr
     assert not (tmp_path / "run").exists()
