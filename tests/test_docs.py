@@ -80,20 +80,20 @@ def test_pages_of_plug_ins_run(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["curate", "fuse", "negatives", "mix", "sampler"])
 def test_options_of_plug_ins_are_the_code_s(name: str) -> None:
-    found = table(DOCS / "context" / f"{name}.md", "option")
-    said = {option.strip("`"): cells for row, cells in list(found.items())[2:] for option in row.split(", ")}
+    rows = table(DOCS / "context" / f"{name}.md", "option")
+    documented = {option.strip("`"): cells for row, cells in list(rows.items())[2:] for option in row.split(", ")}
     for column, plugin in enumerate(CONTEXT[name]):
         options = plugins()[plugin][2]
-        assert {option for option, cells in said.items() if cells[column]} == set(options)
+        assert {option for option, cells in documented.items() if cells[column]} == set(options)
         for option, default in options.items():
-            row = next(row for row in list(found)[2:] if f"{option}" in row.replace("`", "").split(", "))
+            row = next(row for row in list(rows)[2:] if f"{option}" in row.replace("`", "").split(", "))
             place = row.replace("`", "").split(", ").index(option)
-            assert found[row][column].split(", ")[place] == str(default), option
+            assert rows[row][column].split(", ")[place] == str(default), option
 
 
 def test_every_option_of_a_plug_in_is_explained() -> None:
     for plugin in explain_plugins():
-        silent = [name for name, told in plugin["options"].items() if not told["what"]]
+        silent = [name for name, option in plugin["options"].items() if not option["what"]]
         assert not silent, plugin["name"]
 
 
@@ -120,24 +120,24 @@ def test_code_runs_and_commands_are_recipes(name: str) -> None:
 
 @PAGES
 def test_the_options_are_the_constructor_s(name: str) -> None:
-    found = table(DOCS / "methods" / f"{name}.md", "option")
+    rows = table(DOCS / "methods" / f"{name}.md", "option")
     parameters = inspect.signature(METHODS[name]).parameters
-    assert list(found)[2:] == list(parameters)
+    assert list(rows)[2:] == list(parameters)
     for option, parameter in parameters.items():
-        said, default = found[option][0], parameter.default
-        assert default is None or said == (str(default).lower() if isinstance(default, bool) else str(default))
+        documented, default = rows[option][0], parameter.default
+        assert default is None or documented == (str(default).lower() if isinstance(default, bool) else str(default))
 
 
 @PAGES
 def test_the_presets_are_the_method_s(name: str) -> None:
-    found = table(DOCS / "methods" / f"{name}.md", "setting")
-    presets = [preset.strip("`") for preset in found.pop("setting")]
-    said = {preset: {} for preset in presets}
-    for key, values in found.items():
+    rows = table(DOCS / "methods" / f"{name}.md", "setting")
+    presets = [preset.strip("`") for preset in rows.pop("setting")]
+    documented = {preset: {} for preset in presets}
+    for key, values in rows.items():
         for preset, value in zip(presets, values, strict=True):
             if value and "---" not in value:
-                said[preset][key] = value
-    assert said == {
+                documented[preset][key] = value
+    assert documented == {
         preset: {key: str(value) for key, value in own.items() if key != "source"}
         for preset, own in METHODS[name].presets.items()
     }
@@ -160,9 +160,9 @@ def spectral(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> type[Method]:
 
 @pytest.mark.parametrize("groups", [1, 2])
 def test_the_method_of_the_page_trains(spectral: type[Method], groups: int) -> None:
-    found = small.train("spectral", 16, groups)
-    assert_same(found, small.literal("spectral", 16, groups))
-    assert found["loss"][0] != found["loss"][1]
+    result = small.train("spectral", 16, groups)
+    assert_same(result, small.literal("spectral", 16, groups))
+    assert result["loss"][0] != result["loss"][1]
 
 
 def test_method_of_the_page_passes_the_tests_of_all_methods(
@@ -174,13 +174,13 @@ def test_method_of_the_page_passes_the_tests_of_all_methods(
     ]  # fmt: skip
     assert len(promises) >= 8
     for promise in promises:
-        given = inspect.signature(promise).parameters
-        if "kind" in given:
+        parameters = inspect.signature(promise).parameters
+        if "kind" in parameters:
             for kind in test_methods.KINDS:
                 promise("spectral", kind, torch.float16)
         else:
             with monkeypatch.context() as patch:
-                promise("spectral", patch) if "monkeypatch" in given else promise("spectral")
+                promise("spectral", patch) if "monkeypatch" in parameters else promise("spectral")
 
 
 def test_the_method_of_the_page_is_known_to_recipes(spectral: type[Method]) -> None:
@@ -243,8 +243,8 @@ def test_lines_of_pages_are_at_most_100_characters_long() -> None:
 
 def test_the_long_description_of_the_package_has_absolute_links_only() -> None:
     root = DOCS.parent
-    made = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["hatch"]["metadata"]["hooks"]
-    (change,) = made["fancy-pypi-readme"]["substitutions"]
+    hooks = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["hatch"]["metadata"]["hooks"]
+    (change,) = hooks["fancy-pypi-readme"]["substitutions"]
     text = re.sub(change["pattern"], change["replacement"], readme := (root / "README.md").read_text())
     assert all(target.startswith(("https://", "#")) for target in re.findall(r"\]\(([^)]+)\)", text))
     assert len(readme) / 2 < len(text) < len(readme)

@@ -109,7 +109,7 @@ def test_own_method_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """With few images; what it learns from all of them is checked by the slow test below."""
     evaluate_on_few_images(monkeypatch)
     small = {"subset": 64, "encoder": "tiny"}
-    monkeypatch.setattr(inbatch, "pretrain", lambda *given, **fields: pretrain(*given, **(fields | small)))
+    monkeypatch.setattr(inbatch, "pretrain", lambda *args, **fields: pretrain(*args, **(fields | small)))
     before = dict(METHODS)
     output = run_script("own_method.py")
     assert before == METHODS

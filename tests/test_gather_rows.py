@@ -89,9 +89,9 @@ def ranks_steps(shares: list[int]) -> list[dict[str, list[float]]]:
 def test_every_loss_of_gathered_or_own_rows_is_that_of_one_process(shares: list[int]) -> None:
     """Value and gradient under DistributedDataParallel, also with shares of different size, without a warning."""
     expected = steps([N])
-    for found in on_ranks(len(shares), ranks_steps, shares):
+    for results in on_ranks(len(shares), ranks_steps, shares):
         for name in LOSSES:
-            for way in found:
+            for way in results:
                 assert way[name] == pytest.approx(expected[name], rel=0, abs=1e-12), name
 
 
@@ -167,9 +167,9 @@ def on_two() -> tuple[int, list[str], list[Any]]:
 
 
 def test_rows_of_any_type_are_joined_and_others_refused() -> None:
-    for alarms, messages, found in on_ranks(2, on_two):
+    for alarms, messages, rows in on_ranks(2, on_two):
         assert alarms == 0
-        assert found == [
+        assert rows == [
             [0, 1, 10, 11, 12], [True, False], [[0.5, 0.5], [1.5, 1.5]], [[0, 0, 1, 1]], [[1, 1]],
         ]  # fmt: skip
         assert len(messages) == 4 and "rank 1 torch.float32 of shape (2, 3, 5) without gradient" in messages[0]

@@ -52,9 +52,9 @@ def test_a_temperature_that_divides_nothing_is_refused(key: str, value: float) -
 
 
 def test_a_classifier_of_fewer_classes_than_the_data_is_refused() -> None:
-    given = {"subset": 80, "batch_size": 16, "precision": "float32", "settings": {"method.num_classes": 3}}
+    options = {"subset": 80, "batch_size": 16, "precision": "float32", "settings": {"method.num_classes": 3}}
     with pytest.raises(ConfigError, match="classes = 3, but the data have 10"):
-        api.prepare("digits-canvas", "supervised", **given, device="cpu")
+        api.prepare("digits-canvas", "supervised", **options, device="cpu")
 
 
 def test_rank_of_nothing_and_of_no_numbers() -> None:
@@ -123,8 +123,8 @@ def embeddings(ask: Callable) -> Embeddings:
     return Embeddings(x, label, tuple(map(str, range(n))), "the set", "features")
 
 
-def shares(found: dict[str, Any], *names: str) -> bool:
-    return all(0 <= found[name] <= 1 for name in names)
+def shares(scores: dict[str, Any], *names: str) -> bool:
+    return all(0 <= scores[name] <= 1 for name in names)
 
 
 @examples(60)
@@ -142,30 +142,30 @@ def test_knn(train: Embeddings, k: int, distance: str) -> None:
 @given(train=embeddings(), probe=st.sampled_from(["lbfgs", "sgd"]))
 def test_linear(train: Embeddings, probe: str) -> None:
     try:
-        found = linear_probe(train, train, Sgd(lr=0.1, batch=4, epochs=3) if probe == "sgd" else probe)
+        scores = linear_probe(train, train, Sgd(lr=0.1, batch=4, epochs=3) if probe == "sgd" else probe)
     except DataError:
         known = train.vectors[train.labels >= 0]
         assert not known.isfinite().all() or len(train.labels[train.labels >= 0].unique()) < 2
     else:
-        assert shares(found, "top1", "top5")
+        assert shares(scores, "top1", "top5")
 
 
 @pytest.mark.filterwarnings("ignore:Number of distinct clusters")
 @examples(8)
-@given(given=embeddings(), clusters=st.sampled_from([None, 1, 2, 5, 20]))
-def test_clustering(given: Embeddings, clusters: int | None) -> None:
+@given(points=embeddings(), clusters=st.sampled_from([None, 1, 2, 5, 20]))
+def test_clustering(points: Embeddings, clusters: int | None) -> None:
     try:
-        assert shares(clustering(given, clusters, n_init=2), "nmi", "acc")
+        assert shares(clustering(points, clusters, n_init=2), "nmi", "acc")
     except (ConfigError, DataError):
-        known = given.vectors[given.labels >= 0]
+        known = points.vectors[points.labels >= 0]
         assert not known.isfinite().all() or len(known) < (clusters or 1)
 
 
 @examples(40)
-@given(given=embeddings())
-def test_signs_of_collapse(given: Embeddings) -> None:
+@given(points=embeddings())
+def test_signs_of_collapse(points: Embeddings) -> None:
     """Each statistic is a number in its range, or nan if the embeddings are not finite."""
-    x = given.vectors
+    x = points.vectors
     std, rank = float(feature_std(x)), float(rankme(x))
     if x.isfinite().all():
         assert 0 <= std <= 1.01 * x.shape[1] ** 0.5
@@ -230,8 +230,8 @@ any_int = st.integers(-(2**70), 2**70)
 @given(seed=any_int, epoch=any_int, n=st.integers(0, 50), view=any_int, count=st.integers(0, 5))
 def test_draws_of_any_key(seed: int, epoch: int, n: int, view: int, count: int) -> None:
     assert rng.permutation(seed, epoch, n).sort().values.tolist() == list(range(n))
-    found = rng.uniform(seed, epoch, torch.arange(n), view, count)
-    assert found.shape == (n, count) and bool(((found >= 0) & (found < 1)).all())
+    draws = rng.uniform(seed, epoch, torch.arange(n), view, count)
+    assert draws.shape == (n, count) and bool(((draws >= 0) & (draws < 1)).all())
 
 
 # Settings
@@ -398,8 +398,8 @@ HEADS = st.sampled_from([b"", *(data[:n] for data in FILES.values() for n in (2,
 @examples(150)
 @given(head=HEADS, data=st.binary(max_size=60))
 def test_no_bytes_are_more_than_refused(head: bytes, data: bytes) -> None:
-    found = jpeg.header(head + data)
-    assert found is None or (found.height > 0 and found.width > 0 and found.components in (1, 3))
+    header = jpeg.header(head + data)
+    assert header is None or (header.height > 0 and header.width > 0 and header.components in (1, 3))
     pixels_or_refusal(head + data, 3)
 
 
@@ -419,10 +419,10 @@ def test_a_damaged_checkpoint_is_refused(
     (folder / "last.pt").write_bytes(broken)
     (folder / "previous.pt").write_bytes(mutated(previous, seed + 1) if both else previous)
     try:
-        found = checkpoint.load(folder)
-        assert found.step == (2 if broken == last else 1)
-        assert torch.equal(found.state["x"], torch.arange(50) + found.step)
-        assert (found.note is None) == (broken == last)
+        loaded = checkpoint.load(folder)
+        assert loaded.step == (2 if broken == last else 1)
+        assert torch.equal(loaded.state["x"], torch.arange(50) + loaded.step)
+        assert (loaded.note is None) == (broken == last)
     except InbatchError as refused:
         assert both and "Start a new run" in str(refused)
 
@@ -483,9 +483,9 @@ def test_damaged_cache_is_replaced(tmp_path_factory: pytest.TempPathFactory, see
         file.unlink()  # the mapping of `whole` must stay valid
         file.write_bytes(damaged)
         cache.entries()
-        found = hold(open_data(photos), canvas=32)
-        assert torch.equal(found.images, whole.images) and torch.equal(found.size, whole.size)
-        assert found.dropped == whole.dropped and found.scaled == whole.scaled
+        rebuilt = hold(open_data(photos), canvas=32)
+        assert torch.equal(rebuilt.images, whole.images) and torch.equal(rebuilt.size, whole.size)
+        assert rebuilt.dropped == whole.dropped and rebuilt.scaled == whole.scaled
 
 
 @examples(100)

@@ -43,8 +43,8 @@ def test_parts_of_the_key_are_not_interchangeable():
 
 def test_a_sample_draws_the_same_in_any_batch_and_any_count():
     u = rng.uniform(**KEY)
-    some = torch.tensor([17, 3, 3999, 3])
-    assert torch.equal(rng.uniform(1, 2, some, 3, 8), u[some])
+    indices = torch.tensor([17, 3, 3999, 3])
+    assert torch.equal(rng.uniform(1, 2, indices, 3, 8), u[indices])
     assert torch.equal(rng.uniform(1, 2, INDEX, 3, 3), u[:, :3])
 
 

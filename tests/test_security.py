@@ -37,10 +37,11 @@ def run(line: str) -> Result:
 
 def refused(line: str, code: int, words: str = "") -> str:
     """Return the error message with which a command line is refused."""
-    found = run(line)
-    told = found.stderr
-    assert found.exit_code == code and words in told and told.startswith("error: ") and len(told) < 3000, found.output
-    return told
+    result = run(line)
+    error = result.stderr
+    assert result.exit_code == code and words in error, result.output
+    assert error.startswith("error: ") and len(error) < 3000, result.output
+    return error
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +102,7 @@ GUARDED = (*TEXTS, "weights_only")
 
 
 def test_the_source_names_no_way_in() -> None:
-    found, used = [], set()
+    violations, used = [], set()
     for file in source_trees.FILES:
         name, nodes = str(file.relative_to(source_trees.ROOT)), source_trees.nodes(file)
         # A name from `from ... import` counts as the same call.
@@ -126,8 +127,8 @@ def test_the_source_names_no_way_in() -> None:
             if wrong and {(name, call), (name, written)} & ALLOWED.keys():
                 used |= {(name, call), (name, written)} & ALLOWED.keys()
             elif wrong:
-                found.append(f"{name}:{node.lineno}: {ast.unparse(node)[:80]} ({FORBIDDEN.get(call, 'not so')})")
-    assert not found
+                violations.append(f"{name}:{node.lineno}: {ast.unparse(node)[:80]} ({FORBIDDEN.get(call, 'not so')})")
+    assert not violations
     assert not [where for where in ALLOWED if where not in used and where[0] != "__init__.py"], "allowed, and not there"
 
 
@@ -186,9 +187,9 @@ HUGE = [
 @pytest.mark.grid(12)
 @pytest.mark.parametrize("setting", HUGE)
 def test_an_absurd_number_is_refused(setting: str, elsewhere: Path) -> None:
-    told = run(f"pretrain {TINY.replace('--set subset=200', '')} --dry-run --set {shlex.quote(setting)}")
-    assert told.exit_code in (2, 3) and len(told.stderr) < 3000, told.output
-    assert told.exit_code == 2 or setting.split("=")[0] in ("subset", "classes", "batch", "channels", "test")
+    result = run(f"pretrain {TINY.replace('--set subset=200', '')} --dry-run --set {shlex.quote(setting)}")
+    assert result.exit_code in (2, 3) and len(result.stderr) < 3000, result.output
+    assert result.exit_code == 2 or setting.split("=")[0] in ("subset", "classes", "batch", "channels", "test")
 
 
 @pytest.mark.slow
@@ -287,8 +288,9 @@ def test_a_crafted_encoder_is_refused(name: str, finished: Path, elsewhere: Path
     shutil.copytree(finished / "encoder", "encoder")
     torch.save({"conv1.weight": Bomb()}, "evil.pt")
     crafted(elsewhere / "encoder", ENCODERS[name])
-    found = run("embed encoder digits-canvas -o f.npz --split test --quiet")
-    assert found.exit_code in (2, 3) and found.stderr.startswith("error: ") and not Path("f.npz").exists(), found.output
+    result = run("embed encoder digits-canvas -o f.npz --split test --quiet")
+    assert result.exit_code in (2, 3) and result.stderr.startswith("error: "), result.output
+    assert not Path("f.npz").exists(), result.output
 
 
 def test_encoder_folder_of_pickles_is_refused(finished: Path, elsewhere: Path) -> None:
@@ -340,8 +342,8 @@ def test_a_crafted_run_is_refused(name: str, finished: Path, elsewhere: Path) ->
             inbatch.load_run("run")
         name = "as a reference"
     line = {"recipe.json": "evaluate run --protocol knn"}
-    found = run(line.get(name, "pretrain --data digits-canvas --compare run --out new"))
-    assert found.exit_code in (2, 3) and found.stderr.startswith("error: "), found.output
+    result = run(line.get(name, "pretrain --data digits-canvas --compare run --out new"))
+    assert result.exit_code in (2, 3) and result.stderr.startswith("error: "), result.output
 
 
 def signed(path: Path) -> None:
@@ -360,8 +362,8 @@ def test_a_crafted_checkpoint_is_refused(what: object, finished: Path, elsewhere
         torch.save(what, path)
         signed(path)
     for line in ("pretrain --resume run", "inspect run"):
-        found = run(line)
-        assert found.exit_code == 1 and found.stderr.startswith("error: "), found.output
+        result = run(line)
+        assert result.exit_code == 1 and result.stderr.startswith("error: "), result.output
 
 
 def test_crafted_cache_is_replaced(elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -372,8 +374,8 @@ def test_crafted_cache_is_replaced(elsewhere: Path, monkeypatch: pytest.MonkeyPa
     line = f"pretrain --data {elsewhere} --encoder tiny --set image_size=16 --dry-run --json"
     assert run(line).exit_code == 0
     entry = next((elsewhere / "cache").iterdir())
-    told = json.loads((entry / "entry.json").read_text())
-    crafts: list[object] = [Bomb(), *({**told, key: value} for key, value in (
+    metadata = json.loads((entry / "entry.json").read_text())
+    crafts: list[object] = [Bomb(), *({**metadata, key: value} for key, value in (
         ("shape", [-1, -3, 20, 31]), ("shape", [float("inf")] * 4), ("missing", [[10**30, 3]]), ("scaled", 1e400),
     ))]  # fmt: skip
     for craft in crafts:
@@ -435,10 +437,10 @@ def test_hostile_names_do_no_harm(hostile: Path, tmp_path: Path, monkeypatch: py
         f"views {data} -o views.png", f"pretrain --data {data} --encoder tiny --set image_size=16 --dry-run",
         f"pretrain --data {data} --encoder tiny --set image_size=16 --dry-run --json",
     ):  # fmt: skip
-        found = run(line)
-        assert found.exit_code == 0, found.output
-        assert_harmless(found.stdout)
-        assert_harmless(found.stderr)
+        result = run(line)
+        assert result.exit_code == 0, result.output
+        assert_harmless(result.stdout)
+        assert_harmless(result.stderr)
     source = inbatch.data.open_data(hostile)
     features = inbatch.load("run").embed([source.image(i) for i in range(len(source))])
     with warnings.catch_warnings(action="error"):  # ignore the warning about glyphs that the font lacks
@@ -480,8 +482,8 @@ def test_a_class_cannot_lead_out_of_its_folder(tmp_path: Path) -> None:
     images = torch.zeros(len(names), 3, 4, 4, dtype=torch.uint8)
     source = ArraySource(images, torch.arange(len(names)), names)
     root = write_folder(source, tmp_path / "deep" / "down" / "out")
-    found = sorted(path.relative_to(root) for path in root.rglob("*.png"))
-    assert len(found) == len(names) and all(len(path.parts) == 2 for path in found)
+    paths = sorted(path.relative_to(root) for path in root.rglob("*.png"))
+    assert len(paths) == len(names) and all(len(path.parts) == 2 for path in paths)
     assert [path.name for path in tmp_path.iterdir()] == ["deep"]
     again = inbatch.data.open_data(root)
     assert len(again) == len(again.classes) == len(names)
@@ -502,8 +504,8 @@ def test_outputs_are_whole_or_not_there(line: str, finished: Path, elsewhere: Pa
     Path("file").write_text("in the way")
     Path(f"folder.{ending}").mkdir()
     for out in (f"file/x.{ending}", f"folder.{ending}"):
-        found = run(line.replace("OUT", out))
-        assert found.exit_code in (1, 2) and "annot write" in found.stderr, found.output
+        result = run(line.replace("OUT", out))
+        assert result.exit_code in (1, 2) and "annot write" in result.stderr, result.output
     target = elsewhere / "kept" / f"target.{ending}"
     target.parent.mkdir()
     target.write_text("old")

@@ -133,13 +133,13 @@ def _imports(module: str, lazy: bool, hints: bool) -> Iterator[str]:
 
 def ours(module: str, lazy: bool = True, hints: bool = True) -> set[str]:
     """Return the modules of inbatch that a module imports."""
-    found = set()
+    modules = set()
     for name in imports(module, lazy, hints):
         if name.split(".")[0] == "inbatch":
             while name not in FILES:
                 name = name.rpartition(".")[0]
-            found.add(name)
-    return found - {module}
+            modules.add(name)
+    return modules - {module}
 
 
 def short(module: str) -> str:

@@ -160,14 +160,14 @@ def test_better_weights_are_recommended_and_seeds_can_be_added(
     out = tmp_path / "adapted"
     call = f"adapt digits-canvas --from {useless} -o {out} --set subset=400 --epochs 5 -q --json"
     done = run(f"{call} --seeds 2")
-    found = one_object(done.stdout)
-    assert (done.exit_code, found["verdict"], found["exit_code"]) == (0, "helped", 0), found["sentence"]
-    assert found["recommended"] == {"weights": "adapted", "encoder": str(out / "encoder"), "run": str(out / "seed-0")}
+    result = one_object(done.stdout)
+    assert (done.exit_code, result["verdict"], result["exit_code"]) == (0, "helped", 0), result["sentence"]
+    assert result["recommended"] == {"weights": "adapted", "encoder": str(out / "encoder"), "run": str(out / "seed-0")}
     assert torch.equal(weights_of(out), weights_of(training.end))
-    assert len(found["initial_sha256"]) == 2 and "different weights" not in found["sentence"]
-    knn = found["accuracy"]["knn"]
+    assert len(result["initial_sha256"]) == 2 and "different weights" not in result["sentence"]
+    knn = result["accuracy"]["knn"]
     assert knn["low"] > 0 and knn["gain"] == pytest.approx(knn["after"][0] - knn["before"][0])
-    assert found["unlabelled"]["rankme"]["gain"] == 1 and found["test_images"] == 300
+    assert result["unlabelled"]["rankme"]["gain"] == 1 and result["test_images"] == 300
     expected = {"schedule.freeze_encoder_epochs": 0.5, "schedule.warmup_epochs": 1.0, "optimizer.layer_decay": 0.75}
     assert training.settings.items() >= (expected | {"image_size": 20, "channels": 1, "optimizer.lr": 3e-4}).items()
     assert run(f"{call} --seeds 3").exit_code == 0 and training.seeds == [0, 1, 2]
@@ -208,8 +208,8 @@ def test_worse_weights_are_not_recommended(folders: tuple[Path, Path], training:
     assert done.exit_code == 4
     assert "Adaptation did not help" in done.stdout and "Use those that it started from" in done.stdout
     assert torch.equal(weights_of(out), weights_of(useful))
-    found = one_object((out / "verdict.json").read_text())
-    assert (found["verdict"], found["recommended"]["weights"]) == ("did not help", "initial")
+    result = one_object((out / "verdict.json").read_text())
+    assert (result["verdict"], result["recommended"]["weights"]) == ("did not help", "initial")
 
 
 def test_wrong_use_is_refused_before_training(folders: tuple[Path, Path], training: Training, tmp_path: Path) -> None:
@@ -270,13 +270,13 @@ def test_a_whole_adaptation_continues_after_an_interruption(tmp_path: Path, monk
     evaluate_on_few_images(monkeypatch)
     small: dict[str, Any] = {"subset": 80, "batch_size": 40, "quiet": True, "device": "cpu"}
     inbatch.pretrain("digits-canvas", out=tmp_path / "start", epochs=1, **small)
-    given: dict[str, Any] = small | {"epochs": 2, "seeds": 2, "evaluate_every": 2}
-    whole = inbatch.adapt("digits-canvas", tmp_path / "start", out=tmp_path / "whole", **given)
+    options: dict[str, Any] = small | {"epochs": 2, "seeds": 2, "evaluate_every": 2}
+    whole = inbatch.adapt("digits-canvas", tmp_path / "start", out=tmp_path / "whole", **options)
     with monkeypatch.context() as patch:
         stop_after(patch, 2)
         with pytest.raises(Preempted, match="Repeat the command"):
-            inbatch.adapt("digits-canvas", tmp_path / "start", out=tmp_path / "parts", **given)
-    parts = inbatch.adapt("digits-canvas", tmp_path / "start", out=tmp_path / "parts", **given)
+            inbatch.adapt("digits-canvas", tmp_path / "start", out=tmp_path / "parts", **options)
+    parts = inbatch.adapt("digits-canvas", tmp_path / "start", out=tmp_path / "parts", **options)
     assert parts["accuracy"] == whole["accuracy"] and parts["verdict"] == whole["verdict"]
     run = inbatch.load_run(tmp_path / "parts" / "seed-1")
     source = open_data("digits-canvas", subset=80)

@@ -43,7 +43,7 @@ def test_section_network_is_the_tower_of_the_results() -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "said"),
+    ("asked", "message"),
     [
         ({"sections": ("towers",)}, "'towers'"),
         ({"size": 64}, "--size"),
@@ -56,8 +56,8 @@ def test_section_network_is_the_tower_of_the_results() -> None:
         ({"out": Path("/nowhere/bench.json")}, "/nowhere"),
     ],
 )
-def test_invalid_options_are_refused(asked: dict[str, Any], said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
+def test_invalid_options_are_refused(asked: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         Options(**asked).check()
 
 
@@ -112,12 +112,12 @@ def test_evaluations_of_the_same_features_agree(make: str, tmp_path: Path) -> No
     for name, array in synthetic_data.features(500, 16, 4).items():
         np.save(tmp_path / f"{name}.npy", array)
     job = JOB | {"folder": str(tmp_path), "queries": 100, "classes": 4, "k": 20}
-    told = []
+    scores = []
     for module in (inbatch_workloads, reference_workloads):
-        call, said = getattr(module, make)(job)
+        call, details = getattr(module, make)(job)
         assert call() == 1
-        told.append(said["nmi" if make == "clusters" else "top1"])
-    assert told[0] == pytest.approx(told[1], abs=0.1 if make == "clusters" else 0.02) and told[0] > 0.05
+        scores.append(details["nmi" if make == "clusters" else "top1"])
+    assert scores[0] == pytest.approx(scores[1], abs=0.1 if make == "clusters" else 0.02) and scores[0] > 0.05
 
 
 @pytest.mark.slow
@@ -135,9 +135,9 @@ def test_operations_of_a_network_are_those_of_its_layers(tmp_path: Path) -> None
 def test_workloads_of_inbatch_count_their_operations(make: str, tmp_path: Path) -> None:
     np.save(tmp_path / "images.npy", synthetic_data.draw_images(8, 32))
     job = JOB | {"folder": str(tmp_path), "size": 32, "batch": 4, "unit": "views"}
-    call, told = getattr(inbatch_workloads, make)(job)
+    call, details = getattr(inbatch_workloads, make)(job)
     assert call() == (4 if make == "step" else 8)
-    assert told["of"] in report.CEILINGS and told["needs"] > 0
+    assert details["of"] in report.CEILINGS and details["needs"] > 0
 
 
 # Order of measurements
@@ -173,13 +173,13 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_implementations_alternate_and_report_their_median(fake: Any, tmp_path: Path) -> None:
     both = [fake("inbatch", seconds=[1, 2, 5]), fake("other", seconds=[10, 5, 20])]
-    found = runner.BenchmarkRounds("work", "images/s", both).run(3, {"copy": 100}, show_missing=False)
+    result = runner.BenchmarkRounds("work", "images/s", both).run(3, {"copy": 100}, show_missing=False)
     assert (tmp_path / "log").read_text() == "iooiio"
-    row = found["contestants"]["inbatch"]
+    row = result["contestants"]["inbatch"]
     assert (row["low"], row["rate"], row["high"]) == (2, 5, 10) and row["share"] == pytest.approx(5 * 2 / 100)
-    told = list(report.table_rows(found))
-    assert told[0][:4] == ("inbatch", "5", "2", "10") and told[0][5] == "10% of bandwidth"
-    assert told[1][:5] == ("other", "1", "0.5", "2", "5.00")
+    rows = list(report.table_rows(result))
+    assert rows[0][:4] == ("inbatch", "5", "2", "10") and rows[0][5] == "10% of bandwidth"
+    assert rows[1][:5] == ("other", "1", "0.5", "2", "5.00")
 
 
 def test_implementations_that_fail_state_the_reason(fake: Any) -> None:
@@ -214,8 +214,8 @@ def test_our_own_refusal_is_the_user_s_error(fake: Any, kind: str, error: type[E
 def test_less_time_is_better_if_the_unit_is_ms() -> None:
     row = {"rate": 100.0, "low": 50.0, "high": 200.0}
     race = {"unit": "ms", "title": "", "threads": [1], "contestants": {"inbatch": row, "other": row | {"rate": 50.0}}}
-    told = list(report.table_rows(race))
-    assert told[0][1:4] == ("10", "5", "20") and told[1][4] == "2.00"
+    rows = list(report.table_rows(race))
+    assert rows[0][1:4] == ("10", "5", "20") and rows[1][4] == "2.00"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the state of a process is read from /proc")
@@ -251,19 +251,19 @@ def _busy() -> None:
 def test_the_command_measures_and_writes(tmp_path: Path) -> None:
     line = ["bench", "loss", "--quick", "--no-peers", "--threads", "1", "--json", "--out", str(tmp_path / "found.json")]
     done = CliRunner().invoke(app, line, catch_exceptions=False)
-    found = json.loads(done.stdout)
-    assert done.exit_code == 0 and json.loads((tmp_path / "found.json").read_text()) == found
-    (race,) = found["sections"]["loss"]
+    result = json.loads(done.stdout)
+    assert done.exit_code == 0 and json.loads((tmp_path / "found.json").read_text()) == result
+    (race,) = result["sections"]["loss"]
     assert set(race["contestants"]) == {"inbatch", "literal"} and race["threads"] == [1]
-    ceiling = found["ceilings"]["1"]
+    ceiling = result["ceilings"]["1"]
     assert ceiling["copy"] > 0 and ceiling["float32"] >= ceiling["float32_plain"] > 0
     assert ceiling["bf16"] is None or ceiling["bf16"] > 0
     for row in race["contestants"].values():
         assert row["low"] <= row["rate"] <= row["high"] and len(row["rounds"]) == 2
         assert row["share"] == pytest.approx(row["rate"] * 4 * 256**2 * 128 / ceiling["float32"])
     assert CliRunner().invoke(app, ["bench", "los"]).exit_code == 2
-    told = report.texts("bench-32px", found)
-    assert "| literal |" in told["bench-32px loss"] and "inbatch bench loss" in told["bench-32px machine"]
+    texts = report.texts("bench-32px", result)
+    assert "| literal |" in texts["bench-32px loss"] and "inbatch bench loss" in texts["bench-32px machine"]
 
 
 @pytest.mark.slow
@@ -276,8 +276,8 @@ def test_guard_below_its_floor_is_reported(monkeypatch: pytest.MonkeyPatch, caps
     monkeypatch.setattr(guards, "ratio", lambda guard, seconds, rounds: (guard.floor - 0.01, 1.0, 1.0))
     monkeypatch.setattr(guards, "lay_out", lambda folder, quick: None)
     assert guards.main(["--only", "NT-Xent", "JPEG"]) == 1
-    said = capsys.readouterr().out
-    assert said.count("SLOW") == 3 and "views" not in said
+    output = capsys.readouterr().out
+    assert output.count("SLOW") == 3 and "views" not in output
     with pytest.raises(SystemExit):
         guards.main(["--only", "nothing"])
 
@@ -286,16 +286,16 @@ def test_guard_below_its_floor_is_reported(monkeypatch: pytest.MonkeyPatch, caps
 @pytest.mark.parametrize("kind", ["--curves", "--wait"])
 def test_training_is_measured(kind: str, tmp_path: Path) -> None:
     training, out = load(ROOT / "benchmarks" / "training.py"), tmp_path / "found.json"
-    found = training.main(["--quick", kind, "--threads", "1", "--out", str(out)])
-    assert json.loads(out.read_text()) == json.loads(json.dumps(found))
+    result = training.main(["--quick", kind, "--threads", "1", "--out", str(out)])
+    assert json.loads(out.read_text()) == json.loads(json.dumps(result))
     if kind == "--curves":
-        assert all(len(run["loss"]) == 2 and math.isfinite(sum(run["loss"])) for run in found["runs"].values())
-        assert found["apart"]["bf16"] < found["apart"]["float32, seed 1"] and out.with_suffix(".png").is_file()
-        assert "| bf16 |" in report.texts("bf16", found)["bf16"]
+        assert all(len(run["loss"]) == 2 and math.isfinite(sum(run["loss"])) for run in result["runs"].values())
+        assert result["apart"]["bf16"] < result["apart"]["float32, seed 1"] and out.with_suffix(".png").is_file()
+        assert "| bf16 |" in report.texts("bf16", result)["bf16"]
     else:
-        row = found["encoders"]["tiny"]
+        row = result["encoders"]["tiny"]
         assert row["waiting"] == pytest.approx(sum(row["waited"]) / sum(row["waited"] + row["worked"]))
-        assert len(row["waited"]) == 2 and "| tiny |" in report.texts("waiting", found)["waiting"]
+        assert len(row["waited"]) == 2 and "| tiny |" in report.texts("waiting", result)["waiting"]
 
 
 def test_the_folder_of_a_killed_benchmark_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,22 +28,22 @@ LINUX = pytest.mark.skipif(sys.platform != "linux", reason="limits of memory are
 def test_losses_of_inbatch_equal_the_literal_version(loss: str) -> None:
     """Check values and gradients, in tiles, with the whole matrix and by default; bf16 products to their rounding."""
 
-    def found(who: str) -> dict[str, Any]:
+    def compute(who: str) -> dict[str, Any]:
         measured = BENCHMARK.Measured(loss, who, rows=64, queue=96, dim=16)
         measured.call()
         gradients = [leaf.grad for leaf in measured.leaves if leaf.grad is not None]
         (gradient,) = gradients if len(measured.leaves) == 1 else [torch.stack(gradients)]
         return measured.told() | {"rows": gradient.flatten(0, -2)}
 
-    expected = found("literal")
+    expected = compute("literal")
     assert expected["value"] > 0.1 and expected["gradient"] > 1e-3
     for who in BENCHMARK.OURS:
         off = 1e-2 if "bf16" in who else 1e-4
-        told = found(who)
-        assert told["value"] == pytest.approx(expected["value"], rel=off)
-        assert told["gradient"] == pytest.approx(expected["gradient"], rel=off)
-        rows = expected["rows"][-len(told["rows"]) :].view_as(told["rows"])
-        torch.testing.assert_close(told["rows"], rows, rtol=off, atol=off * float(rows.abs().max()))
+        result = compute(who)
+        assert result["value"] == pytest.approx(expected["value"], rel=off)
+        assert result["gradient"] == pytest.approx(expected["gradient"], rel=off)
+        rows = expected["rows"][-len(result["rows"]) :].view_as(result["rows"])
+        torch.testing.assert_close(result["rows"], rows, rtol=off, atol=off * float(rows.abs().max()))
 
 
 @pytest.fixture(scope="module")
@@ -133,11 +133,11 @@ def test_excessive_memory_or_time_is_reported(limit: int, memory: int, failed: s
 
 
 def test_invalid_options_are_reported(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
-    for words, said in (
+    for words, message in (
         (["--rows", "63"], "even numbers"),
         (["--repeat", "0"], "positive"),
         (["--out", str(tmp_path / "nowhere" / "x.json")], "no folder"),
     ):
         with pytest.raises(SystemExit):
             BENCHMARK.main(words)
-        assert said in capsys.readouterr().err
+        assert message in capsys.readouterr().err

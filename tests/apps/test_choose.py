@@ -172,9 +172,9 @@ def test_encoders_of_different_sizes_are_measured_on_the_same_images(
 
 def measured(run: str, hits: list[int]) -> dict[str, Any]:
     """Return a run of which the second views of these images were found."""
-    found = torch.tensor(hits).double()
-    values = resampled(lambda at: float(found[at].mean()), len(hits), 0)
-    return {"run": run, "score": float(found.mean()), "resampled": values, "measured": len(hits)}
+    matches = torch.tensor(hits).double()
+    values = resampled(lambda at: float(matches[at].mean()), len(hits), 0)
+    return {"run": run, "score": float(matches.mean()), "resampled": values, "measured": len(hits)}
 
 
 def test_few_images_do_not_order_runs_and_many_do() -> None:
@@ -196,9 +196,9 @@ def test_the_width_of_a_run_without_labels_is_known(runs: list[Path]) -> None:
     for path, width in zip(runs, (96, 48, 96), strict=True):
         result = json.loads((path / "result.json").read_text())
         write_json(path / "result.json", result | {"evaluation": None, "width": width})
-    found = inbatch.choose_run(runs)
-    assert {one["width"] for one in found["runs"]} == {48, 96}
-    assert any("different widths (48, 96)" in note for note in found["notes"])
+    choice = inbatch.choose_run(runs)
+    assert {one["width"] for one in choice["runs"]} == {48, 96}
+    assert any("different widths (48, 96)" in note for note in choice["notes"])
 
 
 @pytest.fixture(scope="module")

@@ -140,8 +140,8 @@ def test_options_without_a_value_get_their_usual_one(typed: str, read: str) -> N
 def test_usual_names_of_options_are_accepted_or_get_a_hint(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: dict[str, Any] = {}
 
-    def dry_run(data: Any, method: Any, **given: Any) -> None:
-        asked.update(given)
+    def dry_run(data: Any, method: Any, **options: Any) -> None:
+        asked.update(options)
         raise Preempted("parsed")
 
     monkeypatch.setattr(api, "dry_run", dry_run)
@@ -155,12 +155,12 @@ def test_usual_names_of_options_are_accepted_or_get_a_hint(monkeypatch: pytest.M
     answers = {"--fp16": "--precision", "--max-epochs 3": "--epochs", "--gpus 1": "--device", "--bs 8": "--batch-size"}
     answers |= {"--warmup-epochs 1": "--set", "--img-size 32": "(Possible options: --image-size)"}
     for option, answer in answers.items():
-        found = run(f"pretrain --data x {option}")
-        assert found.exit_code == 2 and answer in found.stderr
+        result = run(f"pretrain --data x {option}")
+        assert result.exit_code == 2 and answer in result.stderr
     assert "Possible" not in run("crops --fp16").stderr, "no option of this command"
     monkeypatch.undo()
-    found = run("pretrain --data digits-canvas --set lr=0.1 --dry-run")
-    assert found.exit_code == 2 and "did you mean 'optimizer.lr'?" in found.stderr
+    result = run("pretrain --data digits-canvas --set lr=0.1 --dry-run")
+    assert result.exit_code == 2 and "did you mean 'optimizer.lr'?" in result.stderr
     assert run("-V").stdout == run("--version").stdout
 
 
@@ -187,8 +187,8 @@ def test_every_example_in_the_help_is_a_valid_command_line(monkeypatch: pytest.M
 
 def test_pretrain_prints_its_recipe_and_results(elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     evaluate_on_few_images(monkeypatch)
-    found = run(f"pretrain moco {TINY} --set method.queue_size=80 --context 20")
-    assert found.exit_code == 0
+    result = run(f"pretrain moco {TINY} --set method.queue_size=80 --context 20")
+    assert result.exit_code == 0
     for words in (
         "200 of 1,297 used",
         "moco, preset digits",
@@ -196,7 +196,7 @@ def test_pretrain_prints_its_recipe_and_results(elsewhere: Path, monkeypatch: py
         "2 context groups of 20",
         "1 epoch x 5 steps = 5, ",
     ):
-        assert words in found.stderr, words
+        assert words in result.stderr, words
     for words in (
         "k-NN",
         "ARI",
@@ -205,8 +205,8 @@ def test_pretrain_prints_its_recipe_and_results(elsewhere: Path, monkeypatch: py
         "test split of digits-canvas",
         "runs/moco-digits-canvas-1",
     ):
-        assert words in found.stdout, words
-    for following in (line.strip() for line in found.stdout.splitlines() if line.strip().startswith("inbatch ")):
+        assert words in result.stdout, words
+    for following in (line.strip() for line in result.stdout.splitlines() if line.strip().startswith("inbatch ")):
         assert run(following.removeprefix("inbatch ").replace(".parquet", ".npz")).exit_code == 0, following
     assert (elsewhere / "runs" / "moco-digits-canvas-1" / "evaluation.json").is_file()
 
@@ -214,10 +214,10 @@ def test_pretrain_prints_its_recipe_and_results(elsewhere: Path, monkeypatch: py
 @pytest.mark.slow
 def test_pretrain_without_labels(photos: Path, elsewhere: Path) -> None:
     """Given only a folder of photos, batch and preset follow the images, and unusual file names are safe."""
-    found = run(f"pretrain --data {shlex.quote(str(photos))} --encoder tiny --epochs 1 --set image_size=24 --out run")
-    assert found.exit_code == 0
-    assert "No labels" in found.stdout and "batch:   8 = 1 context group" in found.stderr
-    assert "\x1b" not in found.stdout + found.stderr and "my\\x1b[31m[bold]" in found.stderr
+    result = run(f"pretrain --data {shlex.quote(str(photos))} --encoder tiny --epochs 1 --set image_size=24 --out run")
+    assert result.exit_code == 0
+    assert "No labels" in result.stdout and "batch:   8 = 1 context group" in result.stderr
+    assert "\x1b" not in result.stdout + result.stderr and "my\\x1b[31m[bold]" in result.stderr
 
 
 def test_the_learning_rate_rule_is_spelled_out(photos: Path, elsewhere: Path) -> None:
@@ -226,8 +226,8 @@ def test_the_learning_rate_rule_is_spelled_out(photos: Path, elsewhere: Path) ->
 
 
 def test_evaluate_writes_figures_and_protocol(finished: Path) -> None:
-    found = run(f"evaluate {finished} --protocol knn --protocol clustering --k 7")
-    assert found.exit_code == 0 and "NMI" in found.stdout and "linear" not in found.stdout
+    result = run(f"evaluate {finished} --protocol knn --protocol clustering --k 7")
+    assert result.exit_code == 0 and "NMI" in result.stdout and "linear" not in result.stdout
     written = json.loads((finished / "evaluation.json").read_text())
     assert written["knn"]["k"] == 7 and "linear" not in written and written["held_out"] == "test split of digits-canvas"
     again = run(f"evaluate {finished} --json --protocol knn --out {finished.parent / 'other.json'}")
@@ -239,14 +239,14 @@ def test_evaluate_writes_figures_and_protocol(finished: Path) -> None:
 def test_head_that_assigns_clusters_is_evaluated_in_addition_to_k_means(elsewhere: Path) -> None:
     """The encoder file and the run give the same metrics of the clusters that the head assigns, for any images."""
     assert "head ACC" in run(f"pretrain cc {TINY} --set method.num_clusters=7 --out run").stdout
-    found = run("evaluate run --protocol clustering --from head")
-    assert found.exit_code == 0 and "head NMI" in found.stdout
+    completed = run("evaluate run --protocol clustering --from head")
+    assert completed.exit_code == 0 and "head NMI" in completed.stdout
     written = json.loads((elsewhere / "run" / "evaluation.json").read_text())
     result = json.loads((elsewhere / "run" / "result.json").read_text())["evaluation"]
     assert written["head"] == result["head"] and written["clustering"]["nmi"] == result["clustering"]["nmi"]
-    told = written["head"]
-    assert (told["head"], told["clusters"], told["images"], told["split"]) == ("clusters", 7, 500, "test")
-    assert 1 <= told["used"] <= 7 and 0 <= told["nmi"] < 1
+    head = written["head"]
+    assert (head["head"], head["clusters"], head["images"], head["split"]) == ("clusters", 7, 500, "test")
+    assert 1 <= head["used"] <= 7 and 0 <= head["nmi"] < 1
 
     built = api.prepare(config="run/recipe.json", data=None, device="cpu")  # the head of the last checkpoint
     built.network.load_state_dict(checkpoint.load(elsewhere / "run" / "checkpoints").state["tower"])
@@ -254,8 +254,8 @@ def test_head_that_assigns_clusters_is_evaluated_in_addition_to_k_means(elsewher
     with built.network.evaluating():
         images = built.encoder.prepare(source.image(i) for i in range(len(source)))
         assignment = built.network([images])["clusters"][0].argmax(1)
-    assert told["nmi"] == pytest.approx(inbatch.evaluation.nmi(source.labels, assignment), abs=0.01)
-    assert told["used"] == len(assignment.unique())
+    assert head["nmi"] == pytest.approx(inbatch.evaluation.nmi(source.labels, assignment), abs=0.01)
+    assert head["used"] == len(assignment.unique())
 
     plain = torch.zeros(30, 1, 20, 20, dtype=torch.uint8), [0, 1, 2] * 10
     judged = inbatch.evaluate_run("run", plain, protocols=["knn", "clustering"], from_="head", k=1)["head"]
@@ -269,8 +269,8 @@ def test_clusters_of_a_head_need_a_head_that_assigns_them(finished: Path, elsewh
         ("--from head --protocol knn", "need the protocol clustering"),
         ("--from heads", "unknown source of clusters 'heads'"),
     ):
-        found = run(f"evaluate {finished} {line}")
-        assert found.exit_code == 2 and words in found.stderr, found.stderr
+        result = run(f"evaluate {finished} {line}")
+        assert result.exit_code == 2 and words in result.stderr, result.stderr
     shutil.copytree(finished, "old")
     shutil.rmtree("old/heads")
     assert "old has no heads" in run("evaluate old --from head").stderr
@@ -282,8 +282,8 @@ def test_clusters_of_a_head_need_a_head_that_assigns_them(finished: Path, elsewh
 
 
 def test_embed_writes_what_the_encoder_gives(finished: Path, tmp_path: Path) -> None:
-    found = run(f"embed {finished} digits-canvas --split test -o {tmp_path / 'f.npz'} --json")
-    assert one_object(found.stdout) == {"images": 500, "out": str(tmp_path / "f.npz"), "splits": {"test": 500}}
+    result = run(f"embed {finished} digits-canvas --split test -o {tmp_path / 'f.npz'} --json")
+    assert one_object(result.stdout) == {"images": 500, "out": str(tmp_path / "f.npz"), "splits": {"test": 500}}
     vectors = np.load(tmp_path / "f.npz", allow_pickle=False)["vector"]
     source = inbatch.data.open_data("digits-canvas", "test")
     expected = inbatch.load(finished).embed([source.image(i) for i in range(5)])
@@ -292,10 +292,10 @@ def test_embed_writes_what_the_encoder_gives(finished: Path, tmp_path: Path) -> 
 
 def test_views_draws_a_row_per_image(photos: Path, elsewhere: Path) -> None:
     data = shlex.quote(str(photos))
-    found = run(
+    result = run(
         f"views {data} --count 3 --views swav_cifar --size 16 --set views.num_small_crops=3 -o new/views.png --json"
     )
-    assert one_object(found.stdout)["options"]["num_small_crops"] == 3
+    assert one_object(result.stdout)["options"]["num_small_crops"] == 3
     width, height = Image.open(elsewhere / "new" / "views.png").size
     assert (height - 4) // 3 == 100 and (width - 4) // 100 == 1 + 5  # the image, two large views and three small ones
     assert "digits" in run("views digits-canvas").stdout and (elsewhere / "views.png").is_file()
@@ -305,8 +305,8 @@ def test_methods_lists_the_registry_and_explains_each() -> None:
     shown = run("methods").stdout
     assert all(name in shown for name in METHODS)
     for name, method in METHODS.items():
-        told = run(f"methods {name}").stdout
-        assert all(settings["source"] in told for settings in method.presets.values())
+        text = run(f"methods {name}").stdout
+        assert all(settings["source"] in text for settings in method.presets.values())
         assert one_object(run(f"methods {name} --json").stdout)["name"] == name
     assert len(one_object(run("methods --json").stdout)["methods"]) == len(METHODS)
 
@@ -321,28 +321,29 @@ def test_every_option_of_a_method_is_explained() -> None:
 @pytest.mark.grid(2)
 @pytest.mark.parametrize("name", METHODS)
 def test_every_option_that_methods_shows_can_be_set(name: str) -> None:
-    told = explain(name, METHODS[name])
+    description = explain(name, METHODS[name])
     few = {"pcl": {"num_clusters": [4, 6]}, "wmse": {"w_size": 20, "out_dim": 4}}.get(
         name, {}
     )  # because the images are few
-    given = {key: option["default"] for key, option in told["options"].items()} | few
-    words = (f"--set {shlex.quote(f'method.{key}={json.dumps(value)}')}" for key, value in given.items())
-    found = run(f"pretrain {name} {TINY} {NEEDED.get(name, '')} --dry-run --json {' '.join(words)}")
-    assert found.exit_code == 0 and one_object(found.stdout)["recipe"]["method"] == {"name": name} | given
-    for preset in told["presets"]:
+    options = {key: option["default"] for key, option in description["options"].items()} | few
+    words = (f"--set {shlex.quote(f'method.{key}={json.dumps(value)}')}" for key, value in options.items())
+    result = run(f"pretrain {name} {TINY} {NEEDED.get(name, '')} --dry-run --json {' '.join(words)}")
+    assert result.exit_code == 0 and one_object(result.stdout)["recipe"]["method"] == {"name": name} | options
+    for preset in description["presets"]:
         assert isinstance(make({"data": "photos", "method.name": name, "preset": preset}), Recipe)
 
 
 @pytest.mark.slow
 def test_quickstart_below_its_margin_exits_with_4(elsewhere: Path) -> None:
-    found = run("quickstart --epochs 1 --margin 101 --json")
-    assert found.exit_code == TrainingError.exit_code == 4
-    told = one_object(found.stdout)
-    assert told["exit_code"] == 4 and "and 101 above are required" in told["error"] and told["error"] in found.stderr
-    assert list(told["rows"]) == ["raw pixels", "untrained encoder", "trained encoder"]
+    result = run("quickstart --epochs 1 --margin 101 --json")
+    assert result.exit_code == TrainingError.exit_code == 4
+    report = one_object(result.stdout)
+    assert report["exit_code"] == 4 and "and 101 above are required" in report["error"]
+    assert report["error"] in result.stderr
+    assert list(report["rows"]) == ["raw pixels", "untrained encoder", "trained encoder"]
     assert (
-        0.45 < told["rows"]["raw pixels"]["knn"]["top1"] < 0.65
-        and told["rows"]["untrained encoder"]["knn"]["top1"] < 0.5
+        0.45 < report["rows"]["raw pixels"]["knn"]["top1"] < 0.65
+        and report["rows"]["untrained encoder"]["knn"]["top1"] < 0.5
     )
     left = {path.name for path in (elsewhere / "runs" / "quickstart").iterdir()}
     assert {"quickstart.json", "curves.png", "neighbours.png", "encoder", "result.json"} <= left
@@ -357,11 +358,11 @@ def test_quickstart_below_its_margin_exits_with_4(elsewhere: Path) -> None:
 
 @pytest.mark.slow
 def test_json_is_one_object_and_quiet_is_silent(elsewhere: Path) -> None:
-    found = run(f"pretrain {TINY} --json --quiet --out run")
-    assert one_object(found.stdout)["run"] == "run" and found.stderr == ""
+    result = run(f"pretrain {TINY} --json --quiet --out run")
+    assert one_object(result.stdout)["run"] == "run" and result.stderr == ""
     failed = run(f"pretrain {TINY} --json --quiet --out run")
-    told = one_object(failed.stdout)
-    assert failed.exit_code == told["exit_code"] == 2 and failed.stderr == f"error: {told['error']}\n"
+    report = one_object(failed.stdout)
+    assert failed.exit_code == report["exit_code"] == 2 and failed.stderr == f"error: {report['error']}\n"
 
 
 def test_only_rank_0_prints(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -393,8 +394,8 @@ def test_ctrl_c_outside_of_training(monkeypatch: pytest.MonkeyPatch) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(api, "embed_run", interrupted)
-    found = run("embed somewhere digits-canvas -o f.npz")
-    assert found.exit_code == 130 and found.stderr == "error: interrupted\n"
+    result = run("embed somewhere digits-canvas -o f.npz")
+    assert result.exit_code == 130 and result.stderr == "error: interrupted\n"
 
 
 @pytest.mark.parametrize("kind", [InbatchError, *InbatchError.__subclasses__()])
@@ -403,9 +404,9 @@ def test_every_error_has_its_exit_code(kind: type[InbatchError], monkeypatch: py
         raise kind("it is\x07 [red]so")
 
     monkeypatch.setattr(api, "pretrain", fail)
-    found = run("pretrain --json")
-    assert found.exit_code == kind.exit_code and found.stderr == "error: it is\\x07 [red]so\n"
-    assert one_object(found.stdout) == {"error": "it is\x07 [red]so", "exit_code": kind.exit_code}
+    result = run("pretrain --json")
+    assert result.exit_code == kind.exit_code and result.stderr == "error: it is\\x07 [red]so\n"
+    assert one_object(result.stdout) == {"error": "it is\x07 [red]so", "exit_code": kind.exit_code}
 
 
 def test_a_crash_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -424,8 +425,8 @@ def test_a_full_gpu_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
         raise torch.OutOfMemoryError("Tried to allocate 20 GiB")
 
     monkeypatch.setattr(api, "pretrain", full)
-    found = run("pretrain")
-    assert found.exit_code == 1 and "--context" in found.stderr and "20 GiB" in found.stderr
+    result = run("pretrain")
+    assert result.exit_code == 1 and "--context" in result.stderr and "20 GiB" in result.stderr
 
 
 # --dry-run
@@ -435,16 +436,16 @@ def test_a_full_gpu_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_a_dry_run_writes_nothing_and_prints_a_recipe_that_repeats_itself(method: str, elsewhere: Path) -> None:
     fits = "--set method.w_size=40" if method == "wmse" else ""
-    found = run(
+    result = run(
         f"pretrain {method} {TINY} {NEEDED.get(method, '')} --context 20 {fits} --set optimizer.lr=0.5 --dry-run"
     )
-    assert found.exit_code == 0 and not list(elsewhere.iterdir())
-    assert "memory:  an estimate" in found.stdout and "rows:    " in found.stdout
-    assert not found.stderr
-    (elsewhere / "recipe.yaml").write_text(found.stdout)
-    told = one_object(run("pretrain --config recipe.yaml --dry-run --json").stdout)
-    assert told["recipe"] == yaml.safe_load(found.stdout)
-    assert told["steps"] == 5 and told["context"] == 20
+    assert result.exit_code == 0 and not list(elsewhere.iterdir())
+    assert "memory:  an estimate" in result.stdout and "rows:    " in result.stdout
+    assert not result.stderr
+    (elsewhere / "recipe.yaml").write_text(result.stdout)
+    report = one_object(run("pretrain --config recipe.yaml --dry-run --json").stdout)
+    assert report["recipe"] == yaml.safe_load(result.stdout)
+    assert report["steps"] == 5 and report["context"] == 20
 
 
 def test_dry_run_is_refused_for_the_same_reasons_as_the_run(elsewhere: Path) -> None:
@@ -507,9 +508,9 @@ def test_invalid_command_lines_are_refused(line: str, code: int, words: str, els
     for i in range(3):
         (elsewhere / "noise" / f"{i}.jpg").write_text("no image")
     before = set(elsewhere.rglob("*"))
-    found = run(line)
-    assert found.exit_code == code and words in found.stderr and "Traceback" not in found.output, found.output
-    assert found.stdout == "" and set(elsewhere.rglob("*")) == before
+    result = run(line)
+    assert result.exit_code == code and words in result.stderr and "Traceback" not in result.output, result.output
+    assert result.stdout == "" and set(elsewhere.rglob("*")) == before
 
 
 @pytest.mark.slow

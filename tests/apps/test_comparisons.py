@@ -311,8 +311,8 @@ def test_a_comparison_from_the_command_line(trained: list[list[str]], tmp_path: 
     assert [row["mean"] for row in result["variants"]] == pytest.approx([51.0, 81.1])
     [one] = result["comparisons"]
     assert one["shown"] and one["values"] == pytest.approx([30.0, 30.3, 30.0]) and one["holm_p"] == one["p"]
-    made = [words for words in trained if "--dry-run" not in words]
-    assert len(made) == 6 and len(trained) == 8
+    commands = [words for words in trained if "--dry-run" not in words]
+    assert len(commands) == 6 and len(trained) == 8
     for name in ("comparison.md", "comparison.txt"):
         assert one["sentence"][:40] in (tmp_path / "own" / name).read_text()
     with open(tmp_path / "own" / "comparison.csv", encoding="utf-8") as file:
@@ -324,11 +324,11 @@ def test_a_comparison_from_the_command_line(trained: list[list[str]], tmp_path: 
     shown = run(line)
     assert shown.exit_code == 0 and "Shown: byol is better than simclr" in shown.stdout and len(trained) == 8
     more = run(f"compare '{SIMCLR}' '{BYOL}' 'pretrain vicreg' {' '.join(FAST)} -o own --quiet --all-pairs --json")
-    found = one_object(more.stdout)
+    comparison = one_object(more.stdout)
     assert len([w for w in trained if "--dry-run" not in w]) == 9  # the six are shared
-    assert found["runs"] == {"wanted": 9, "finished": 6, "failed": 3} and found["variants"][2]["failed"] == 3
-    assert [c["holm_p"] is None for c in found["comparisons"]] == [False, True, True]
-    assert found["variants"][2]["failures"] == ["the loss is nan"] * 3
+    assert comparison["runs"] == {"wanted": 9, "finished": 6, "failed": 3} and comparison["variants"][2]["failed"] == 3
+    assert [c["holm_p"] is None for c in comparison["comparisons"]] == [False, True, True]
+    assert comparison["variants"][2]["failures"] == ["the loss is nan"] * 3
     run(f"compare '{SIMCLR}' 'pretrain vicreg' {' '.join(FAST)} -o own --quiet --retry-failed")
     assert len([w for w in trained if "--dry-run" not in w]) == 12
 
@@ -378,8 +378,8 @@ def test_own_code_in_a_variant_is_typed_and_recorded(trained: list[list[str]], m
     options: dict[str, Any] = {"settings": {"subset": 64}, "epochs": 1, "seeds": 2, "out": "own", "quiet": True}
     result = inbatch.compare(variants, "digits-canvas", **options)
     assert result["runs"]["finished"] == 6 and result["problems"] == {}
-    made = [words for words in trained if "--resume" in words]
-    assert sum(words[-2:] == ["--method", "own_code:OwnMethod"] for words in made) == 4
+    commands = [words for words in trained if "--resume" in words]
+    assert sum(words[-2:] == ["--method", "own_code:OwnMethod"] for words in commands) == 4
     [record, *_] = [r for r in read_records(Path("own/results")).values() if r.recipe["method"]["name"] != "simclr"]
     text = Path(own_code.__file__).read_text()
     assert record.recipe["own"] == {"method": {"version": None, "sha256": source_hash(text, "OwnMethod")}}
@@ -476,8 +476,8 @@ def test_every_metric_finds_its_figure_in_an_evaluation() -> None:
     bank, queries = (open_data("digits-canvas", split, subset=n) for split, n in (("train", 120), ("test", 40)))
     protocols = ("knn", "linear", "clustering", "retrieval", "few", "finetune", "corruptions")
     tuning = replace(TUNINGS["small"], epochs=1, steps=2)
-    found = evaluate(encoder, bank, queries, k=20, protocols=protocols, draws=1, tuning=tuning, most=8)
-    record: Any = SimpleNamespace(evaluation=found)
+    evaluation = evaluate(encoder, bank, queries, k=20, protocols=protocols, draws=1, tuning=tuning, most=8)
+    record: Any = SimpleNamespace(evaluation=evaluation)
     for name, metric in METRICS.items():
         if metric.labels:
             assert metric.value(record) is not None, name

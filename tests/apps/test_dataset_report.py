@@ -43,26 +43,27 @@ def photos(tmp_path: Path) -> Path:
 
 
 def test_report_lists_splits_classes_and_damage(photos: Path) -> None:
-    found = survey_data(photos)
-    assert found["splits"] == {"train": 9, "val": 2} and found["images"] == found["looked_at"] == 9
-    assert found["classes"] == [{"name": "cat", "images": 6}, {"name": "dog", "images": 3}] and found["imbalance"] == 2
-    assert found["formats"] == {"JPEG": 7, "PNG": 2} and found["skipped"] == {".txt": 1} and found["unlabelled"] == 0
-    sizes = found["sizes"]
+    report = survey_data(photos)
+    assert report["splits"] == {"train": 9, "val": 2} and report["images"] == report["looked_at"] == 9
+    assert report["classes"] == [{"name": "cat", "images": 6}, {"name": "dog", "images": 3}]
+    assert report["imbalance"] == 2 and report["unlabelled"] == 0
+    assert report["formats"] == {"JPEG": 7, "PNG": 2} and report["skipped"] == {".txt": 1}
+    sizes = report["sizes"]
     assert sizes["height"] == {"min": 20, "median": 23, "max": 40} and sizes["width"]["min"] == 30
     assert sizes["distinct"] == 7 and sizes["most"][0]["images"] == 2
     assert sizes["shorter_side"] == [{"up_to": 32, "images": 9}]
-    assert found["duplicates"] == {"groups": 1, "images": 2, "first": [["cat/3.jpg", "dog/again.jpeg"]]}
-    assert found["leaks"] == {"val": {"images": 1, "first": [["cat/5.jpg", "dog/same.jpg"]]}}
-    assert not found["problems"] and not found["unreadable"] and found["memory"]["resident"]
-    assert (found["batch"], found["steps"]) == (8, 1)
-    assert found["next"][1] == f"inbatch pretrain --data {shlex.quote(str(photos))}"
-    assert json.loads(json.dumps(found)) == found
+    assert report["duplicates"] == {"groups": 1, "images": 2, "first": [["cat/3.jpg", "dog/again.jpeg"]]}
+    assert report["leaks"] == {"val": {"images": 1, "first": [["cat/5.jpg", "dog/same.jpg"]]}}
+    assert not report["problems"] and not report["unreadable"] and report["memory"]["resident"]
+    assert (report["batch"], report["steps"]) == (8, 1)
+    assert report["next"][1] == f"inbatch pretrain --data {shlex.quote(str(photos))}"
+    assert json.loads(json.dumps(report)) == report
 
 
 def test_the_other_split(photos: Path) -> None:
-    found = survey_data(str(photos), split="test")
-    assert found["images"] == 2 and found["leaks"]["train"]["first"] == [["dog/same.jpg", "cat/5.jpg"]]
-    assert found["next"][1].endswith(" --set split=val") and list(found["leaks"]) == ["train"]
+    report = survey_data(str(photos), split="test")
+    assert report["images"] == 2 and report["leaks"]["train"]["first"] == [["dog/same.jpg", "cat/5.jpg"]]
+    assert report["next"][1].endswith(" --set split=val") and list(report["leaks"]) == ["train"]
     with pytest.raises(DataError, match="no split 'extra', only train, val"):
         survey_data(photos, split="extra")
 
@@ -73,10 +74,10 @@ def test_mean_and_deviation_are_those_of_all_pixels(photos: Path, monkeypatch: p
     for channels in (1, 3):
         source = open_data(photos, channels=channels)
         every = torch.cat([source.image(i).flatten(1) for i in range(9)], 1).double() / 255
-        found = survey_data(photos, settings={"channels": channels})["pixels"]
-        assert found["mean"] == pytest.approx(every.mean(1).tolist(), abs=1e-14)
-        assert found["std"] == pytest.approx(every.std(1, correction=0).tolist(), abs=1e-12)
-        assert found["lowest"] == every.amin(1).tolist() and found["highest"] == every.amax(1).tolist()
+        pixels = survey_data(photos, settings={"channels": channels})["pixels"]
+        assert pixels["mean"] == pytest.approx(every.mean(1).tolist(), abs=1e-14)
+        assert pixels["std"] == pytest.approx(every.std(1, correction=0).tolist(), abs=1e-12)
+        assert pixels["lowest"] == every.amin(1).tolist() and pixels["highest"] == every.amax(1).tolist()
 
 
 def test_sums_are_exact_however_large() -> None:
@@ -88,9 +89,9 @@ def test_sums_are_exact_however_large() -> None:
 
 @pytest.mark.parametrize("sample", [1, 4, 9, 50])
 def test_report_of_a_sample_states_its_size(photos: Path, sample: int) -> None:
-    found = survey_data(photos, sample=sample)
-    assert found["looked_at"] == min(sample, 9) and sum(found["formats"].values()) == min(sample, 9)
-    assert sum(one["images"] for one in found["classes"]) == 9  # of all
+    report = survey_data(photos, sample=sample)
+    assert report["looked_at"] == min(sample, 9) and sum(report["formats"].values()) == min(sample, 9)
+    assert sum(one["images"] for one in report["classes"]) == 9  # of all
     shown = run(f"data {shlex.quote(str(photos))} --sample {sample}").stdout
     assert (f"a sample of {sample}, evenly spaced" in shown) == (sample < 9)
     with pytest.raises(ConfigError, match="a sample of 0 images"):
@@ -99,8 +100,8 @@ def test_report_of_a_sample_states_its_size(photos: Path, sample: int) -> None:
 
 @pytest.mark.slow
 def test_report_as_text(photos: Path, tmp_path: Path) -> None:
-    found = run(f"data {shlex.quote(str(photos))} -o {tmp_path}/samples.png")
-    assert found.exit_code == 0 and not found.stderr
+    result = run(f"data {shlex.quote(str(photos))} -o {tmp_path}/samples.png")
+    assert result.exit_code == 0 and not result.stderr
     for words in (
         "9 in train, 2 in val",
         "2: cat 6, dog 3; the largest is 2.0 times the smallest",
@@ -111,10 +112,10 @@ def test_report_as_text(photos: Path, tmp_path: Path) -> None:
         "1 step of 8 images",
         "a row for each of cat, dog",
     ):
-        assert words in found.stdout, words
+        assert words in result.stdout, words
     picture = Image.open(tmp_path / "samples.png")
     assert picture.size == (6 * 100 + 4, 2 * 100 + 4)
-    for line in (line.strip() for line in found.stdout.splitlines() if line.startswith("  inbatch ")):
+    for line in (line.strip() for line in result.stdout.splitlines() if line.startswith("  inbatch ")):
         extra = " --dry-run" if "pretrain" in line else ""
         os.chdir(tmp_path)
         assert run(line.removeprefix("inbatch ") + extra).exit_code == 0, line
@@ -124,13 +125,13 @@ def test_damage_is_named_and_too_much_of_it_stops(photos: Path) -> None:
     (photos / "train/cat/2.jpg").write_bytes((photos / "train/cat/2.jpg").read_bytes()[:300])
     for i in range(11):
         (photos / f"train/dog/x{i:02d}.png").write_text("no image")
-    found = run(f"data {shlex.quote(str(photos))}")
-    assert found.exit_code == 3 and "12 of 20 images cannot be read" in found.stderr
-    assert found.stdout.count("cannot be read") == 10 and "and 2 more: --json names all" in found.stdout
-    assert "Next" not in found.stdout
-    told = run(f"data {shlex.quote(str(photos))} --json")
-    assert told.exit_code == 3 and len(one_object(told.stdout)["unreadable"]) == 12
-    first = one_object(told.stdout)["unreadable"][0]
+    result = run(f"data {shlex.quote(str(photos))}")
+    assert result.exit_code == 3 and "12 of 20 images cannot be read" in result.stderr
+    assert result.stdout.count("cannot be read") == 10 and "and 2 more: --json names all" in result.stdout
+    assert "Next" not in result.stdout
+    json_result = run(f"data {shlex.quote(str(photos))} --json")
+    assert json_result.exit_code == 3 and len(one_object(json_result.stdout)["unreadable"]) == 12
+    first = one_object(json_result.stdout)["unreadable"][0]
     assert first["image"] == "cat/2.jpg" and "runcated" in first["why"]
 
 
@@ -138,14 +139,14 @@ def test_one_unreadable_in_a_hundred_is_left_out(tmp_path: Path) -> None:
     for i in range(99):
         put(tmp_path / f"{i}.png", (4, 4))
     (tmp_path / "x.png").touch()
-    found = survey_data(tmp_path)
+    report = survey_data(tmp_path)
     assert (
-        len(found["unreadable"]) == 1
-        and not found["problems"]
-        and found["classes"] == []
-        and found["imbalance"] is None
+        len(report["unreadable"]) == 1
+        and not report["problems"]
+        and report["classes"] == []
+        and report["imbalance"] is None
     )
-    assert found["unlabelled"] == 100 and "unlabelled" in run(f"data {tmp_path}").stdout
+    assert report["unlabelled"] == 100 and "unlabelled" in run(f"data {tmp_path}").stdout
 
 
 @pytest.mark.skipif(os.name != "posix", reason="such names are POSIX's")
@@ -158,14 +159,14 @@ def test_hostile_names(tmp_path: Path) -> None:
     Path(os.fsdecode(os.path.join(os.fsencode(root), b"x.\xff\x1b"))).touch()
     (root / hostile / "copy.png").write_bytes((root / "b" / f"{hostile}0.png").read_bytes())
     for line in ("", "--json"):
-        found = run(f"data {root} {line} -o {tmp_path / 'sheet.png'}")
-        assert found.exit_code == 3
+        result = run(f"data {root} {line} -o {tmp_path / 'sheet.png'}")
+        assert result.exit_code == 3
         for control in ("\x1b", "\u202e"):
-            assert control not in found.stdout + found.stderr
-        assert "\\nfrac" not in found.stdout and not any(line.startswith("$") for line in found.stdout.splitlines())
-    told = one_object(found.stdout)
-    assert told["classes"][0]["name"] == "\\x1b[31m[bold]\\n$\\frac{<script>\\u202e"
-    assert told["skipped"] == {".\\xff\\x1b": 1} and told["duplicates"]["images"] == 2
+            assert control not in result.stdout + result.stderr
+        assert "\\nfrac" not in result.stdout and not any(line.startswith("$") for line in result.stdout.splitlines())
+    report = one_object(result.stdout)
+    assert report["classes"][0]["name"] == "\\x1b[31m[bold]\\n$\\frac{<script>\\u202e"
+    assert report["skipped"] == {".\\xff\\x1b": 1} and report["duplicates"]["images"] == 2
 
 
 def test_empty_or_missing_folder_exits_with_3(tmp_path: Path) -> None:
@@ -178,17 +179,17 @@ def test_identical_images_exit_with_3(tmp_path: Path) -> None:
     data = put(tmp_path / "0.png")
     for i in range(1, 5):
         (tmp_path / f"{i}.png").write_bytes(data)
-    found = run(f"data {tmp_path}")
-    assert found.exit_code == 3 and "all 5 images are identical" in found.stderr
-    assert "5 images in 1 groups: 0.png = 1.png = 2.png" in found.stdout
+    result = run(f"data {tmp_path}")
+    assert result.exit_code == 3 and "all 5 images are identical" in result.stderr
+    assert "5 images in 1 groups: 0.png = 1.png = 2.png" in result.stdout
 
 
 def test_one_image_and_none_that_can_be_read(tmp_path: Path) -> None:
     put(tmp_path / "0.png")
     assert "there is one image" in run(f"data {tmp_path}").stderr
     (tmp_path / "0.png").write_text("no image")
-    found = run(f"data {tmp_path} -o {tmp_path}/sheet.png")
-    assert found.exit_code == 3 and "1 of 1 images cannot be read" in found.stderr
+    result = run(f"data {tmp_path} -o {tmp_path}/sheet.png")
+    assert result.exit_code == 3 and "1 of 1 images cannot be read" in result.stderr
     assert not (tmp_path / "sheet.png").exists()
 
 
@@ -197,9 +198,9 @@ def test_parquet(tmp_path: Path) -> None:
     files = [put(tmp_path / f"{i}.png") for i in range(4)]
     rows = [{"bytes": data, "path": f"p/{i}.png"} for i, data in enumerate([*files, files[1]])]
     parquet.write_table(arrow.table({"image": rows, "label": [0, 1, 1, None, 0]}), tmp_path / "train.parquet")
-    found = survey_data(tmp_path / "train.parquet")
-    assert found["formats"] == {"PNG": 5} and found["duplicates"]["first"] == [["p/1.png", "p/4.png"]]
-    assert found["unlabelled"] == 1 and [one["images"] for one in found["classes"]] == [2, 2]
+    report = survey_data(tmp_path / "train.parquet")
+    assert report["formats"] == {"PNG": 5} and report["duplicates"]["first"] == [["p/1.png", "p/4.png"]]
+    assert report["unlabelled"] == 1 and [one["images"] for one in report["classes"]] == [2, 2]
 
 
 def test_many_classes_and_long_names_stay_short(tmp_path: Path) -> None:
@@ -217,11 +218,11 @@ def test_many_classes_and_long_names_stay_short(tmp_path: Path) -> None:
 def test_arrays_and_the_embedded_set() -> None:
     images = torch.randint(256, (40, 5, 9, 9), dtype=torch.uint8)
     images[30] = images[2]
-    found = survey_data((images, torch.arange(40) % 4), out=None)
-    assert found["duplicates"]["first"] == [["2", "30"]] and found["channels"] == 5 == len(found["pixels"]["mean"])
-    assert found["formats"] == {"pixels in memory": 40} and found["data"] == "array"
-    told = one_object(run("data digits-canvas --sample 100 --json").stdout)
-    assert told["splits"] == {"train": 1297, "test": 500} and told["leaks"]["test"]["images"] == 0
+    report = survey_data((images, torch.arange(40) % 4), out=None)
+    assert report["duplicates"]["first"] == [["2", "30"]] and report["channels"] == 5 == len(report["pixels"]["mean"])
+    assert report["formats"] == {"pixels in memory": 40} and report["data"] == "array"
+    digits = one_object(run("data digits-canvas --sample 100 --json").stdout)
+    assert digits["splits"] == {"train": 1297, "test": 500} and digits["leaks"]["test"]["images"] == 0
     assert inbatch.survey_data is survey_data
 
 
@@ -243,8 +244,8 @@ def test_settings_and_pictures_that_cannot_be(photos: Path, tmp_path: Path) -> N
 
 def test_long_survey_prints_its_progress(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("inbatch.runtime.terminal.counted.__defaults__", (0.0, False))
-    found = run("data digits-canvas --json")
-    assert "of 1,297 images looked at" in found.stderr and one_object(found.stdout)["images"] == 1297
+    result = run("data digits-canvas --json")
+    assert "of 1,297 images looked at" in result.stderr and one_object(result.stdout)["images"] == 1297
 
 
 def test_images_of_more_than_8_bits_are_reported_with_levels(tmp_path: Path) -> None:
@@ -254,8 +255,8 @@ def test_images_of_more_than_8_bits_are_reported_with_levels(tmp_path: Path) -> 
         Image.fromarray(scan).save(tmp_path / f"{i}.png")
         Image.fromarray(scan.astype(np.uint16)).save(tmp_path / f"{i}.tif")
     Image.fromarray(np.full((9, 12), 255, np.uint8)).save(tmp_path / "plain.png")
-    found = survey_data(tmp_path, settings={"channels": 1})
-    assert found["bits"] == {"8": 1, "16": 6} and found["levels"] == [0, 65535]  # the 8-bit file contains white
+    report = survey_data(tmp_path, settings={"channels": 1})
+    assert report["bits"] == {"8": 1, "16": 6} and report["levels"] == [0, 65535]  # the 8-bit file contains white
     (tmp_path / "plain.png").unlink()
     assert survey_data(tmp_path, settings={"channels": 1})["levels"] == [0, 4095]
     assert "--set levels=[0,4095]" in run(f"data {shlex.quote(str(tmp_path))} --set channels=1").stdout

@@ -26,8 +26,8 @@ from inbatch.runtime import files
 from inbatch.runtime.text import one_line, printable
 from inbatch.training import run_result
 
-FOUND: dict[str, Any] = {"knn": {"top1": 0.515}, "initial": "untrained encoder", "untrained": None, "note": None}
-FOUND |= {"held_out": "a tenth", "test": {"labelled": 7, "per_class": {}}}
+EVALUATION: dict[str, Any] = {"knn": {"top1": 0.515}, "initial": "untrained encoder", "untrained": None, "note": None}
+EVALUATION |= {"held_out": "a tenth", "test": {"labelled": 7, "per_class": {}}}
 
 
 def run(*words: str) -> Any:
@@ -47,7 +47,7 @@ def full(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_evaluate_shows_what_it_cannot_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that cannot be written is reported first, the figures are shown, and the exit code is that of the file."""
     calls = []
-    monkeypatch.setattr(api, "evaluate_run", lambda *_, **__: calls.append(1) or dict(FOUND))
+    monkeypatch.setattr(api, "evaluate_run", lambda *_, **__: calls.append(1) or dict(EVALUATION))
     (tmp_path / "evaluation.json").mkdir()
     shown = run("evaluate", str(tmp_path))
     assert shown.exit_code == 1 and "51.5%" in shown.stdout and "Written to" not in shown.stdout
@@ -55,14 +55,14 @@ def test_evaluate_shows_what_it_cannot_write(tmp_path: Path, monkeypatch: pytest
     assert warning.startswith("warning: Cannot write") and "evaluation.json" in error and error.startswith("error:")
     asked = run("evaluate", str(tmp_path), "-o", str(tmp_path / "evaluation.json"))
     assert asked.exit_code == 1 and len(calls) == 1 and not asked.stdout, "a requested file is checked before any work"
-    told = run("evaluate", str(tmp_path), "--json")
-    object_ = json.loads(told.stdout)
-    assert told.exit_code == object_["exit_code"] == 1 and object_["knn"] == FOUND["knn"]
+    json_result = run("evaluate", str(tmp_path), "--json")
+    object_ = json.loads(json_result.stdout)
+    assert json_result.exit_code == object_["exit_code"] == 1 and object_["knn"] == EVALUATION["knn"]
     assert "evaluation.json" in object_["error"]
 
 
 def test_evaluate_prints_before_it_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full: None) -> None:
-    monkeypatch.setattr(api, "evaluate_run", lambda *_, **__: dict(FOUND))
+    monkeypatch.setattr(api, "evaluate_run", lambda *_, **__: dict(EVALUATION))
     shown = run("evaluate", str(tmp_path))
     assert shown.exit_code == 1 and "51.5%" in shown.stdout and "No space left" in shown.stderr
     assert not list(tmp_path.iterdir())
@@ -85,7 +85,7 @@ def test_other_commands_print_results_that_cannot_be_written(
     monkeypatch.setattr(command, "shipped", lambda: tmp_path)
     monkeypatch.setattr(crop_statistics, "plot", lambda tallies, sides, pairs, png: files.write_json(png, {}))
     monkeypatch.setattr(benchmark, "bench", failing({"known": "figure"}))
-    monkeypatch.setattr("inbatch.apps.bench.report.print_machine", lambda found: print(found["known"]))
+    monkeypatch.setattr("inbatch.apps.bench.report.print_machine", lambda machine: print(machine["known"]))
     for words, figure in (
         (["data", str(images), "-o", str(out / "x.png")], "12 in train"),
         (["crops", "--pairs", "500", "-o", str(out / "x.png")], "500 pairs"),
@@ -95,8 +95,8 @@ def test_other_commands_print_results_that_cannot_be_written(
     ):
         shown = run(*words)
         assert shown.exit_code == 1 and figure in shown.stdout and f"Cannot write {out}" in shown.stderr, words
-        told = run(*words, "--json")
-        assert told.exit_code == 1 and f"Cannot write {out}" in json.loads(told.stdout)["error"], words
+        json_result = run(*words, "--json")
+        assert json_result.exit_code == 1 and f"Cannot write {out}" in json.loads(json_result.stdout)["error"], words
     assert not list(out.iterdir())
 
 
@@ -169,13 +169,14 @@ def test_records_of_another_shape_are_refused(tmp_path: Path) -> None:
     deep = ("[" * 3000 + "]" * 3000, '{"a":' * 3000 + "1" + "}" * 3000)
     for text in ("", "[]", "null", "3", "{", *deep, "9" * 5000):
         refused(text)
-    env, found = good["environment"], good["evaluation"]
+    env, evaluation = good["environment"], good["evaluation"]
     for change in (
         {"environment": {}}, {"environment": []}, {"environment": env | {"threads": "two"}},
         {"environment": env | {"versions": {}}}, {"environment": env | {"processor": None}},
-        {"evaluation": []}, {"evaluation": found | {"linear": {"top1": "0.5"}}},
-        {"evaluation": found | {"linear": {"top1": []}}}, {"evaluation": found | {"linear": {"top1": {"x": 1}}}},
-        {"evaluation": found | {"linear": {"failed": 4}}}, {"evaluation": found | {"linear": {"top1": True}}},
+        {"evaluation": []}, {"evaluation": evaluation | {"linear": {"top1": "0.5"}}},
+        {"evaluation": evaluation | {"linear": {"top1": []}}},
+        {"evaluation": evaluation | {"linear": {"top1": {"x": 1}}}},
+        {"evaluation": evaluation | {"linear": {"failed": 4}}}, {"evaluation": evaluation | {"linear": {"top1": True}}},
         {"curve": {}}, {"curve": [{"knn": 0.5}]}, {"curve": [{"epoch": "late"}]}, {"curve": [[]]},
         {"recipe": []}, {"recipe": {}}, {"recipe": good["recipe"] | {"method": []}}, {"seed": None},
         {"wall_seconds": "long"}, {"protocols": None}, {"schema": 2},
@@ -190,17 +191,18 @@ def test_records_of_another_shape_are_refused(tmp_path: Path) -> None:
 
 def test_pretrain_shows_the_figures_of_a_result_that_is_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = {"data": "photos", "encoder": {"name": "tiny"}}
-    result = {"run": "runs/x", "recipe": recipe, "evaluation": FOUND, "initial": "untrained encoder"}
-    result |= {"untrained": FOUND, "unlabelled": {}, "collapsed": [], "held_out": "a tenth", "images_per_second": 1.0}
-    result |= {"training_seconds": 2.0}
+    result = {"run": "runs/x", "recipe": recipe, "evaluation": EVALUATION, "initial": "untrained encoder"}
+    result |= {"untrained": EVALUATION, "unlabelled": {}, "collapsed": [], "held_out": "a tenth"}
+    result |= {"images_per_second": 1.0, "training_seconds": 2.0}
 
     def pretrain(*_: Any, **__: Any) -> None:
         raise Unwritten("Cannot write runs/x/result.json", result)
 
     monkeypatch.setattr(api, "pretrain", pretrain)
-    shown, told = run("pretrain", "--data", "photos"), run("pretrain", "--data", "photos", "--json")
-    assert shown.exit_code == told.exit_code == 1 and "51.5%" in shown.stdout and "result.json" in shown.stderr
-    assert json.loads(told.stdout)["evaluation"] == FOUND and "result.json" in json.loads(told.stdout)["error"]
+    shown, json_result = run("pretrain", "--data", "photos"), run("pretrain", "--data", "photos", "--json")
+    assert shown.exit_code == json_result.exit_code == 1 and "51.5%" in shown.stdout and "result.json" in shown.stderr
+    report = json.loads(json_result.stdout)
+    assert report["evaluation"] == EVALUATION and "result.json" in report["error"]
 
 
 @pytest.mark.slow
@@ -215,6 +217,7 @@ def test_pretrain_shows_what_it_cannot_write(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr(run_result, "write_json", write)
     words = ["pretrain", "--data", "digits-canvas", "--batch", "20", "--epochs", "1", "--set", "subset=40", "--json"]
-    told = run(*words, "--encoder", "tiny", "-o", str(tmp_path / "run"))
-    found = json.loads(told.stdout)
-    assert told.exit_code == 1 and found["evaluation"]["knn"]["top1"] == 0.5 and "result.json" in found["error"]
+    json_result = run(*words, "--encoder", "tiny", "-o", str(tmp_path / "run"))
+    report = json.loads(json_result.stdout)
+    assert json_result.exit_code == 1
+    assert report["evaluation"]["knn"]["top1"] == 0.5 and "result.json" in report["error"]

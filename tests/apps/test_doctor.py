@@ -53,14 +53,14 @@ def test_threads(quiet: Change, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "OMP_NUM_THREADS=16" in advice.advice(CPU, 32, 0) and "OMP" not in advice.advice(torch.device("cuda"), 32, 0)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert "OMP_NUM_THREADS=8" in advice.advice(CPU, 32, 0)
-    found = {finding.what: finding for finding in doctor.examine("cpu")}
-    assert found["threads"].found == "4 threads on 16 cores of 64, by quota"
+    findings = {finding.what: finding for finding in doctor.examine("cpu")}
+    assert findings["threads"].found == "4 threads on 16 cores of 64, by quota"
 
 
 def test_busy_cores_are_reported(quiet: Change, monkeypatch: pytest.MonkeyPatch) -> None:
     quiet(others_busy=lambda: 1.2)
-    said = advice.advice(CPU, 32, 0)
-    assert "other processes keep 1.2 cores busy" in said and "OMP_NUM_THREADS=3" in said
+    message = advice.advice(CPU, 32, 0)
+    assert "other processes keep 1.2 cores busy" in message and "OMP_NUM_THREADS=3" in message
     monkeypatch.setattr(tuning, "tuned", True)  # a run of the program takes fewer itself
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     assert advice.advice(CPU, 32, 0) == ""
@@ -75,11 +75,12 @@ def test_missing_libraries_and_small_shared_memory(quiet: Change, monkeypatch: p
     monkeypatch.setattr(advice.numba_backend, "available", lambda: False)
     quiet(fast_jpeg=lambda: False)
     quiet(shutil=SimpleNamespace(disk_usage=lambda path: SimpleNamespace(free=2**26)))
-    small, said = advice.advice(CPU, 32, 0), advice.advice(CPU, 224, 2)
+    small, message = advice.advice(CPU, 32, 0), advice.advice(CPU, 224, 2)
     assert "simplejpeg" in small and "fast]" not in small and "MB" not in small
     assert "inbatch[fast]" not in advice.advice(torch.device("cuda"), 224, 2)
-    assert said.startswith("Could be faster: ") and said.endswith("(details: inbatch doctor).")
-    assert "inbatch[fast]" in said and "pip install simplejpeg" in said and "67 MB" in said and "\n" not in said
+    assert message.startswith("Could be faster: ") and message.endswith("(details: inbatch doctor).")
+    assert "inbatch[fast]" in message and "pip install simplejpeg" in message
+    assert "67 MB" in message and "\n" not in message
 
 
 def test_own_script_is_advised_to_call_tune(quiet: Change, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,9 +99,9 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("INBATCH_CACHE", str(tmp_path / "cache"))
     shown = CliRunner().invoke(app, ["doctor", "--no-measure"])
     assert shown.exit_code == 0 and "precision" in shown.stdout and "10 GB used" in shown.stdout
-    told = CliRunner().invoke(app, ["doctor", "--no-measure", "--clear-cache", "--json"])
-    found = json.loads(told.stdout)
-    assert found["cleared_bytes"] >= 5_000_000 and not entry.exists() and found["measured"] is None
+    result = CliRunner().invoke(app, ["doctor", "--no-measure", "--clear-cache", "--json"])
+    report = json.loads(result.stdout)
+    assert report["cleared_bytes"] >= 5_000_000 and not entry.exists() and report["measured"] is None
     assert CliRunner().invoke(app, ["doctor", "--device", "tpu"]).exit_code == 2
     monkeypatch.setenv("INBATCH_CACHE_GB", "much")
     assert CliRunner().invoke(app, ["doctor", "--no-measure"]).exit_code == 2
@@ -109,9 +110,9 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_forecast(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(finding.found == "not measured: no time is left" for finding in forecast.forecast(until=0.0))
     monkeypatch.setattr(forecast, "time_steps", lambda built, limit: 0.1)
-    found = {finding.what: finding.found for finding in forecast.forecast()}
-    assert found["quickstart"] == "about 43 s"  # 200 steps of 0.1 s and the work between them
-    assert found["a budget of 1 h"].startswith("about 30,600 steps of 128 images, 3.9 million images")
+    estimates = {finding.what: finding.found for finding in forecast.forecast()}
+    assert estimates["quickstart"] == "about 43 s"  # 200 steps of 0.1 s and the work between them
+    assert estimates["a budget of 1 h"].startswith("about 30,600 steps of 128 images, 3.9 million images")
 
 
 def test_the_command_forecasts_before_it_measures(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,13 +133,13 @@ FAKE = """
 import json, sys, time
 job = json.loads(sys.argv[1])
 if job["make"] == "ceilings":
-    found = {"float32": 40e9, "bf16": 80e9 if job["bf16"] else None, "copy": 8e9}
+    rates = {"float32": 40e9, "bf16": 80e9 if job["bf16"] else None, "copy": 8e9}
 else:
     sys.stdin.readline()
-    found = {}
+    rates = {}
     if "HANGS":
         time.sleep(600 * (job["channels_last"] and not job.get("tune")))
-print(json.dumps(found), flush=True)
+print(json.dumps(rates), flush=True)
 for _ in sys.stdin:
     print(json.dumps({"units": 2 * job["batch"], "seconds": 0.5}), flush=True)
 """
@@ -161,15 +162,15 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[torch.dty
 @pytest.mark.slow
 def test_bf16_is_measured_only_where_it_is_multiplied(fake: Callable[..., None]) -> None:
     fake(torch.float32)
-    found = doctor.measure()
-    assert found["ceilings"]["bf16"] is None and len(found["tower"]) == 3
-    assert not any(doctor.CONTESTANTS[who]["bf16"] for who in found["tower"])
-    rows = dict(row[:2] for row in doctor.measurement_rows(found))
+    measurement = doctor.measure()
+    assert measurement["ceilings"]["bf16"] is None and len(measurement["tower"]) == 3
+    assert not any(doctor.CONTESTANTS[who]["bf16"] for who in measurement["tower"])
+    rows = dict(row[:2] for row in doctor.measurement_rows(measurement))
     assert rows["products in bf16"] == "not measured: this processor does not multiply bf16"
     fake(torch.bfloat16)
-    found = doctor.measure()
-    assert list(found["tower"]) == list(doctor.CONTESTANTS)
-    assert ("products in bf16", "80 GFLOP/s", "2.00") in doctor.measurement_rows(found)
+    measurement = doctor.measure()
+    assert list(measurement["tower"]) == list(doctor.CONTESTANTS)
+    assert ("products in bf16", "80 GFLOP/s", "2.00") in doctor.measurement_rows(measurement)
 
 
 def test_measurement_uses_the_threads_of_a_run_on_a_busy_machine(
@@ -192,21 +193,21 @@ def test_slow_measurement_is_named_and_the_others_are_made(
     if limit != "until":
         monkeypatch.setattr(doctor, limit, 2.5)
     began = time.monotonic()
-    found = doctor.measure(until=began + 2.5 if limit == "until" else math.inf)
+    measurement = doctor.measure(until=began + 2.5 if limit == "until" else math.inf)
     assert time.monotonic() - began < 40
-    first, second, third = found["tower"].values()
+    first, second, third = measurement["tower"].values()
     assert "not measured: stopped after" in second["failed"]
     if limit == "LIMIT":
-        assert first["rate"] == third["rate"] == 4 * found["batch"]
-        assert dict(row[:2] for row in doctor.measurement_rows(found))["channels_last"] == second["failed"]
+        assert first["rate"] == third["rate"] == 4 * measurement["batch"]
+        assert dict(row[:2] for row in doctor.measurement_rows(measurement))["channels_last"] == second["failed"]
 
 
 def test_ceilings_that_take_too_long_are_named(fake: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     fake(torch.float32)
     monkeypatch.setattr(doctor, "LIMIT", 0.0)
-    found = doctor.measure()
-    assert doctor.measurement_rows(found)[0][:2] == ("products and copies", found["ceilings"]["failed"])
-    assert "stopped after" in found["ceilings"]["failed"] and found["batch"] == 4
+    measurement = doctor.measure()
+    assert doctor.measurement_rows(measurement)[0][:2] == ("products and copies", measurement["ceilings"]["failed"])
+    assert "stopped after" in measurement["ceilings"]["failed"] and measurement["batch"] == 4
 
 
 def test_a_slow_processor_gets_a_small_batch() -> None:
@@ -218,9 +219,9 @@ def test_settings_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     few = {name: doctor.CONTESTANTS[name] for name in list(doctor.CONTESTANTS)[::5]}
     assert [chosen.get("tune", False) for chosen in few.values()] == [False, True]
     monkeypatch.setattr(doctor, "CONTESTANTS", few)
-    found = doctor.measure(quick=True)
-    assert found["ceilings"]["float32"] > 0 and all(row["rate"] > 0 for row in found["tower"].values())
-    rows = doctor.measurement_rows(found)
+    measurement = doctor.measure(quick=True)
+    assert measurement["ceilings"]["float32"] > 0 and all(row["rate"] > 0 for row in measurement["tower"].values())
+    rows = doctor.measurement_rows(measurement)
     assert len(rows) == 5 and rows[3][2] == "1.00"
-    found["tower"][next(iter(few))] = {"failed": "out of memory"}
-    assert doctor.measurement_rows(found)[3][1] == "out of memory"
+    measurement["tower"][next(iter(few))] = {"failed": "out of memory"}
+    assert doctor.measurement_rows(measurement)[3][1] == "out of memory"

@@ -50,7 +50,7 @@ def full(tmp_path_factory: pytest.TempPathFactory, narrow: None) -> Path:
 
 
 @pytest.fixture(scope="module")
-def found(full: Path) -> dict:
+def report(full: Path) -> dict:
     return inbatch.inspect_run(full, count=COUNT)
 
 
@@ -63,43 +63,44 @@ def rebuilt(folder: Path) -> RunComponents:
 
 
 @pytest.mark.slow
-def test_every_plug_in_has_its_picture(full: Path, found: dict) -> None:
+def test_every_plug_in_has_its_picture(full: Path, report: dict) -> None:
     names = {"views.png", "redrawn.png", "fused.png", "attention.png"}
-    assert {Path(p).name for p in found["pictures"]} == names == {p.name for p in (full / "inspect").iterdir()}
+    assert {Path(p).name for p in report["pictures"]} == names == {p.name for p in (full / "inspect").iterdir()}
     assert shown(full / "inspect/views.png").shape == ((CELL + GAP) * COUNT + GAP, (CELL + GAP) * 3 + GAP, 3)
     for name in names:
         assert len(np.unique(shown(full / "inspect" / name))) > 50, "it shows something"
-    assert found["step"] == 4 and found["epoch"] == 2, "what would come next"
-    assert found["run"] == str(full) and found["note"] is None
+    assert report["step"] == 4 and report["epoch"] == 2, "what would come next"
+    assert report["run"] == str(full) and report["note"] is None
 
 
-def test_the_numbers_are_those_of_the_first_batch(full: Path, found: dict) -> None:
+def test_the_numbers_are_those_of_the_first_batch(full: Path, report: dict) -> None:
     built = rebuilt(full)
     batch = next(iter(built.loader.epoch(2)))
     views = built.views(batch).images
     with built.network.evaluating():
         z = torch.stack([built.network.features(view) for view in views])
     share = violating(*pair_distances(z, z, 0)).float().mean()
-    assert found["curate"]["violating_before"] == pytest.approx(float(share))
-    assert found["curate"]["begun"] and found["curate"]["samples"] == 40
+    assert report["curate"]["violating_before"] == pytest.approx(float(share))
+    assert report["curate"]["begun"] and report["curate"]["samples"] == 40
 
     group = [view[:20] for view in built.views(built.step.curator(batch)[0]).images]
     with torch.no_grad():
         mixed = built.network.fuse(group[1])
-    assert found["fuse"]["change"] == pytest.approx(float((mixed - group[1]).abs().mean()), rel=1e-4)
-    assert 0 < found["fuse"]["added"] < found["fuse"]["change"] and found["fuse"]["view"] == 1
+    assert report["fuse"]["change"] == pytest.approx(float((mixed - group[1]).abs().mean()), rel=1e-4)
+    assert 0 < report["fuse"]["added"] < report["fuse"]["change"] and report["fuse"]["view"] == 1
 
-    given: list[torch.Tensor] = []
+    inputs: list[torch.Tensor] = []
     last = blocks(built.encoder)[-1]
-    last.register_forward_hook(lambda block, x, y: given.append(x[0]))
+    last.register_forward_hook(lambda block, x, y: inputs.append(x[0]))
     with built.network.evaluating(), as_group(built.network):
         built.network.features(group[0])
-        weights = last.weights(given[0])
-    told = found["attend"]["blocks"]
-    assert [block["block"] for block in told] == list(built.encoder.slots) and found["attend"]["group"] == 20
-    assert told[-1]["mean"] == pytest.approx(1) and told[-1]["largest"] == pytest.approx(float(weights.max()), rel=1e-4)
-    assert told[-1]["least"] < 1 < told[-1]["largest"]
-    assert found["leak"]["leak_chance"] == 1 / 4 and 0 <= found["leak"]["leak"] <= 1
+        weights = last.weights(inputs[0])
+    attention = report["attend"]["blocks"]
+    assert [block["block"] for block in attention] == list(built.encoder.slots) and report["attend"]["group"] == 20
+    assert attention[-1]["mean"] == pytest.approx(1)
+    assert attention[-1]["largest"] == pytest.approx(float(weights.max()), rel=1e-4)
+    assert attention[-1]["least"] < 1 < attention[-1]["largest"]
+    assert report["leak"]["leak_chance"] == 1 / 4 and 0 <= report["leak"]["leak"] <= 1
 
 
 @pytest.mark.slow
@@ -138,12 +139,12 @@ def test_a_plain_run_has_its_views_alone(tmp_path: Path) -> None:
 def test_batchformer_shows_attention_between_samples(tmp_path: Path) -> None:
     settings = {"attend.name": "batchformer", "fuse.name": "set", "fuse.views": [0, 1]}
     tiny("byol", tmp_path / "run", settings=settings, subset=80, epochs=1, precision="float32")
-    found = inbatch.inspect_run(tmp_path / "run", count=COUNT)
-    (block,) = found["attend"]["blocks"]
+    report = inbatch.inspect_run(tmp_path / "run", count=COUNT)
+    (block,) = report["attend"]["blocks"]
     assert block["mean"] == pytest.approx(1 / 20) and block["least"] < 1 / 20 < block["largest"]
     width = shown(tmp_path / "run/inspect/attention.png").shape[1]
     assert width >= (CELL + GAP) * (1 + attention_picture.NEIGHBOURS)
-    assert found["fuse"]["view"] == 0
+    assert report["fuse"]["view"] == 0
 
 
 def test_neighbours_are_the_largest_weights_but_one_s_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,9 +170,9 @@ def test_violators_and_their_redraws(
     settings = {"curate.name": "redraw", "curate.margin": margin, "curate.rounds": 2, "curate.warmup": 0.9}
     leave_out_evaluation(monkeypatch)
     tiny("simclr", tmp_path / "run", settings=settings, subset=80, epochs=1)
-    told = run(f"inspect {tmp_path / 'run'} --count 2")
-    assert told.exit_code == 0 and f"{100 * count / 40:.1f}% of 40" in told.stdout
-    assert ("no sample violates" in told.stdout) == (count == 0)
+    result = run(f"inspect {tmp_path / 'run'} --count 2")
+    assert result.exit_code == 0 and f"{100 * count / 40:.1f}% of 40" in result.stdout
+    assert ("no sample violates" in result.stdout) == (count == 0)
     png = tmp_path / "run/inspect/redrawn.png"
     assert png.exists() == (count > 0)
     if count:
@@ -190,8 +191,8 @@ def test_the_redraw_that_is_shown_is_the_one_that_was_learned_from(full: Path, m
         pictures, "_grid", lambda b, o, d, which: strips.append([v[which][0] for v in d.images]) or tile
     )
     tile = Image.new("RGB", (1, 1))
-    images, told, _ = pictures.redrawn(built, batch, COUNT)
-    assert told["rounds"] == 3 and len(strips) == 2 * COUNT
+    images, statistics, _ = pictures.redrawn(built, batch, COUNT)
+    assert statistics["rounds"] == 3 and len(strips) == 2 * COUNT
     for before, after in zip(strips[::2], strips[1::2], strict=True):
         (sample,) = [i for i in range(40) if torch.allclose(before[0], drawn.images[0][i], atol=1e-5)]
         assert all(torch.allclose(view, image[sample], atol=1e-5) for view, image in zip(after, images, strict=True))
@@ -204,9 +205,9 @@ def test_a_stopped_run_can_be_looked_at(tmp_path: Path, monkeypatch: pytest.Monk
     with monkeypatch.context() as patch, pytest.raises(Preempted):
         stop_after(patch, 3)
         tiny("simclr", out, settings=settings, epochs=4)
-    told = run(f"inspect {out} --json --count 2")
-    found = json.loads(told.stdout)
-    assert found["step"] == 3 and found["epoch"] == 2 and not found["curate"]["begun"]
+    result = run(f"inspect {out} --json --count 2")
+    report = json.loads(result.stdout)
+    assert report["step"] == 3 and report["epoch"] == 2 and not report["curate"]["begun"]
     assert "before its first curated epoch, 3" in run(f"inspect {out} --count 2").stdout
 
 
@@ -221,9 +222,9 @@ def test_groups_are_those_that_the_run_had(full: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_runs_that_cannot_be_looked_at(full: Path, tmp_path: Path) -> None:
     def refused(words: str, code: int, *sentences: str) -> None:
-        told = run(f"inspect {words}")
-        assert told.exit_code == code and told.stderr.startswith("error: ")
-        assert all(sentence in told.stderr for sentence in sentences) and "Traceback" not in told.stderr
+        result = run(f"inspect {words}")
+        assert result.exit_code == code and result.stderr.startswith("error: ")
+        assert all(sentence in result.stderr for sentence in sentences) and "Traceback" not in result.stderr
 
     refused(f"{tmp_path / 'none'}", 2, "not the folder of a run")
     shutil.copytree(full, tmp_path / "run")
@@ -253,8 +254,8 @@ def test_images_of_several_sizes_cropped_by_workers(batch: int, tmp_path: Path) 
         workers=0,
         settings=settings, context=4, quiet=True,
     )  # fmt: skip
-    told = run(f"inspect {tmp_path / 'run'} --count 2")
-    assert told.exit_code == 0 and "attention within each sample only" in told.stdout
+    result = run(f"inspect {tmp_path / 'run'} --count 2")
+    assert result.exit_code == 0 and "attention within each sample only" in result.stdout
     assert [p.name for p in (tmp_path / "run/inspect").iterdir()] == ["views.png"]
 
 
@@ -268,8 +269,8 @@ def test_views_are_cut_as_the_crops_say(tmp_path: Path) -> None:
         assert run(words).exit_code == 0
         seen.append(shown(png))
     assert seen[0].shape == seen[1].shape and not np.array_equal(*seen)
-    told = run(f"views digits-canvas --crops adjacent -o {tmp_path / 'x.png'}")
-    assert told.exit_code == 2 and "cut at random" in told.stderr
+    result = run(f"views digits-canvas --crops adjacent -o {tmp_path / 'x.png'}")
+    assert result.exit_code == 2 and "cut at random" in result.stderr
     assert run(f"views digits-canvas --crops adjacnt -o {tmp_path / 'x.png'}").exit_code == 2
 
 

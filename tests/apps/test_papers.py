@@ -41,19 +41,19 @@ TABLE = TABLES["ba-ssl-3"]
 def record(cell: Cell, linear: float, **more: Any) -> Record:
     """Return a record as a run of this cell may have written it."""
     where = {"device": "cpu", "processor": "one", "threads": 1, "versions": {"torch": "2"}}
-    found = {"linear": {"top1": linear}, "knn": {"top1": linear / 2}}
+    evaluation = {"linear": {"top1": linear}, "knn": {"top1": linear / 2}}
     curve = [{"step": 0, "epoch": 0, "knn": 0.1}, {"step": 3, "epoch": 1, "knn": linear / 2, "loss": 5.0}]
-    made = {"schema": 1, "status": "finished", "data": cell.data, "source": cell.data, "seed": cell.seed}
-    made |= {"command": cell.command(), "recipe": dict(cell.settings) if cell.counts else cell.recipe().nested()}
-    made |= {"environment": where, "wall_seconds": 3.0, "evaluation": found, "curve": curve} | more
-    return Record.model_validate(made)
+    fields = {"schema": 1, "status": "finished", "data": cell.data, "source": cell.data, "seed": cell.seed}
+    fields |= {"command": cell.command(), "recipe": dict(cell.settings) if cell.counts else cell.recipe().nested()}
+    fields |= {"environment": where, "wall_seconds": 3.0, "evaluation": evaluation, "curve": curve} | more
+    return Record.model_validate(fields)
 
 
 def filled(scale: str = "smoke") -> dict[tuple[str, str, int], Record]:
     """Return a record for every run of Table 3; its linear accuracy is computed from row and seed."""
     names = [row.name for row in TABLE.rows]
-    made = [record(c, 0.5 + names.index(c.row) / 100 + c.seed * c.seed / 50) for c in cells(TABLE, scale)]
-    return {one.told: one for one in made}
+    records = [record(c, 0.5 + names.index(c.row) / 100 + c.seed * c.seed / 50) for c in cells(TABLE, scale)]
+    return {one.told: one for one in records}
 
 
 @EVERY
@@ -168,7 +168,7 @@ def test_differences_are_paired_by_seed() -> None:
     assert paired(noisy) == pytest.approx(ttest_rel(noisy, [0.0] * 4).pvalue)
     assert paired([1.0]) is None and paired([0.0, 0.0]) == 1.0
     assert with_.moved("Top1", without) == pytest.approx(0.68)
-    missing = {told: r for told, r in filled().items() if told[2] == 0}
+    missing = {key: r for key, r in filled().items() if key[2] == 0}
     assert fill(TABLE, "smoke", missing).line("BYOL").ours[0].seeds == (0,)
 
 
@@ -184,25 +184,25 @@ def test_effects_state_interval_seeds_and_cost() -> None:
     """The figures of `apps.statistics`, corrected over the rows of a column, and times paired by seed."""
     gains = {"SimCLR + BA": (1.0, 2.0, 3.0), "SimCLR + BA, set": (0.5, -0.5, 0.1)}
     wanted = [c for c in cells(TABLE, "laptop") if c.data == "cifar10" and c.row in ("SimCLR", *gains)]
-    made = [
+    records = [
         record(
             cell, (50 + gains.get(cell.row, (0, 0, 0))[cell.seed]) / 100,
             training_cpu_seconds=100.0 * (1 + 0.3 * (cell.row in gains)), training_seconds=1000.0 * (cell.seed + 1),
         )
         for cell in wanted
     ]  # fmt: skip
-    sheet = fill(TABLE, "laptop", {one.told: one for one in made})
-    found = {(one.row, one.column): one for one in effects(sheet)}
-    assert {row for row, _ in found} == set(gains)
-    one = found["SimCLR + BA", "CIFAR-10, linear"]
+    sheet = fill(TABLE, "laptop", {one.told: one for one in records})
+    by_cell = {(one.row, one.column): one for one in effects(sheet)}
+    assert {row for row, _ in by_cell} == set(gains)
+    one = by_cell["SimCLR + BA", "CIFAR-10, linear"]
     assert one.difference.mean == pytest.approx(2.0) and one.time == pytest.approx(1.3)
     assert one.difference.interval == pytest.approx((2 - 4.30265 / 3**0.5, 2 + 4.30265 / 3**0.5), abs=1e-4)
     assert one.holm == pytest.approx(2 * one.difference.p) and one.seeds == seeds_for(2.0, 1.0) == 5
-    assert one.cost == pytest.approx(0.15) and found["SimCLR + BA, set", "CIFAR-10, linear"].seeds > 100
+    assert one.cost == pytest.approx(0.15) and by_cell["SimCLR + BA, set", "CIFAR-10, linear"].seeds > 100
     for text in (render.markdown(sheet), render.page(sheet)):
         assert "Effects" in text and "-0.5 to +4.5" in text
     assert not render.effect_grids(fill(TABLE, "smoke", filled()), 80)
-    assert "shown" in " ".join(effect_notes(list(found.values()))).lower()
+    assert "shown" in " ".join(effect_notes(list(by_cell.values()))).lower()
     faster = replace(one, difference=difference([-1.0, -2.0, -1.5]))
     assert faster.cost is None and replace(one, time=None).cost is None
 
@@ -214,15 +214,15 @@ def test_the_expected_time_is_that_of_similar_runs() -> None:
     other = record(next(cells(TABLE, "smoke")), 0.5, wall_seconds=1.0)
     assert expected_time(asked, [simclr, other], 2).startswith("6 runs, 2 at a time: about 30 minutes")
     tiny = [cell for cell in cells(TABLE, "laptop", (0,)) if cell.data == "tiny" and cell.row == "BYOL"]
-    assert "about 10 minutes" in (said := expected_time([asked[0], *tiny], [simclr], 4)) and "; 1 without" in said
+    assert "about 10 minutes" in (text := expected_time([asked[0], *tiny], [simclr], 4)) and "; 1 without" in text
     counted = list(cells(TABLES["curation-figure-3"], "cpu"))
     assert expected_time(counted, [simclr], 1) == ""
 
 
 def test_failed_and_missing_runs_are_shown() -> None:
-    some = list(cells(TABLE, "smoke"))[:2]
+    asked = list(cells(TABLE, "smoke"))[:2]
     failure = {"exit_code": 4, "sentence": "the loss is nan", "log": "..."}
-    ended = record(some[0], 0.0, status="failed", evaluation=None, failure=failure)
+    ended = record(asked[0], 0.0, status="failed", evaluation=None, failure=failure)
     sheet = fill(TABLE, "smoke", {ended.told: ended})
     headings, rows = render.grid(sheet)
     assert rows[0][headings.index("digits, linear")] == "failed" and rows[1][headings.index("digits, linear")] == ""
@@ -236,8 +236,8 @@ def test_a_protocol_that_fails_is_a_gap_and_not_the_run_s_end(tmp_path: Path) ->
 
     class Diverges(Fake):
         def _call(self, cell: Cell, words: list[str], log: Path) -> dict[str, Any]:
-            made = super()._call(cell, words, log)
-            return {"exit_code": 4, "error": "the loss is nan"} if words[0] == "evaluate" else made
+            result = super()._call(cell, words, log)
+            return {"exit_code": 4, "error": "the loss is nan"} if words[0] == "evaluate" else result
 
     runner = Diverges(tmp_path / "results", tmp_path / "work", tell=lambda text: None)
     assert runner.run(asked) == {} and [words[0] for words in runner.asked] == ["pretrain", "evaluate"]
@@ -293,8 +293,8 @@ def test_pages_are_self_contained_and_escape_names() -> None:
     evil = "<script>alert(1)</script> | a & b_c $x$ *y*"
     row = Row(evil, TABLE.rows[0].settings, {"Top1": 1.0})
     table = replace(TABLE, rows=(row, *TABLE.rows[1:]), title=evil)
-    made = {r.told: r for r in (record(c, 0.5) for c in cells(table, "smoke"))}
-    sheet = fill(table, "smoke", made)
+    records = {r.told: r for r in (record(c, 0.5) for c in cells(table, "smoke"))}
+    sheet = fill(table, "smoke", records)
     page = Page()
     page.feed(render.page(sheet))
     assert "script" not in page.tags and all(load.startswith("data:image/png;base64,") for load in page.loads)
@@ -333,25 +333,25 @@ class Fake(Runner):
         if end is not None:
             return dict(end)
         where = environment(torch.device("cpu"))
-        made = record(cell, 0.5, environment=where).file() | {
+        result = record(cell, 0.5, environment=where).file() | {
             "recipe": cell.recipe().nested() | {"data": "somewhere/else"}
         }
-        return {k: v for k, v in made.items() if k not in ("schema", "status", "data", "source", "seed", "protocols")}
+        return {k: v for k, v in result.items() if k not in ("schema", "status", "data", "source", "seed", "protocols")}
 
 
 def test_existing_results_are_not_computed_again(tmp_path: Path) -> None:
-    said: list[str] = []
+    messages: list[str] = []
     asked = list(cells(TABLE, "smoke", (0,)))
-    runner = Fake(tmp_path / "results", tmp_path / "work", tell=said.append)
+    runner = Fake(tmp_path / "results", tmp_path / "work", tell=messages.append)
     runner.ends = {"BYOL": InbatchError("it crashed"), "SimCLR": {"exit_code": 4, "error": "the loss is nan"}}
     assert {name.split("-")[0] for name in runner.run(asked)} == {"byol"}
-    assert len(runner.asked) == len(asked) and len(said) == len(asked)
+    assert len(runner.asked) == len(asked) and len(messages) == len(asked)
     known = read_records(tmp_path / "results")
     assert len(known) == len(asked) - 1 and sum(r.status == "failed" for r in known.values()) == 1
     assert all(r.recipe["data"] == "digits-canvas-colour" for r in known.values())
-    again = Fake(tmp_path / "results", tmp_path / "work", tell=said.append)
+    again = Fake(tmp_path / "results", tmp_path / "work", tell=messages.append)
     assert again.run(asked) == {} and len(again.asked) == 1  # a crash is repeated, divergence is not
-    retried = Fake(tmp_path / "results", tmp_path / "work", again=True, tell=said.append)
+    retried = Fake(tmp_path / "results", tmp_path / "work", again=True, tell=messages.append)
     retried.run(asked)
     assert len(retried.asked) == 1 and all(r.status == "finished" for r in read_records(tmp_path / "results").values())
 
@@ -373,9 +373,9 @@ def test_how_far_a_table_is(tmp_path: Path) -> None:
         def _call(self, cell: Cell, words: list[str], log: Path) -> dict[str, Any]:
             self._children[cell.stem] = None  # type: ignore[assignment]
             time.sleep(1.2 if self.asked == [] else 0)
-            made = super()._call(cell, words, log)
+            result = super()._call(cell, words, log)
             del self._children[cell.stem]
-            return made
+            return result
 
     work = tmp_path / "work"
     folder = work / asked[0].stem
@@ -390,8 +390,8 @@ def test_missing_data_set_is_reported_once(tmp_path: Path) -> None:
     runner = Fake(tmp_path / "results", tmp_path / "work", tell=lambda text: None)
     table = TABLES["ba-ssl-4"]
     problems = runner.run(list(cells(table, "gpu", (0,))))
-    told = {str(problem) for problem in problems.values()}
-    assert told == {"the images of tiny-imagenet-100 have no default path: pass --data tiny-imagenet-100=PATH"}
+    messages = {str(problem) for problem in problems.values()}
+    assert messages == {"the images of tiny-imagenet-100 have no default path: pass --data tiny-imagenet-100=PATH"}
     assert all(problem.exit_code == 3 for problem in problems.values())
 
 
@@ -404,8 +404,8 @@ def test_runs_made_elsewhere_are_collected(tmp_path: Path) -> None:
     assert len(launch) == 4 and all(" --data /data/imagenet " in line and "--resume auto" in line for line in launch)
     folder = tmp_path / "work" / asked[0].stem
     folder.mkdir(parents=True)
-    found = record(asked[0], 0.5, environment=environment(torch.device("cpu"))).file()
-    (folder / "result.json").write_text(json.dumps(found | {"recipe": found["recipe"] | {"data": "/data/imagenet"}}))
+    result = record(asked[0], 0.5, environment=environment(torch.device("cpu"))).file()
+    (folder / "result.json").write_text(json.dumps(result | {"recipe": result["recipe"] | {"data": "/data/imagenet"}}))
     runner.collect(asked)
     assert (
         find_record(read_records(tmp_path / "results"), asked[0]) is not None and len(list(runner.launch(asked))) == 3
@@ -419,17 +419,17 @@ def run_cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 
 def test_the_list_of_tables(run_cli: Any) -> None:
-    found = run_cli()
-    assert found.exit_code == 0 and all(name in found.stdout for name in TABLES)
+    result = run_cli()
+    assert result.exit_code == 0 and all(name in result.stdout for name in TABLES)
     assert [t["name"] for t in json.loads(run_cli("--json").stdout)["tables"]] == list(TABLES)
 
 
 @pytest.mark.grid(2)
 @EVERY
 def test_a_table_is_shown_without_running_anything(table: Table, run_cli: Any, tmp_path: Path) -> None:
-    found = run_cli(table.name)
-    assert found.exit_code == 0, found.output
-    assert table.rows[0].name in found.stdout and "inbatch " in found.stdout
+    result = run_cli(table.name)
+    assert result.exit_code == 0, result.output
+    assert table.rows[0].name in result.stdout and "inbatch " in result.stdout
     assert list(tmp_path.iterdir()) == []
     shown = json.loads(run_cli(table.name, "--json").stdout)
     rows = [row for row in table.rows if not row.scales or shown["scale"] in row.scales]
@@ -456,10 +456,10 @@ def test_a_table_is_shown_without_running_anything(table: Table, run_cli: Any, t
     ],
 )
 def test_invalid_requests_are_refused(words: list[str], code: int, says: str, run_cli: Any) -> None:
-    found = run_cli(*words)
-    assert found.exit_code == code and says in found.output and "Traceback" not in found.output
-    told = json.loads(run_cli(*words, "--json", "--quiet").stdout)
-    assert told["exit_code"] == code and says in told["error"]
+    result = run_cli(*words)
+    assert result.exit_code == code and says in result.output and "Traceback" not in result.output
+    report = json.loads(run_cli(*words, "--json", "--quiet").stdout)
+    assert report["exit_code"] == code and says in report["error"]
 
 
 @pytest.mark.grid(1)
@@ -467,8 +467,8 @@ def test_invalid_requests_are_refused(words: list[str], code: int, says: str, ru
 def test_a_table_is_written(ending: str, run_cli: Any, tmp_path: Path) -> None:
     for cell in cells(TABLE, "smoke"):
         write_record(tmp_path / "mine", cell, record(cell, 0.5))
-    found = run_cli("ba-ssl-3", "--scale", "smoke", "--from", "mine", "-o", f"out/table{ending}")
-    assert found.exit_code == 0, found.output
+    result = run_cli("ba-ssl-3", "--scale", "smoke", "--from", "mine", "-o", f"out/table{ending}")
+    assert result.exit_code == 0, result.output
     assert "SimSiam + BA" in (tmp_path / "out" / f"table{ending}").read_text()
 
 
@@ -476,8 +476,8 @@ def test_a_table_is_written(ending: str, run_cli: Any, tmp_path: Path) -> None:
 def test_one_cell_is_run_and_not_run_again(run_cli: Any, tmp_path: Path) -> None:
     """The complete path, with a real run of one second."""
     words = ["ba-ssl-3", "--scale", "smoke", "--row", "SimCLR", "--seed", "0", "--jobs", "1", "--device", "cpu"]
-    found = run_cli(*words)
-    assert found.exit_code == 0, found.output
+    result = run_cli(*words)
+    assert result.exit_code == 0, result.output
     (path,) = (tmp_path / "runs" / "table" / "results").glob("*.json")
     one = read_record(path)
     assert one.told in read_records(path.parent) and one.curve[-1]["loss"] > 0
@@ -550,10 +550,10 @@ def test_images_that_one_run_lacks_are_not_lacking_to_others(tmp_path: Path) -> 
 
 
 def test_reduced_table_needs_fewer_runs() -> None:
-    found = run_table_command(
+    result = run_table_command(
         TABLES, TABLE.name, "cpu", runner=None, from_=shipped(), selection=Selection(["SimCLR + BA"], ["digits"], [0])
     )
-    assert found.sheet.wanted == 2
+    assert result.sheet.wanted == 2
 
 
 def test_figure_3_is_the_papers() -> None:

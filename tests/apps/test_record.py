@@ -26,8 +26,8 @@ def test_entries_are_ordered_by_their_means(record: ModuleType) -> None:
     def entry(name: str, target: float, knn: float, seconds: float) -> dict[str, Any]:
         seed = {"knn": knn, "seconds": seconds, "cpu_seconds": 2 * seconds, "operations": 93.6e12, "load_before": 0.3}
         where = {"processor": "one", "versions": {"torch": "2"}, "commit": "abc"}
-        told = {"name": name, "target": target, "words": ["simclr", name], "threads": 2, "date": "2026-11-29"}
-        return told | {"seeds": [seed, seed | {"knn": knn + 0.02}], "environment": where}
+        fields = {"name": name, "target": target, "words": ["simclr", name], "threads": 2, "date": "2026-11-29"}
+        return fields | {"seeds": [seed, seed | {"knn": knn + 0.02}], "environment": where}
 
     lines = record.rows([entry("b", 70, 0.69, 900), entry("c", 75, 0.70, 100), entry("a", 70, 0.71, 300)]).split("\n")
     assert [line.split("`")[1] for line in lines[2:]] == ["simclr a", "simclr b", "simclr c"]

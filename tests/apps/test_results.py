@@ -46,16 +46,16 @@ def test_the_pages_of_tables_are_what_the_records_make() -> None:
     spec = importlib.util.spec_from_file_location("tables", ROOT / "scripts" / "render_tables.py")
     tables = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tables)
-    made = tables.pages(committed_records())
+    pages = tables.pages(committed_records())
     written = {path.name: path.read_text() for path in tables.DOCS.glob("*.md")}
-    assert written == made, "python scripts/render_tables.py writes them again"
+    assert written == pages, "python scripts/render_tables.py writes them again"
 
 
-SAID = [(table, scale) for table in TABLES.values() for scale in table.holds]
+SUMMARIES = [(table, scale) for table in TABLES.values() for scale in table.holds]
 
 
 @pytest.mark.grid(4)
-@pytest.mark.parametrize(("table", "scale"), SAID, ids=[f"{table.name} {scale}" for table, scale in SAID])
+@pytest.mark.parametrize(("table", "scale"), SUMMARIES, ids=[f"{table.name} {scale}" for table, scale in SUMMARIES])
 def test_summary_of_a_table_states_its_figures(table: Table, scale: str) -> None:
     """The paragraph is written by hand and its figures come from the records: both must be updated together."""
     sheet = fill(table, scale, committed_records())
@@ -78,29 +78,29 @@ def test_the_tables_of_plug_ins_are_what_the_files_make(page: Path, render: Modu
 
 def test_the_table_of_shards_is_what_the_file_makes(render: ModuleType) -> None:
     assert render.DATA.read_text() == render.sharded(render.DATA), "python scripts/render_results.py writes it again"
-    found = render.json.loads((ROOT / "results" / "shards.json").read_text())
+    results = render.json.loads((ROOT / "results" / "shards.json").read_text())
     for way in ("sequential", "random"):
-        assert found[way]["different_images"] == found[way]["images"] > found["images"] - found["batch"]
-        assert found[way]["checked"]
+        assert results[way]["different_images"] == results[way]["images"] > results["images"] - results["batch"]
+        assert results[way]["checked"]
 
 
 def test_the_tables_of_a_million_images_are_what_the_file_makes(render: ModuleType) -> None:
     assert render.DATA.read_text() == render.million(render.DATA), "python scripts/render_results.py writes it again"
-    found = render.json.loads((ROOT / "results" / "million.json").read_text())
-    assert found["images"] == 1_000_000 and found["path_bytes"]["longest"] > 250
-    assert max(found[name]["peak_bytes"] for name in ("scan", "from_cache")) < 300e6
-    assert max(found["epoch"]["bytes_per_million_images"]) < 10e6
+    results = render.json.loads((ROOT / "results" / "million.json").read_text())
+    assert results["images"] == 1_000_000 and results["path_bytes"]["longest"] > 250
+    assert max(results[name]["peak_bytes"] for name in ("scan", "from_cache")) < 300e6
+    assert max(results["epoch"]["bytes_per_million_images"]) < 10e6
 
 
 @pytest.mark.parametrize("kind", ["digits", "cifar"])
 def test_plug_ins_are_compared_at_the_same_seeds(kind: str, render: ModuleType) -> None:
     """Each is compared with its baseline: three seeds, and recipes that differ only in the plug-in."""
-    found = render.json.loads((ROOT / "results" / "plugins" / f"{kind}.json").read_text())
+    questions = render.json.loads((ROOT / "results" / "plugins" / f"{kind}.json").read_text())
     plugs = ("fuse", "curate", "attend", "crops", "shuffle_groups")
-    for question in found.keys() - {"untrained encoder"}:
-        for name, entry in found[question].items():
+    for question in questions.keys() - {"untrained encoder"}:
+        for name, entry in questions[question].items():
             other, own = render.baseline(question, name)
-            plain = found[other][own]
+            plain = questions[other][own]
             assert [run["seed"] for run in entry["runs"]] == [run["seed"] for run in plain["runs"]] == [0, 1, 2]
             kept = [{k: v for k, v in e["recipe"].items() if k not in plugs} for e in (entry, plain)]
             assert kept[0] == kept[1], name
@@ -122,5 +122,5 @@ def test_every_method_beats_the_untrained_encoder_on_the_digits(render: ModuleTy
     }
     untrained = accuracy.pop("untrained encoder")
     assert len(untrained) == 3
-    for name, found in accuracy.items():
-        assert all(found[seed] >= untrained[seed] + 0.1 for seed in untrained), name
+    for name, scores in accuracy.items():
+        assert all(scores[seed] >= untrained[seed] + 0.1 for seed in untrained), name

@@ -119,8 +119,8 @@ def test_the_page_holds_everything_and_allows_no_request(folder: Path) -> None:
 
 def test_the_command(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "page.html"
-    found = run(f"runs {folder} -o {out}")
-    assert found.exit_code == 0 and "4 runs" in found.stdout and "not on the page" in found.stderr
+    result = run(f"runs {folder} -o {out}")
+    assert result.exit_code == 0 and "4 runs" in result.stdout and "not on the page" in result.stderr
     assert one_object(run(f"runs {folder} -o {out} --json").stdout)["runs"] == 4
     assert run(f"runs {folder} -o {tmp_path}/page.txt").exit_code == 2
     assert run(f"runs {folder} -o /proc/page.html").exit_code == 1

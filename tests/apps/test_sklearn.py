@@ -26,7 +26,7 @@ RGB = DRAW.integers(0, 256, (24, 12, 10, 3), np.uint8)
 FAST: dict[str, Any] = {"encoder": "tiny", "epochs": 1, "image_size": 12}
 
 
-def made_of(data: Any, method: str, **fields: Any) -> SimpleNamespace:
+def fake_run(data: Any, method: str, **fields: Any) -> SimpleNamespace:
     """Return what stands for a run: an encoder whose weights depend on the first image, so that fits differ."""
     pixels = data[0] if isinstance(data, tuple) else data
     torch.manual_seed(int(pixels[0].sum()) if isinstance(pixels, torch.Tensor) else 0)
@@ -43,7 +43,7 @@ def untrained(monkeypatch):
         calls.append((data, method, fields))
         if isinstance(data, str):
             calls[-1] = (Path(data).read_text(), method, fields)
-        return made_of(data, method, **fields)
+        return fake_run(data, method, **fields)
 
     monkeypatch.setattr("inbatch.sklearn.pretrain", pretrain)
     return calls
@@ -51,30 +51,30 @@ def untrained(monkeypatch):
 
 def test_a_fit_trains_and_survives_pickle(brief, tmp_path):
     state = torch.get_rng_state()
-    made = BatchEncoder(run_dir=tmp_path / "run", **FAST).fit(RGB)
-    assert made.channels_ == 3 and made.encoder_.size == 12
-    features = made.transform(RGB)
-    assert features.shape == (24, made.encoder_.width) and features.dtype == np.float32
-    assert list(made.get_feature_names_out()[:2]) == ["batchencoder0", "batchencoder1"]
+    encoder = BatchEncoder(run_dir=tmp_path / "run", **FAST).fit(RGB)
+    assert encoder.channels_ == 3 and encoder.encoder_.size == 12
+    features = encoder.transform(RGB)
+    assert features.shape == (24, encoder.encoder_.width) and features.dtype == np.float32
+    assert list(encoder.get_feature_names_out()[:2]) == ["batchencoder0", "batchencoder1"]
     assert np.array_equal(inbatch.load(tmp_path / "run").embed(RGB), features)
-    again = pickle.loads(pickle.dumps(made))
-    assert np.array_equal(again.transform(RGB), features) and again.get_params() == made.get_params()
+    again = pickle.loads(pickle.dumps(encoder))
+    assert np.array_equal(again.transform(RGB), features) and again.get_params() == encoder.get_params()
     assert torch.equal(torch.get_rng_state(), state), "the random generator of the caller"
-    assert b"torch" not in pickle.dumps(made)
+    assert b"torch" not in pickle.dumps(encoder)
 
 
 def test_forms_of_the_same_images_have_the_same_features(untrained, tmp_path):
-    made = BatchEncoder(**FAST).fit(RGB)
-    features = made.transform(RGB)
+    encoder = BatchEncoder(**FAST).fit(RGB)
+    features = encoder.transform(RGB)
     files = [tmp_path / f"{i}.png" for i in range(24)]
     for file, image in zip(files, RGB, strict=True):
         Image.fromarray(image).save(file)
     for images in (RGB.transpose(0, 3, 1, 2), torch.from_numpy(RGB), RGB.tolist(), files, list(map(str, files))):
-        assert np.array_equal(made.transform(images), features)
+        assert np.array_equal(encoder.transform(images), features)
     flat = RGB.reshape(24, -1)
     with pytest.raises(ValueError, match="does not fit images of 360 features"):
-        made.set_params(image_shape=(12, 10)).transform(flat)
-    copy = clone(made.set_params(image_shape=(12, 10, 3))).fit(flat)
+        encoder.set_params(image_shape=(12, 10)).transform(flat)
+    copy = clone(encoder.set_params(image_shape=(12, 10, 3))).fit(flat)
     assert np.array_equal(copy.transform(flat), features) and copy.n_features_in_ == 360
     BatchEncoder("supcon", **FAST).fit(files, ["a", "b"] * 12)
     data, method, fields = untrained[-1]
@@ -87,17 +87,17 @@ def test_forms_of_the_same_images_have_the_same_features(untrained, tmp_path):
 
 
 def test_levels_of_numbers(untrained):
-    made = BatchEncoder(**FAST)
-    features = made.fit(RGB).transform(RGB)
+    encoder = BatchEncoder(**FAST)
+    features = encoder.fit(RGB).transform(RGB)
     for images in (RGB / 255, RGB.astype(int), RGB.astype(np.uint16)):
-        assert np.array_equal(made.transform(images), features)
-        made.fit(images)
+        assert np.array_equal(encoder.transform(images), features)
+        encoder.fit(images)
     assert untrained[-1][0].dtype == torch.uint8 and np.array_equal(untrained[-1][0], RGB.transpose(0, 3, 1, 2))
-    made.fit(RGB < 128)
+    encoder.fit(RGB < 128)
     assert untrained[-1][0].unique().tolist() == [0, 255]
     for images, words in ((RGB * 2.0, "pass levels"), (RGB - 300.0, "pass levels"), (RGB.astype(str), "numbers")):
         with pytest.raises(ValueError, match=words):
-            made.fit(images)
+            encoder.fit(images)
     other = BatchEncoder(**FAST, levels=(-255, 255)).fit(RGB - 0.0)
     assert other.levels == (-255, 255) and untrained[-1][0].min() >= 127
 
@@ -118,16 +118,16 @@ def test_a_search_trains(brief, tmp_path):
     model = make_pipeline(BatchEncoder(**FAST), LogisticRegression())
     search = GridSearchCV(model, {"batchencoder__method": ["simclr", "supcon"]}, cv=2, n_jobs=2).fit(grey, labels)
     assert search.predict(grey).shape == (24,) and np.isfinite(search.cv_results_["mean_test_score"]).all()
-    made = BatchEncoder("supcon", run_dir=tmp_path / "run", **FAST).fit(RGB, labels)
-    assert made.__sklearn_tags__().target_tags.required
+    encoder = BatchEncoder("supcon", run_dir=tmp_path / "run", **FAST).fit(RGB, labels)
+    assert encoder.__sklearn_tags__().target_tags.required
     started = BatchEncoder(init=tmp_path / "run", epochs=1, image_size=12, settings={"optimizer.lr": 0.0}).fit(RGB)
-    assert torch.equal(next(started.encoder_.parameters()), next(made.encoder_.parameters()))
+    assert torch.equal(next(started.encoder_.parameters()), next(encoder.encoder_.parameters()))
 
 
 def test_invalid_input_is_refused(untrained):
-    made = BatchEncoder(**FAST)
+    encoder = BatchEncoder(**FAST)
     with pytest.raises(NotFittedError):
-        made.transform(RGB)
+        encoder.transform(RGB)
     for images, words in (
         (np.zeros((9, 10)), "cannot form a square image"),
         (RGB[:1], "minimum of 2"),
@@ -135,13 +135,13 @@ def test_invalid_input_is_refused(untrained):
         (np.full((9, 9), np.nan), "NaN"),
     ):
         with pytest.raises(ValueError, match=words):
-            made.fit(images)
+            encoder.fit(images)
     with pytest.raises(ValueError, match="requires y"):
         BatchEncoder("supcon").fit(RGB)
     with pytest.raises(DataError, match="3 channels"):
-        made.fit(RGB[..., 0]).transform(RGB)
+        encoder.fit(RGB[..., 0]).transform(RGB)
     with pytest.raises(DataError, match="no-such"):
-        made.fit(RGB).transform(["no-such.png"])
+        encoder.fit(RGB).transform(["no-such.png"])
 
 
 class Rows(BatchEncoder):

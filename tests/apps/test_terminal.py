@@ -118,8 +118,8 @@ def test_a_wide_table_is_cut_between_columns(tmp_path: Path) -> None:
     _, wide = on_a_terminal("table ba-ssl-3", tmp_path, 5000)
     _, narrow = on_a_terminal("table ba-ssl-3", tmp_path, 80)
     figure = re.compile(r"[+-]?\d+\.\d+ ± \d+\.\d+(?: \(p \d\.\d+\))?")
-    found, again = (figure.findall(sent.partition("at cpu scale")[0]) for sent in (wide, narrow))
-    assert len(found) > 20 and sorted(found) == sorted(again)
+    figures, again = (figure.findall(sent.partition("at cpu scale")[0]) for sent in (wide, narrow))
+    assert len(figures) > 20 and sorted(figures) == sorted(again)
     rows = [line for line in narrow.partition("at cpu scale")[0].splitlines() if line.startswith("SimCLR + BA")]
     assert len(rows) > 2 and all(len(row) <= 80 for row in rows)
 
@@ -197,7 +197,7 @@ def test_a_home_that_is_none(home: str, tmp_path: Path) -> None:
 
 @pytest.mark.grid(2)
 @pytest.mark.parametrize(
-    ("words", "code", "told"),
+    ("words", "code", "error"),
     [
         ("--help | head -1", 0, ""),
         ("--help > /dev/full", 1, "error: the result cannot be written to stdout: No space left on device\n"),
@@ -206,10 +206,10 @@ def test_a_home_that_is_none(home: str, tmp_path: Path) -> None:
         ("nosuch 2>&-", 2, ""),
     ],
 )
-def test_run_as_a_background_job_of_a_shell(words: str, code: int, told: str) -> None:
+def test_run_as_a_background_job_of_a_shell(words: str, code: int, error: str) -> None:
     call = f"{shlex.quote(sys.executable)} -m inbatch {words}"
     done = subprocess.run(["sh", "-c", call], capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (code, told)
+    assert (done.returncode, done.stderr) == (code, error)
 
 
 @pytest.mark.slow

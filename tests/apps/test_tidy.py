@@ -57,14 +57,14 @@ def features(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_duplicates_are_grouped_across_splits(photos: Path, tmp_path: Path) -> None:
     keep, picture = tmp_path / "keep.csv", tmp_path / "pairs.png"
-    found = inbatch.find_duplicates(photos, write=keep, picture=picture)
-    groups = {Path(g["keep"]["path"]).name: g for g in found["groups"]}
-    assert set(groups) == {"0.png", "1.png"} and found["leaks"] == 2
+    report = inbatch.find_duplicates(photos, write=keep, picture=picture)
+    groups = {Path(g["keep"]["path"]).name: g for g in report["groups"]}
+    assert set(groups) == {"0.png", "1.png"} and report["leaks"] == 2
     (copy,), (same,) = groups["0.png"]["duplicates"], groups["1.png"]["duplicates"]
     assert (Path(copy["path"]).name, copy["split"], copy["identical"]) == ("copy.jpg", "test", False)
     assert (Path(same["path"]).name, same["split"], same["identical"], same["check"]) == ("same.png", "test", True, 1)
-    assert [pair["mirrored"] for pair in found["pairs"]] == [True] and len(found["unreadable"]) == 1
-    assert found["kept"] == 7 and sum(len(open_data(keep, split)) for split in ("train", "test")) == 7
+    assert [pair["mirrored"] for pair in report["pairs"]] == [True] and len(report["unreadable"]) == 1
+    assert report["kept"] == 7 and sum(len(open_data(keep, split)) for split in ("train", "test")) == 7
     with Image.open(picture) as shown:
         assert shown.width > 100
     one = inbatch.find_duplicates(photos, split="train")
@@ -87,11 +87,11 @@ def test_candidates_by_features(photos: Path, features: Path, monkeypatch: pytes
 
 def test_outliers_and_broken_images(photos: Path, features: Path, tmp_path: Path) -> None:
     keep, picture = tmp_path / "keep.csv", tmp_path / "sheet.png"
-    found = inbatch.find_outliers(features, photos, count=2, write=keep, picture=picture)
-    assert Path(found["outliers"][0]["path"]).name == "black.png" and len(found["outliers"]) == 2
-    assert {Path(one["path"]).name: one["reason"] for one in found["broken"]}["black.png"] == "one colour"
-    assert found["kept"] == 9 - len({one["path"] for one in (*found["broken"], *found["outliers"])})
-    assert picture.exists() and sum(len(open_data(keep, split)) for split in splits(keep)) == found["kept"]
+    report = inbatch.find_outliers(features, photos, count=2, write=keep, picture=picture)
+    assert Path(report["outliers"][0]["path"]).name == "black.png" and len(report["outliers"]) == 2
+    assert {Path(one["path"]).name: one["reason"] for one in report["broken"]}["black.png"] == "one colour"
+    assert report["kept"] == 9 - len({one["path"] for one in (*report["broken"], *report["outliers"])})
+    assert picture.exists() and sum(len(open_data(keep, split)) for split in splits(keep)) == report["kept"]
     for order in ("distance", "density"):
         listed = inbatch.find_outliers(features, count=9, order=order)
         assert listed["broken"] is None and [o[order] for o in listed["outliers"]] == sorted(
@@ -119,8 +119,8 @@ def test_wrong_input(photos: Path, features: Path, tmp_path: Path) -> None:
     assert alone["duplicates"] == 0 and alone["picture"] is None and "no picture" in alone["notes"][0], "one image"
     picture.save(same / "1.png")
     picture.save(same / "2.bmp")
-    found = inbatch.find_duplicates(same)
-    assert (found["identical"], found["duplicates"]) == (1, 1), "images without detail have no near duplicates"
+    report = inbatch.find_duplicates(same)
+    assert (report["identical"], report["duplicates"]) == (1, 1), "images without detail have no near duplicates"
     one = tmp_path / "one.npz"
     write_embeddings(one, iter([Embeddings(torch.ones(1, 4), torch.tensor([-1]), ("a",), "one", "test")]))
     blocked = tmp_path / "file"
@@ -153,4 +153,4 @@ def test_wrong_input(photos: Path, features: Path, tmp_path: Path) -> None:
         damaged.mkdir()
         (damaged / "0.png").write_bytes(b"no image")
         inbatch.find_duplicates(damaged)
-    assert json.dumps(found)
+    assert json.dumps(report)

@@ -69,9 +69,9 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(data: Path, out: Path, *words: str) -> dict[str, Any]:
-    found: dict[str, Any] = SCRIPT.main(["--data", str(data), "--who", "lightly", "--out", str(out), *words])
-    assert json.loads(out.read_text()) == found
-    return found
+    report: dict[str, Any] = SCRIPT.main(["--data", str(data), "--who", "lightly", "--out", str(out), *words])
+    assert json.loads(out.read_text()) == report
+    return report
 
 
 def learned(curve: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
@@ -111,8 +111,8 @@ def test_curve_of_a_killed_benchmark_is_continued(
 @pytest.mark.slow
 def test_benchmark_at_its_time_limit_saves_and_can_be_continued(data: Path, tmp_path: Path, small: None) -> None:
     whole = run(data, tmp_path / "whole.json", *EVERY)
-    found = run(data, tmp_path / "cut.json", *EVERY, "--hours", "0")
-    assert found["step"] == 0 and not found["curve"]
+    report = run(data, tmp_path / "cut.json", *EVERY, "--hours", "0")
+    assert report["step"] == 0 and not report["curve"]
     assert learned(run(data, tmp_path / "cut.json", *EVERY)["curve"]) == learned(whole["curve"])
 
 
@@ -124,25 +124,25 @@ def test_changed_recipe_is_refused(data: Path, tmp_path: Path, small: None, monk
 
 @pytest.mark.slow
 def test_benchmark_ends_at_the_target(data: Path, tmp_path: Path, small: None) -> None:
-    found = run(data, tmp_path / "curve.json", "--every-seconds", "0", "--target", "0")
-    assert found["step"] == 1 and found["reached"]["cpu_seconds"] == found["cpu_seconds"]
-    found = run(data, tmp_path / "curve.json", "--every-seconds", "0", "--target", "0", "--past-target")
-    assert found["step"] == 10 and found["reached"]["images"] == 8
+    report = run(data, tmp_path / "curve.json", "--every-seconds", "0", "--target", "0")
+    assert report["step"] == 1 and report["reached"]["cpu_seconds"] == report["cpu_seconds"]
+    report = run(data, tmp_path / "curve.json", "--every-seconds", "0", "--target", "0", "--past-target")
+    assert report["step"] == 10 and report["reached"]["images"] == 8
 
 
 def test_whole_bank_is_used_only_near_the_target(data: Path, small: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(SCRIPT, "FIRST", 10)
     train, test = (SCRIPT.labelled(data / f"{split}.parquet") for split in ("train", "test"))
     encoder = nn.Sequential(nn.AvgPool2d(8), nn.Flatten())
-    found = SCRIPT.look(encoder, train, test, target=2.0, every=0.0)
-    assert found["bank"] == 10 and found["knn"] == 1  # brightness separates these classes
+    look = SCRIPT.look(encoder, train, test, target=2.0, every=0.0)
+    assert look["bank"] == 10 and look["knn"] == 1  # brightness separates these classes
     assert SCRIPT.look(encoder, train, test, target=2.0, every=1e9)["bank"] == 40
     assert SCRIPT.look(encoder, train, test, target=1.0, every=0.0)["bank"] == 40
 
 
 def entry(cpu: float, knn: float, bank: int) -> dict[str, Any]:
-    told = {"cpu_seconds": cpu, "seconds": 2 * cpu, "images": int(cpu)}
-    return told | {"knn": knn, "bank": bank, "queries": 20}
+    costs = {"cpu_seconds": cpu, "seconds": 2 * cpu, "images": int(cpu)}
+    return costs | {"knn": knn, "bank": bank, "queries": 20}
 
 
 def test_the_first_look_that_finds_it_reaches_a_target() -> None:
@@ -171,9 +171,9 @@ def test_inbatchs_curve_is_that_of_its_run(data: Path, tmp_path: Path, monkeypat
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
     words = ["--data", str(data), "--who", "inbatch", "--out", str(tmp_path / "ours.json"), "--threads", "1"]
     command = "simclr --encoder tiny --epochs 2 --batch 8 --set subset=32 --set evaluate_every=1 --quiet"
-    found = SCRIPT.main([*words, "--target", "0.0", "--command", command])
+    report = SCRIPT.main([*words, "--target", "0.0", "--command", command])
     result = json.loads((tmp_path / "ours" / "result.json").read_text())
-    curve = found["curve"]
+    curve = report["curve"]
     assert [(e["images"], e["epoch"], e["bank"], e["queries"]) for e in curve] == [
         (32 * i, i, 32, 20) for i in range(3)
     ]
@@ -181,7 +181,7 @@ def test_inbatchs_curve_is_that_of_its_run(data: Path, tmp_path: Path, monkeypat
     assert curve[0]["loss"] is None and curve[-1]["loss"] == pytest.approx(result["curve"][-1]["loss"], rel=0.5)
     assert curve[-1]["seconds"] == result["training_seconds"] > 0
     assert curve[-1]["cpu_seconds"] == result["training_cpu_seconds"] > curve[1]["cpu_seconds"] > 0
-    assert found["reached"]["cpu_seconds"] == 0 and found["recipe"]["epochs"] == 2
+    assert report["reached"]["cpu_seconds"] == 0 and report["recipe"]["epochs"] == 2
     again = SCRIPT.main([*words, "--target", "0.0", "--command", command])
     assert again["curve"] == curve, "a finished run was trained again"
 
@@ -201,9 +201,9 @@ def test_evaluation_of_all_images_replaces_that_of_a_part(tmp_path: Path) -> Non
     for bank, knn in ((10, 0.5), (40, 0.6)):
         judged = {"train": {"labelled": bank}, "test": {"labelled": 5}, "knn": {"top1": 0.6}}
         (tmp_path / "result.json").write_text(json.dumps({"evaluation": judged}))
-        (found,) = entries(tmp_path, 10)
-        assert (found["bank"], found["knn"], found["cpu_seconds"], found["epoch"]) == (bank, knn, 9, 2.0)
-        assert found["loss"] == 3.0
+        (point,) = entries(tmp_path, 10)
+        assert (point["bank"], point["knn"], point["cpu_seconds"], point["epoch"]) == (bank, knn, 9, 2.0)
+        assert point["loss"] == 3.0
 
 
 def test_curves_are_drawn_together(tmp_path: Path) -> None:
@@ -211,20 +211,20 @@ def test_curves_are_drawn_together(tmp_path: Path) -> None:
     files = []
     for who, speed in (("lightly", 1), ("inbatch", 4)):
         curve = [entry(0, 0.1, 100), entry(1000 / speed, 0.4, 10), entry(2000 / speed, 0.5, 100)]
-        told = {"who": who, "command": f"train {who}", "target": 0.5, "images": 100, "environment": env, "curve": curve}
+        report = {"who": who, "command": f"train {who}", "target": 0.5, "images": 100, "environment": env}
         files.append(tmp_path / f"{who}.json")
-        files[-1].write_text(json.dumps(told))
-    found = SCRIPT.main(
+        files[-1].write_text(json.dumps(report | {"curve": curve}))
+    comparison = SCRIPT.main(
         ["--draw", *map(str, files), "--out", str(tmp_path / "all.json"), "--figure", str(tmp_path / "all.png")]
     )
-    assert found == together(files) and (tmp_path / "all.png").stat().st_size > 1000
-    text = markdown(found)
-    assert texts("time-to-accuracy", found) == {"time-to-accuracy": text}
+    assert comparison == together(files) and (tmp_path / "all.png").stat().st_size > 1000
+    text = markdown(comparison)
+    assert texts("time-to-accuracy", comparison) == {"time-to-accuracy": text}
     assert "| lightly | 1 | 2,000 (not yet at 1,000) | 1.00 |" in text
     assert "| inbatch | 1 | 500 (not yet at 250) | 4.00 |" in text
-    late = found | {"target": 0.9}
+    late = comparison | {"target": 0.9}
     assert "not in 2,000" in markdown(late)
-    only_ours = copy.deepcopy(found)
+    only_ours = copy.deepcopy(comparison)
     for look in only_ours["runs"][0]["curve"]:
         look["knn"] = 0.1
     assert "| inbatch | 1 | 500 (not yet at 250) | over 4 |" in markdown(only_ours)
