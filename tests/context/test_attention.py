@@ -47,8 +47,8 @@ def blocks_of(group: int = 5) -> list[tuple[nn.Module, Tensor]]:
     """Return blocks with attention over samples, off their initial values, each with a group of inputs."""
     kinds = [(fuse, weight) for fuse in ("sum", "max") for weight in ("sample", "channel", "full")]
     maps = [stirred(BA2M(12, fuse=fuse, weight=weight, positions=3).double()) for fuse, weight in kinds]
-    made = [(block, torch.randn(group, 12, 5, 4, dtype=torch.float64)) for block in maps]
-    return [*made, (stirred(BatchFormer(12, heads=3, keep=0.0).double()), torch.randn(group, 12, dtype=torch.float64))]
+    pairs = [(block, torch.randn(group, 12, 5, 4, dtype=torch.float64)) for block in maps]
+    return [*pairs, (stirred(BatchFormer(12, heads=3, keep=0.0).double()), torch.randn(group, 12, dtype=torch.float64))]
 
 
 def dot(a: Tensor, b: Tensor) -> float:
@@ -99,7 +99,7 @@ def literal_representation(block: BA2M, x: Tensor) -> Tensor:
         share = softmax([dot(q[a], k[b]) / math.sqrt(inner) for b in range(len(places))])
         far.append(sum(share[b] * v[b] for b in range(len(places))))
 
-    made = torch.zeros(channels, height, width)
+    output = torch.zeros(channels, height, width)
     for c in range(channels):
         for i in range(height):
             for j in range(width):
@@ -108,8 +108,8 @@ def literal_representation(block: BA2M, x: Tensor) -> Tensor:
                     dot(expand.weight[c], near[:, i, j]),
                     dot(block.expand.weight[c], far[(i // side) * columns + j // side]),
                 )
-                made[c, i, j] = sum(three_of_them) if block.fuse == "sum" else max(three_of_them)
-    return made
+                output[c, i, j] = sum(three_of_them) if block.fuse == "sum" else max(three_of_them)
+    return output
 
 
 def literal(block: BA2M, x: Tensor) -> Tensor:
@@ -136,9 +136,9 @@ def test_ba2m_is_the_literal_one(fuse: str, weight: str, positions: int) -> None
         block = stirred(BA2M(4, fuse=fuse, weight=weight, positions=positions))
         x = torch.randn(3, 4, 5, 3)
         with torch.no_grad():
-            found = block(x)
-            assert not torch.allclose(found, x, rtol=0.1)
-            assert torch.allclose(found, literal(block, x), rtol=1e-9, atol=1e-12)
+            output = block(x)
+            assert not torch.allclose(output, x, rtol=0.1)
+            assert torch.allclose(output, literal(block, x), rtol=1e-9, atol=1e-12)
     finally:
         torch.set_default_dtype(torch.float32)
 
@@ -264,18 +264,18 @@ def test_two_processes_are_one_group() -> None:
         block.zero_grad()
         for rank in (0, 1):
             half(block, x, rank, note)
-        made = torch.cat([half(block, x, rank, both) for rank in (0, 1)])
-        assert torch.allclose(made, whole, rtol=1e-10)
-        (made * aim).sum().backward()
+        output = torch.cat([half(block, x, rank, both) for rank in (0, 1)])
+        assert torch.allclose(output, whole, rtol=1e-10)
+        (output * aim).sum().backward()
         for name, p in block.named_parameters():
             assert torch.allclose(p.grad, expected[name], rtol=1e-8, atol=1e-8), name
 
 
 def test_only_what_is_needed_is_gathered() -> None:
-    told: list[tuple[int, ...]] = []
+    shapes: list[tuple[int, ...]] = []
 
     def gather(part: Tensor) -> Tensor:
-        told.append(tuple(part.shape))
+        shapes.append(tuple(part.shape))
         return part
 
     for weight in ("sample", "channel", "full"):
@@ -285,16 +285,16 @@ def test_only_what_is_needed_is_gathered() -> None:
     former = BatchFormer(16)
     former.gather = gather
     former(torch.randn(3, 16))
-    assert told == [(3, 1, 1, 1), (3, 16, 1, 1), (3, 16, 4, 4), (3, 32)]
+    assert shapes == [(3, 1, 1, 1), (3, 16, 1, 1), (3, 16, 4, 4), (3, 32)]
 
 
 @pytest.mark.parametrize("size", [1e6, 1e-20, 0.0])
 def test_extreme_features_stay_finite(size: float) -> None:
-    for made in (stirred(BA2M(8)), stirred(BA2M(8, weight="full", fuse="max")), stirred(BatchFormer(8))):
-        x = (size * torch.randn(5, *((8, 4, 4) if isinstance(made, BA2M) else (8,)))).requires_grad_()
-        y = made(x)
+    for block in (stirred(BA2M(8)), stirred(BA2M(8, weight="full", fuse="max")), stirred(BatchFormer(8))):
+        x = (size * torch.randn(5, *((8, 4, 4) if isinstance(block, BA2M) else (8,)))).requires_grad_()
+        y = block(x)
         y.sum().backward()
-        assert all(v.isfinite().all() for v in (y, x.grad, *(p.grad for p in made.parameters())))
+        assert all(v.isfinite().all() for v in (y, x.grad, *(p.grad for p in block.parameters())))
 
 
 @EVERY
@@ -309,8 +309,8 @@ def test_bfloat16(name: str) -> None:
     if name == "ba2m":
         maps = torch.randn(4, 32, 6, 6).bfloat16()
         with torch.autocast("cpu", torch.bfloat16):
-            made = blocks(encoder)[0](maps)
-            assert made.dtype == torch.bfloat16
+            output = blocks(encoder)[0](maps)
+            assert output.dtype == torch.bfloat16
             weights = blocks(encoder)[0].weights(maps)
         assert weights.dtype == torch.float32 and torch.allclose(weights.mean(), torch.ones(()), atol=1e-5)
 
@@ -366,9 +366,9 @@ def test_a_momentum_copy_and_a_checkpoint_keep_the_blocks(name: str) -> None:
     twin, x = copy.deepcopy(encoder), torch.randn(3, 3, 32, 32)
     twin.load_state_dict(encoder.state_dict())
     torch.manual_seed(0)
-    found = encoder(x)
+    features = encoder(x)
     torch.manual_seed(0)
-    assert torch.equal(twin(x), found)
+    assert torch.equal(twin(x), features)
     assert not {id(p) for p in twin.parameters()} & {id(p) for p in encoder.parameters()}
 
 
@@ -414,8 +414,8 @@ def test_weights_go_into_the_backbone_and_blocks_start_fresh(tmp_path: Path) -> 
     for init in (tmp_path / "plain", tmp_path / "plain.pt"):
         for name in ATTENDS:
             encoder = create_encoder("torchvision/resnet18", size=32, attend=name, init=init)
-            given = without(encoder).backbone.state_dict()
-            assert all(torch.equal(v, given[k]) for k, v in plain.backbone.state_dict().items())
+            loaded = without(encoder).backbone.state_dict()
+            assert all(torch.equal(v, loaded[k]) for k, v in plain.backbone.state_dict().items())
     # Samples interact in training only: without its blocks the encoder computes the same.
     met = stirred(create_encoder("resnet10", size=32, attend="ba2m"))
     save_encoder(met, tmp_path / "met")
@@ -508,11 +508,11 @@ def test_flops_counted_by_hand() -> None:
         parameters += (2 * c * r + r) + (2 * c * r + 9 * r * r + r) + (4 * c * r) + 1
     encoder = create_encoder("tiny", size=20, channels=1, attend="ba2m")
     before = encoder.training, {k: v.clone() for k, v in encoder.state_dict().items()}
-    found = added(encoder)
-    assert (found["blocks"], found["flops"], found["parameters"]) == (3, flops, parameters)
+    costs = added(encoder)
+    assert (costs["blocks"], costs["flops"], costs["parameters"]) == (3, flops, parameters)
     plain = conv_flops(1, 32, 3, 400) + conv_flops(32, 64, 3, 100) + conv_flops(64, 96, 3, 100)
-    assert found["flops_share"] == pytest.approx(flops / plain)
-    assert found["parameters_share"] == pytest.approx(parameters / 74_400)
+    assert costs["flops_share"] == pytest.approx(flops / plain)
+    assert costs["parameters_share"] == pytest.approx(parameters / 74_400)
     assert encoder.training == before[0]
     assert all(torch.equal(v, before[1][k]) for k, v in encoder.state_dict().items())
     assert attention(encoder, 8).startswith(f"ba2m in 3 blocks, +{parameters:,} parameters (18.9%)")
@@ -548,9 +548,9 @@ def test_the_page_s_code_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
 def test_the_page_s_options_are_the_constructor_s(heading: str, maker: type) -> None:
     _, *options = inspect.signature(maker).parameters.values()
     part = PAGE.read_text().split(heading)[1].split("| --- | --- | --- |\n")[1].split("\n\n")[0]
-    told = [[cell.strip(" `") for cell in row.strip("|").split("|")][:2] for row in part.splitlines()]
-    assert [name for name, _ in told] == [p.name for p in options]
-    assert all(p.default is None or default == str(p.default) for (_, default), p in zip(told, options, strict=True))
+    table = [[cell.strip(" `") for cell in row.strip("|").split("|")][:2] for row in part.splitlines()]
+    assert [name for name, _ in table] == [p.name for p in options]
+    assert all(p.default is None or default == str(p.default) for (_, default), p in zip(table, options, strict=True))
 
 
 @pytest.mark.slow

@@ -42,8 +42,8 @@ def test_distances_pair_by_pair(distance: str, views: int, monkeypatch: pytest.M
     z = torch.randn(views, 8, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     own, near = distances(z, distance)
     for first in (0, 5):  # a rank's part
-        found = pair_distances(z[:, first : first + 3], z, first, distance)
-        for mine, whole in zip(found, (own, near), strict=True):
+        actual = pair_distances(z[:, first : first + 3], z, first, distance)
+        for mine, whole in zip(actual, (own, near), strict=True):
             torch.testing.assert_close(mine, torch.tensor(whole[first : first + 3], dtype=torch.float64))
 
 
@@ -74,9 +74,9 @@ def curator(
             asked.append(batch.index.tolist())
         return seen(answers, batch)
 
-    made = Curator(**({"distance": "euclidean", "warmup": 0.0, "budget": None} | options))
-    made.prepare(Known(), embed, 2, together=together)
-    return made, asked
+    plugin = Curator(**({"distance": "euclidean", "warmup": 0.0, "budget": None} | options))
+    plugin.prepare(Known(), embed, 2, together=together)
+    return plugin, asked
 
 
 def seen(answers: dict[int, list[float]], batch: Batch) -> Tensor:
@@ -99,10 +99,10 @@ def test_only_violating_samples_are_drawn_again_and_at_most_so_often(
 ) -> None:
     g = torch.Generator().manual_seed(seed)
     answers = {i: (10.0 * i + 8 * torch.randn(4, generator=g)).tolist() for i in range(6)}
-    made, asked = curator(answers, rounds=3, rule=rule, budget=budget)
+    plugin, asked = curator(answers, rounds=3, rule=rule, budget=budget)
     batch = drawn(answers)
     images = seen(answers, batch)
-    views, told = made(batch)
+    views, figures = plugin(batch)
 
     at, expected, shares = [0] * 6, [], []
     left = 99 if budget is None else int(6 * budget)
@@ -118,9 +118,9 @@ def test_only_violating_samples_are_drawn_again_and_at_most_so_often(
         left -= len(bad)
         expected.append(bad)
         at = [attempt if i in bad else old for i, old in enumerate(at)]
-    assert asked == expected and told["curate_rounds"] == len(expected) > 0
-    assert told["curate_violating_before"] == shares[0] and told["curate_violating"] == shares[-1]
-    assert told["curate_redrawn"] == pytest.approx(sum(map(len, expected)) / 6)
+    assert asked == expected and figures["curate_rounds"] == len(expected) > 0
+    assert figures["curate_violating_before"] == shares[0] and figures["curate_violating"] == shares[-1]
+    assert figures["curate_redrawn"] == pytest.approx(sum(map(len, expected)) / 6)
     assert torch.equal(seen(answers, views)[1], second), (
         "the step uses the last draw of samples that still violate the rule"
     )
@@ -129,18 +129,18 @@ def test_only_violating_samples_are_drawn_again_and_at_most_so_often(
 
 def test_curation_stops_if_no_sample_violates_the_rule() -> None:
     answers = {0: [0.0], 1: [25.0, 12.0], 2: [20.5]}
-    made, asked = curator(answers, rounds=9)
-    views, told = made(drawn(answers))
-    assert told["curate_rounds"] == len(asked) == 1 and told["curate_violating"] == 0
-    assert 0 < told["curate_violating_before"] < 1 and seen(answers, views)[1, 1] == 12.0
+    plugin, asked = curator(answers, rounds=9)
+    views, figures = plugin(drawn(answers))
+    assert figures["curate_rounds"] == len(asked) == 1 and figures["curate_violating"] == 0
+    assert 0 < figures["curate_violating_before"] < 1 and seen(answers, views)[1, 1] == 12.0
 
 
 def test_before_the_warm_up_is_over_nothing_happens() -> None:
     answers = {0: [0.0], 1: [99.0], 2: [20.0]}
-    made, asked = curator(answers, warmup=0.6)
-    assert made.starts == 2
+    plugin, asked = curator(answers, warmup=0.6)
+    assert plugin.starts == 2
     batch = drawn(answers)
-    assert made(batch) == (batch, {}) and not asked
+    assert plugin(batch) == (batch, {}) and not asked
 
 
 @pytest.mark.parametrize("model", ["snapshot", "live"])
@@ -152,14 +152,14 @@ def test_a_snapshot_is_of_the_end_of_the_previous_epoch(model: str) -> None:
         weights.append(float(model.weight))
         return torch.tensor([[[0.0], [10.0]]] * 2)
 
-    made = Curator(model=model, distance="euclidean", warmup=0.0)
-    made.prepare(live, embed, 9)
+    plugin = Curator(model=model, distance="euclidean", warmup=0.0)
+    plugin.prepare(live, embed, 9)
     batches = [Batch(torch.arange(2), -torch.ones(2), epoch=epoch) for epoch in (1, 1, 2, 2)]
     for step, batch in enumerate(batches):
         live.weight.data.fill_(float(step))
-        made(batch)
+        plugin(batch)
     assert weights == ([0.0, 0.0, 2.0, 2.0] if model == "snapshot" else [0.0, 1.0, 2.0, 3.0])
-    assert bool(list(made.state_dict())) and ("snapshot.weight" in made.state_dict()) == (model == "snapshot")
+    assert bool(list(plugin.state_dict())) and ("snapshot.weight" in plugin.state_dict()) == (model == "snapshot")
 
 
 @pytest.mark.parametrize("together", [False, True])
@@ -169,7 +169,7 @@ def test_a_rank_without_violators_takes_as_many_rounds(together: bool) -> None:
     With a model that is divided over ranks it embeds as many samples as the other one, without any effect.
     """
     answers = {0: [0.0], 1: [10.0], 2: [20.0], 3: [30.0]}
-    made, asked = curator(answers, together, rounds=2)
+    plugin, asked = curator(answers, together, rounds=2)
     other = torch.tensor([[[500.0], [600.0]], [[800.0], [900.0]]])  # views x samples: far apart, and close together
     calls = []
 
@@ -179,9 +179,9 @@ def test_a_rank_without_violators_takes_as_many_rounds(together: bool) -> None:
             return torch.cat([x, other], dim=1)
         return torch.cat([x, x.new_tensor([500.0, 500.0] if len(calls) % 3 == 2 else [1.0, 1.0])])
 
-    views, told = made(drawn(answers).take(slice(2)), gather, 0)
-    assert asked == [[0, 0]] * 2 * together and told["curate_rounds"] == 2 and len(calls) == 9
-    assert told["curate_violating"] == 0.5 and views.attempt.tolist() == [0, 0]
+    views, figures = plugin(drawn(answers).take(slice(2)), gather, 0)
+    assert asked == [[0, 0]] * 2 * together and figures["curate_rounds"] == 2 and len(calls) == 9
+    assert figures["curate_violating"] == 0.5 and views.attempt.tolist() == [0, 0]
 
 
 def test_rows_do_not_depend_on_the_batch() -> None:
@@ -189,9 +189,9 @@ def test_rows_do_not_depend_on_the_batch() -> None:
     built = api.prepare(
         "digits-canvas", subset=80, batch_size=16, epochs=2, settings={"curate.name": "redraw"}, fuse="set"
     )
-    made, batch = built.step.curator, next(iter(built.loader.epoch(1)))
-    whole = made._embed(made.snapshot, batch)
-    alone = made._embed(made.snapshot, batch.take(slice(3, 4)))
+    plugin, batch = built.step.curator, next(iter(built.loader.epoch(1)))
+    whole = plugin._embed(plugin.snapshot, batch)
+    alone = plugin._embed(plugin.snapshot, batch.take(slice(3, 4)))
     torch.testing.assert_close(whole[:, 3:4], alone)
     assert built.network.training, "the network is back in training mode"
 
@@ -203,17 +203,17 @@ def test_redrawing_is_repeatable_and_independent(crops: str) -> None:
         settings={"curate.name": "redraw", "views.name": "simclr_cifar"},
     )  # fmt: skip
     batch = next(iter(built.loader.epoch(1)))
-    some = torch.tensor([2, 7])
+    chosen = torch.tensor([2, 7])
     tries = replace(batch, attempt=torch.arange(16) % 3)  # different samples
     mixed = built.views(tries).images
     whole, first, again, other = (
         built.views(replace(batch, attempt=torch.full((16,), n)).take(places)).images
-        for n, places in ((1, slice(16)), (1, some), (1, some), (2, some))
+        for n, places in ((1, slice(16)), (1, chosen), (1, chosen), (2, chosen))
     )
     for view in range(2):
         assert torch.equal(first[view], again[view]) and not torch.equal(first[view], other[view])
-        torch.testing.assert_close(first[view], whole[view][some])
-        assert not torch.allclose(first[view], built.views(batch).images[view][some])
+        torch.testing.assert_close(first[view], whole[view][chosen])
+        assert not torch.allclose(first[view], built.views(batch).images[view][chosen])
         torch.testing.assert_close(mixed[view][[1, 7]], whole[view][[1, 7]])
         torch.testing.assert_close(mixed[view][::3], built.views(batch).images[view][::3])
 
@@ -244,7 +244,7 @@ def test_streamed_data_are_curated_as_resident_ones(tmp_path: Path) -> None:
     """With streaming and curation whole canvases are passed: the same views, redrawn in the same way."""
     data = photos(tmp_path / "photos")
     settings = {"curate.name": "redraw", "encoder.name": "tiny", "cache_on_device": None, "curate.rounds": 2}
-    given = {
+    options = {
         "image_size": 32,
         "batch_size": 16,
         "epochs": 2,
@@ -253,10 +253,10 @@ def test_streamed_data_are_curated_as_resident_ones(tmp_path: Path) -> None:
         "precision": "float32",
     }
     resident = api.prepare(
-        str(data), cache_on_device=True, **(given | {"settings": settings | {"cache_on_device": True}})
+        str(data), cache_on_device=True, **(options | {"settings": settings | {"cache_on_device": True}})
     )
     streamed = api.prepare(
-        str(data), cache_on_device=False, **(given | {"settings": settings | {"cache_on_device": False}})
+        str(data), cache_on_device=False, **(options | {"settings": settings | {"cache_on_device": False}})
     )
     assert resident.loader.held is not None and streamed.loader.held is None
     for one, other in itertools.islice(zip(resident.loader.epoch(1), streamed.loader.epoch(1), strict=True), 2):

@@ -23,12 +23,12 @@ def make(kind: str, **options: object) -> Fusion:
     return FUSIONS[kind](**(GIVEN | options)).double()
 
 
-def some(n: int = 6, size: int = 8) -> Tensor:
+def random_images(n: int = 6, size: int = 8) -> Tensor:
     return torch.randn(n, 3, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
 def test_a_patch_is_a_row_as_in_equation_2() -> None:
-    images = some(2, 224)
+    images = random_images(2, 224)
     tokens = patches(images, 16)
     assert tokens.shape == (2, 196, 768)
     torch.testing.assert_close(tokens[1, 15].view(16, 16, 3), images[1, :, 16:32, 16:32].permute(1, 2, 0))
@@ -80,7 +80,7 @@ def literal(fusion: ConvFusion, images: Tensor) -> Tensor:
 @pytest.mark.parametrize("options", [{}, {"relu": True}, {"layers": 2, "bottleneck": 2}, {"patch": 2, "bottleneck": 1}])
 def test_conv_is_the_papers_module(options: dict) -> None:
     fusion = make("conv", **{"bottleneck": 3} | options)
-    torch.testing.assert_close(fusion(some()), literal(fusion, some()), rtol=0, atol=1e-10)
+    torch.testing.assert_close(fusion(random_images()), literal(fusion, random_images()), rtol=0, atol=1e-10)
 
 
 @KINDS
@@ -89,29 +89,29 @@ def test_before_normalisation_means_on_the_images_own_values(kind: str, relu: bo
     before, after = (make(kind, where=where, relu=relu, bottleneck=2) if kind == "conv" else
                      make(kind, where=where, relu=relu) for where in ("before", "after"))  # fmt: skip
     mean, std = (torch.tensor(GIVEN[k], dtype=torch.float64).view(3, 1, 1) for k in ("mean", "std"))
-    expected = (after(some() * std + mean) - mean) / std
-    torch.testing.assert_close(before(some()), expected)
+    expected = (after(random_images() * std + mean) - mean) / std
+    torch.testing.assert_close(before(random_images()), expected)
 
 
 def test_fusion_of_a_set_does_not_depend_on_order_or_size() -> None:
-    fusion, images = make("set"), some(6)
+    fusion, images = make("set"), random_images(6)
     order = torch.tensor([3, 1, 5, 0, 2, 4])
     torch.testing.assert_close(fusion(images[order]), fusion(images)[order])
-    assert fusion(some(9)).shape == (9, 3, 8, 8)
+    assert fusion(random_images(9)).shape == (9, 3, 8, 8)
     moved = images.clone()
     moved[5] += 1
     assert not torch.equal(fusion(moved)[:5], fusion(images)[:5]), "no sample saw another"
 
 
 def test_conv_depends_on_the_order_and_set_does_not() -> None:
-    fusion, images = make("conv", bottleneck=2), some(6)
+    fusion, images = make("conv", bottleneck=2), random_images(6)
     order = torch.tensor([3, 1, 5, 0, 2, 4])
     assert not torch.allclose(fusion(images[order]), fusion(images)[order])
 
 
 @KINDS
 def test_evaluation_mode_is_the_identity_without_a_declared_group(kind: str) -> None:
-    fusion, images = make(kind, **({"bottleneck": 2} if kind == "conv" else {})), some()
+    fusion, images = make(kind, **({"bottleneck": 2} if kind == "conv" else {})), random_images()
     trained = fusion(images)
     fusion.eval()
     assert fusion(images) is images
@@ -123,13 +123,13 @@ def test_evaluation_mode_is_the_identity_without_a_declared_group(kind: str) -> 
 @KINDS
 def test_no_layers_are_the_bare_method(kind: str) -> None:
     fusion = make(kind, layers=0)
-    assert fusion(some()) is not None and torch.equal(fusion(some()), some()) and not list(fusion.parameters())
+    assert torch.equal(fusion(random_images()), random_images()) and not list(fusion.parameters())
 
 
 @KINDS
 def test_gradients_reach_every_parameter_and_the_images(kind: str) -> None:
     fusion = make(kind, layers=2, **({"bottleneck": 2} if kind == "conv" else {}))
-    images = some().requires_grad_()
+    images = random_images().requires_grad_()
     fusion(images).pow(3).sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in (*fusion.parameters(), images))
 
@@ -140,8 +140,8 @@ def test_a_group_in_two_parts_is_the_group(kind: str) -> None:
     options = {"bottleneck": 2} if kind == "conv" else {}
     whole, parts = make(kind, **options), make(kind, **options)
     weight = torch.randn(6, 3, 8, 8, dtype=torch.float64)
-    (whole(some()) * weight).sum().backward()
-    halves = some().chunk(2)
+    (whole(random_images()) * weight).sum().backward()
+    halves = random_images().chunk(2)
     for rank in range(2):
         parts.gather = lambda x: torch.cat(halves)
         parts.own = lambda x, rank=rank: x.chunk(2)[rank]
@@ -153,9 +153,9 @@ def test_a_group_in_two_parts_is_the_group(kind: str) -> None:
 @KINDS
 def test_bfloat16_is_close_and_keeps_its_type(kind: str) -> None:
     fusion = make(kind, **({"bottleneck": 2} if kind == "conv" else {})).float()
-    exact = fusion(some().float())
+    exact = fusion(random_images().float())
     with torch.autocast("cpu", torch.bfloat16):
-        rounded = fusion(some().float())
+        rounded = fusion(random_images().float())
     assert rounded.dtype == torch.float32
     assert (exact - rounded).abs().mean() < 0.03
 
@@ -186,7 +186,7 @@ def network(kind: str = "set", **options: object) -> Network:
 def test_network_fuses_the_views_with_the_given_numbers() -> None:
     one, plain = network(), network()
     plain.fuse = None
-    a, b = some(6).float(), some(6).float().flip(0)
+    a, b = random_images(6).float(), random_images(6).float().flip(0)
     both = one([a, b])["projection"]
     torch.testing.assert_close(both[0], plain([a])["projection"][0])
     torch.testing.assert_close(both[1], plain([one.fuse(b)])["projection"][0])
@@ -196,13 +196,13 @@ def test_network_fuses_the_views_with_the_given_numbers() -> None:
 
 @pytest.mark.parametrize("joined", [False, True])
 def test_norm_statistics_come_from_plain_views_if_there_are_any(joined: bool) -> None:
-    a, b = some(6).float(), some(6).float().flip(0)
+    a, b = random_images(6).float(), random_images(6).float().flip(0)
 
     def left(views: list[Tensor], numbers: list[int], **options: object) -> Tensor:
-        made = network(**options)
-        made.joined = joined
-        made(views, numbers)
-        return made.encoder[1].running_mean
+        net = network(**options)
+        net.joined = joined
+        net(views, numbers)
+        return net.encoder[1].running_mean
 
     torch.testing.assert_close(left([a, b], [0, 1]), left([a], [0]))
     assert not torch.equal(left([a, b], [0, 1], remember="all"), left([a], [0]))

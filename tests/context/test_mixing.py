@@ -28,18 +28,18 @@ MIXABLE = [variant for variant in VARIANTS if create(variant).mixed_keys]
 def test_draws_are_pure_functions_of_key_and_place(name: str) -> None:
     """Every group is mixed within itself; its draws do not depend on the other groups, but on the key."""
     mixer, places = MIXERS[name](), torch.arange(24).view(3, 8)
-    found, again, other = (mixer.draw(key, places, (5, 7)) for key in (4, 4, 5))
+    draws, again, other = (mixer.draw(key, places, (5, 7)) for key in (4, 4, 5))
     size = mixer.size(8)
-    assert found.partner.shape == found.share.shape == (3, size)
-    for a, b in zip(vars(found).values(), vars(again).values(), strict=True):
+    assert draws.partner.shape == draws.share.shape == (3, size)
+    for a, b in zip(vars(draws).values(), vars(again).values(), strict=True):
         assert a is b is None or torch.equal(a, b)
-    assert not torch.equal(found.share, other.share)
+    assert not torch.equal(draws.share, other.share)
     single = mixer.draw(4, places[1:2], (5, 7))
-    assert torch.equal(single.partner[0], found.partner[1]) and torch.equal(single.share[0], found.share[1])
-    for partner in found.partner:
+    assert torch.equal(single.partner[0], draws.partner[1]) and torch.equal(single.share[0], draws.share[1])
+    for partner in draws.partner:
         assert sorted(partner.tolist()) == list(range(8 - size, 8))
-    assert ((found.share >= (0.5 if name == "imix" else 0)) & (found.share <= 1)).all()
-    assert (len(found.share.unique()) == 1) == (name == "unmix")
+    assert ((draws.share >= (0.5 if name == "imix" else 0)) & (draws.share <= 1)).all()
+    assert (len(draws.share.unique()) == 1) == (name == "unmix")
 
 
 @pytest.mark.parametrize("alpha", [0.3, 4.0])
@@ -116,8 +116,8 @@ def train_one(variant: str, plugs: str, groups: int, synced: bool, dropout: floa
 @pytest.mark.parametrize(("variant", "plugs"), PAIRS)
 @pytest.mark.parametrize(("world", "groups"), [(2, 1), (2, 2)])
 def test_ranks_equal_plain_autograd(variant: str, plugs: str, world: int, groups: int) -> None:
-    for found in on_ranks(world, train_one, variant, plugs, groups, False, 0.2):
-        assert_same(found, expected(variant, plugs, world * groups))
+    for result in on_ranks(world, train_one, variant, plugs, groups, False, 0.2):
+        assert_same(result, expected(variant, plugs, world * groups))
 
 
 @pytest.mark.slow
@@ -125,8 +125,8 @@ def test_ranks_equal_plain_autograd(variant: str, plugs: str, world: int, groups
 @pytest.mark.parametrize("name", MIXERS)
 def test_a_group_over_two_ranks_is_one_group(variant: str, name: str) -> None:
     whole = on_ranks(1, train_one, variant, name, 1, True, 0.0)[0]
-    for found in on_ranks(2, train_one, variant, name, 1, True, 0.0):
-        assert_same(found, whole)
+    for result in on_ranks(2, train_one, variant, name, 1, True, 0.0):
+        assert_same(result, whole)
 
 
 @pytest.mark.slow
@@ -158,9 +158,9 @@ def test_a_step_mixes_by_its_number_only() -> None:
     method, x = create("simclr"), torch.randn(8, 3, 5, 5, dtype=torch.float64)
 
     def mixed(step: int) -> list[Tensor]:
-        made = StepMixing(IMix(), method, 2, fold(3, step, MIXING), 2, 8, False)
-        images = [made.images(0, g, x[4 * g : 4 * g + 4]) for g in (1, 0)]
-        return [*images, made.mixture(0, x).positive, made.mixture(0, x).weight]
+        mixing = StepMixing(IMix(), method, 2, fold(3, step, MIXING), 2, 8, False)
+        images = [mixing.images(0, g, x[4 * g : 4 * g + 4]) for g in (1, 0)]
+        return [*images, mixing.mixture(0, x).positive, mixing.mixture(0, x).weight]
 
     one, _, again, other = (mixed(step) for step in (7, 8, 7, 9))
     assert all(torch.equal(a, b) for a, b in zip(one, again, strict=True))
@@ -171,13 +171,13 @@ def prepared(method: str, name: str, **fields: object) -> api.RunComponents:
     options = small.small_settings(method)
     if method == "swav":
         options |= {"method.queue_size": 0, "views.name": "simclr_cifar"}
-    given = {"subset": 40, "batch_size": 8, "context": 4, "epochs": 2, "device": "cpu", "mix": name} | fields
-    return api.prepare("digits-canvas", method, settings=options | given.pop("settings", {}), **given)
+    arguments = {"subset": 40, "batch_size": 8, "context": 4, "epochs": 2, "device": "cpu", "mix": name} | fields
+    return api.prepare("digits-canvas", method, settings=options | arguments.pop("settings", {}), **arguments)
 
 
 @pytest.mark.grid(2)
 @pytest.mark.parametrize("name", MIXERS)
-@pytest.mark.parametrize("method", [name for name, made in METHODS.items() if made.mixed_keys and not made.teacher])
+@pytest.mark.parametrize("method", [name for name, cls in METHODS.items() if cls.mixed_keys and not cls.teacher])
 @pytest.mark.parametrize("more", [{}, {"fuse": "set"}, {"attend": "batchformer"}, {"shuffle_groups": True},
                                   {"settings": {"curate.name": "redraw", "curate.warmup": 0.0}},
                                   {"negatives": "drop-similar"}])  # fmt: skip

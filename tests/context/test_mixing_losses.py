@@ -229,8 +229,8 @@ def of_negatives(
 def of_relation(m: Method, q: Rows, k: Tensor, p: int, i: int, batch: Batch) -> Tensor:
     rows = [*(unit(k) if m.candidates == "batch" else [unit(k)[p]]), *m.queue.rows]
     target = torch.stack([unit(k)[p] @ row / m.teacher_temperature for row in rows]).softmax(0)
-    found = torch.stack([unit(q["projection"])[i] @ row / m.temperature for row in rows]).log_softmax(0)
-    return -(target * found).sum()
+    predicted = torch.stack([unit(q["projection"])[i] @ row / m.temperature for row in rows]).log_softmax(0)
+    return -(target * predicted).sum()
 
 
 LITERAL: dict[str, Callable[..., Tensor]] = {
@@ -247,7 +247,7 @@ LITERAL: dict[str, Callable[..., Tensor]] = {
     "sigmoid": of_sigmoid,
     "swav-plain": of_swav,
     "pcl": of_pcl,
-    "hcl": lambda m, *given: of_negatives(m, *given, Negatives(tau_plus=m.tau_plus, beta=m.beta)),
+    "hcl": lambda m, *arguments: of_negatives(m, *arguments, Negatives(tau_plus=m.tau_plus, beta=m.beta)),
     "relation": of_relation,
     "relation-own": of_relation,
 }
@@ -281,12 +281,12 @@ def test_the_loss_of_mixed_rows_as_loops(variant: str) -> None:
     method = create(variant).double()
     query, keys, batch = some_rows(method)
     mixture = pairs()
-    found = method.mixed_loss(query, keys, mixture, batch)
+    actual = method.mixed_loss(query, keys, mixture, batch)
     key = next(reversed(keys.values()))[0]
     expected = by_loops(mixture, lambda p, i: LITERAL[variant](method, query, key, p, i, batch))
-    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
     head = "prototypes" if "prototypes" in method.online else method.online[0]
-    slopes = [torch.autograd.grad(loss, query[head])[0] for loss in (found, expected)]
+    slopes = [torch.autograd.grad(loss, query[head])[0] for loss in (actual, expected)]
     torch.testing.assert_close(*slopes, rtol=1e-9, atol=1e-12)
 
 
@@ -313,17 +313,17 @@ def test_negatives_of_mixed_rows_as_loops(variant: str, kind: str) -> None:
     method.weighting = KINDS[kind]
     batch = replace(batch, same=KINDS[kind].same)
     mixture = pairs(candidates="own" if own else "batch")
-    found = method.mixed_loss(query, keys, mixture, batch)
+    actual = method.mixed_loss(query, keys, mixture, batch)
     key, weighting = next(reversed(keys.values()))[0], KINDS[kind]
     if own:  # only rows of the queue are negatives
         weighting = replace(weighting, same=torch.zeros(6).long())
     scale = 4 * method.temperature if variant == "mocov3" else 1
     queue = method.queue.rows if variant.startswith("moco") and variant != "mocov3" else None
-    given = weighting, queue
-    expected = scale * by_loops(mixture, lambda p, i: of_negatives(method, query, key, p, i, batch, *given))
-    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+    extra = weighting, queue
+    expected = scale * by_loops(mixture, lambda p, i: of_negatives(method, query, key, p, i, batch, *extra))
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
     head = method.online[0]
-    torch.testing.assert_close(*(torch.autograd.grad(x, query[head])[0] for x in (found, expected)))
+    torch.testing.assert_close(*(torch.autograd.grad(x, query[head])[0] for x in (actual, expected)))
 
 
 def test_supcon_leaves_out_similar_samples_of_other_classes_than_a_mixed_ones() -> None:

@@ -62,8 +62,8 @@ def test_known_groups_and_samples_without_one() -> None:
     drop = DropSimilar(by="group")
     drop.prepare(None)
     batch = Batch(torch.arange(6), torch.zeros(6).long(), group=torch.tensor([7, -1, 7, 2, -1, 7]))
-    found, figures = drop(batch, lambda x, dim: x, 0)
-    same = found.same.tolist()
+    grouped, figures = drop(batch, lambda x, dim: x, 0)
+    same = grouped.same.tolist()
     assert same[0] == same[2] == same[5] and len(set(same)) == 4 and figures == {"dropped_pairs": 3.0}
 
 
@@ -71,9 +71,9 @@ def test_known_groups_and_samples_without_one() -> None:
 @pytest.mark.parametrize(("variant", "plug"), FITS)
 @pytest.mark.parametrize("groups", [1, 4])
 def test_groups_equal_plain_autograd(variant: str, plug: str, groups: int) -> None:
-    found, expected = train(variant, N, groups, plugs=(plug,)), literal(variant, N, groups, plugs=(plug,))
-    assert_same(found, expected)
-    assert found["loss"] != train(variant, N, groups)["loss"]
+    actual, expected = train(variant, N, groups, plugs=(plug,)), literal(variant, N, groups, plugs=(plug,))
+    assert_same(actual, expected)
+    assert actual["loss"] != train(variant, N, groups)["loss"]
 
 
 def train_one(variant: str, plug: str, groups: int) -> dict:
@@ -84,8 +84,8 @@ def train_one(variant: str, plug: str, groups: int) -> dict:
 @pytest.mark.parametrize(("variant", "plug"), FITS)
 @pytest.mark.parametrize(("world", "groups"), [(2, 1), (2, 2)])
 def test_ranks_equal_plain_autograd(variant: str, plug: str, world: int, groups: int) -> None:
-    for found in on_ranks(world, train_one, variant, plug, groups):
-        assert_same(found, literal(variant, N, world * groups, plugs=(plug,)))
+    for result in on_ranks(world, train_one, variant, plug, groups):
+        assert_same(result, literal(variant, N, world * groups, plugs=(plug,)))
 
 
 def test_wrong_values_are_refused() -> None:

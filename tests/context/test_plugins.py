@@ -40,8 +40,8 @@ def train_one(variant: str, plugs: str, groups: int, synced: bool, dropout: floa
 @pytest.mark.parametrize(("variant", "plugs"), PAIRS)
 @pytest.mark.parametrize(("world", "groups"), [(2, 1), (2, 2)])
 def test_ranks_equal_plain_autograd(variant: str, plugs: str, world: int, groups: int) -> None:
-    for found in on_ranks(world, train_one, variant, plugs, groups, False, 0.2):
-        assert_same(found, expected(variant, plugs, world * groups))
+    for result in on_ranks(world, train_one, variant, plugs, groups, False, 0.2):
+        assert_same(result, expected(variant, plugs, world * groups))
 
 
 @pytest.mark.slow
@@ -52,5 +52,5 @@ def test_a_group_over_two_ranks_is_one_group(variant: str, plugs: str) -> None:
     # Norms over ranks add in another order, and W-MSE whitens 4 samples in 2 dimensions here: a condition number of
     # 20,000 (measured) amplifies that rounding more than in any other method.
     tolerance = 1e-10 if variant == "wmse" else 1e-12
-    for found in on_ranks(2, train_one, variant, plugs, 1, True, 0.0):
-        assert_same(found, whole, tolerance)
+    for result in on_ranks(2, train_one, variant, plugs, 1, True, 0.0):
+        assert_same(result, whole, tolerance)

@@ -119,8 +119,8 @@ def _like(source, path):
 
 class TestKey:
     def test_key_of_a_folder(self, root, photos):
-        def key(data=photos, canvas=12, **given):
-            return decoded_cache.place(open_data(data, **given), canvas)
+        def key(data=photos, canvas=12, **settings):
+            return decoded_cache.place(open_data(data, **settings), canvas)
 
         was = key()
         assert was.parent == root and key() == was and key(canvas=11) != was and key(channels=1) != was
@@ -343,8 +343,8 @@ class TestTogether:
     def test_writers_at_once(self, root, photos):
         source = open_data(photos)
         with ThreadPoolExecutor(6) as pool:
-            found = list(pool.map(lambda _: hold(source), range(12)))
-        for held in found:
+            copies = list(pool.map(lambda _: hold(source), range(12)))
+        for held in copies:
             same(held, source)
             assert any(word in held.notes[0] for word in ("cached in", "from the cache"))
         assert len(cache.entries()) == 1 and not half_written(root)

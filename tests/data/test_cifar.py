@@ -148,10 +148,10 @@ class Call:
     """Object that unpickles as the result of a function call."""
 
     def __init__(self, function, *arguments):
-        self.made = (function, arguments)
+        self.reduced = (function, arguments)
 
     def __reduce__(self):
-        return self.made
+        return self.reduced
 
 
 def hostile(sentinel):

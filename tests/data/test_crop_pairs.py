@@ -72,12 +72,12 @@ def test_definitions_are_strict(first, second, expected):
 
 def positions(extent: int, a: int, b: int, nested: bool) -> list[tuple[int, int, int]]:
     """Enumerate all pairs of starts of two intervals, each with its relation: 0 apart, 1 across, 2 inside."""
-    found = []
+    pairs = []
     for s, t in itertools.product(range(extent - a + 1), range(extent - b + 1)):
         apart = s + a < t or t + b < s
         inside = nested and ((s < t and t + b < s + a) or (t < s and s + a < t + b))
-        found.append((s, t, 0 if apart else 2 if inside else 1))
-    return found
+        pairs.append((s, t, 0 if apart else 2 if inside else 1))
+    return pairs
 
 
 SIZES = [((5, 7), (2, 3)), ((2, 3), (6, 6)), ((6, 2), (2, 6)), ((9, 12), (9, 12)), ((1, 1), (3, 3)), ((4, 4), (5, 5))]
@@ -95,9 +95,9 @@ def test_counts_and_chances_equal_enumeration(a, b):
     boxes = torch.tensor([[(y[k], x[k], *box) for y in axes[0] for x in axes[1]] for k, box in ((0, a), (1, b))])
     shares = configuration(boxes).bincount(minlength=3).double() / boxes.shape[1]
     for code in range(3):
-        found = crop_pairs.chances(torch.tensor([code]), tensors[0], tensors[1][:, None], tensors[2][:, None])
-        assert found.item() == pytest.approx(shares[code].item(), abs=1e-6)
-        assert (found > 0).item() == (shares[code] > 0).item()
+        chance = crop_pairs.chances(torch.tensor([code]), tensors[0], tensors[1][:, None], tensors[2][:, None])
+        assert chance.item() == pytest.approx(shares[code].item(), abs=1e-6)
+        assert (chance > 0).item() == (shares[code] > 0).item()
 
 
 @pytest.mark.parametrize("a, b", SIZES)
@@ -144,18 +144,18 @@ def test_views_that_differ_keep_their_own_areas_and_shapes():
 
 
 def test_default_pairs_have_the_shares_of_figure_3():
-    found = count_configurations("default", (32, 32), 100_000)
-    for ours, paper in zip(found.shares, PAPER_SHARES, strict=True):
+    statistics = count_configurations("default", (32, 32), 100_000)
+    for ours, paper in zip(statistics.shares, PAPER_SHARES, strict=True):
         assert abs(ours - paper) < 0.003  # 2.5 standard errors of 100,000 pairs, which are fixed
-    assert abs(found.area - PAPER_AREA["default"]) < 0.01
+    assert abs(statistics.area - PAPER_AREA["default"]) < 0.01
 
 
 @pytest.mark.parametrize("name", CROPS)
 def test_average_areas_are_those_of_table_1(name):
-    found = count_configurations(name, (32, 32), 3000)
-    assert abs(found.area - PAPER_AREA[name]) < 0.015
+    statistics = count_configurations(name, (32, 32), 3000)
+    assert abs(statistics.area - PAPER_AREA[name]) < 0.015
     configurations = CROPS[name].configurations
-    for code, share in enumerate(found.shares):
+    for code, share in enumerate(statistics.shares):
         if configurations:
             expected = (code in configurations) / len(configurations)
             assert abs(share - expected) < 0.02 * (0 < expected < 1) + 1e-12
@@ -205,8 +205,8 @@ def test_an_image_too_small_is_cut_as_by_default():
     for height, width in ((1, 1), (2, 2), (1, 9)):
         default = pair("default", 50, height, width)
         assert torch.equal(pair("global-local", 50, height, width), default)
-    found = configuration(pair("equal", 3000, 2, 2))
-    assert not (found == GLOBAL_LOCAL).any()
+    codes = configuration(pair("equal", 3000, 2, 2))
+    assert not (codes == GLOBAL_LOCAL).any()
     assert torch.equal(pair("global-local-big", 50, 20, 200), pair("big", 50, 20, 200)), "big and inside: no room"
 
 
@@ -328,14 +328,14 @@ def test_scales_change_every_view_and_default_none():
 
 
 def test_errors_say_what_to_do():
-    for name, views, said in (
+    for name, views, message in (
         ("globallocal", PRESETS["simclr"](), "global-local, adjacent"),
         ("adjacent", PRESETS["digits"](), "cut at random"),
         ("big", PRESETS["digits"](), "cut at random"),
         ("equal", PRESETS["swav"](), "8 views"),
         ("global-local-big", PRESETS["supervised"](), "1 views"),
     ):
-        with pytest.raises(ConfigError, match=said):
+        with pytest.raises(ConfigError, match=message):
             arrange(name, views)
     with pytest.raises(ConfigError, match="two views"):
         Views((View(32),) * 3, [0.5] * 3, [0.5] * 3, crop_pairs.CropPairs((0,), *DEFAULT))
@@ -349,11 +349,11 @@ def run(line: str) -> Result:
 
 
 def test_coverage_equals_a_literal_count():
-    found = count_configurations("adjacent", (7, 11), 200, seed=5)
+    statistics = count_configurations("adjacent", (7, 11), 200, seed=5)
     expected = torch.zeros(7, 11)
     for top, left, h, w in pair("adjacent", 200, 7, 11, seed=5).flatten(0, 1).tolist():
         expected[top : top + h, left : left + w] += 1
-    torch.testing.assert_close(found.coverage, expected / expected.max())
+    torch.testing.assert_close(statistics.coverage, expected / expected.max())
 
 
 def test_chunks_change_nothing(monkeypatch):
@@ -378,10 +378,10 @@ def test_command_counts_prints_and_draws(tmp_path: Path):
     assert done.exit_code == 0 and "17.27%" in done.stdout and "global-local" in done.stdout
     assert Image.open(tmp_path / "crops.png").format == "PNG"
     done = run(f"crops --crops all --size 24x48 --pairs 100 --seed 1 --json -o {tmp_path / 'all.png'}")
-    told = json.loads(done.stdout)
-    assert done.exit_code == 0 and list(told["crops"]) == list(CROPS) and told["size"] == [24, 48]
-    assert told["crops"]["adjacent"]["adjacent"] == 1.0 and (tmp_path / "all.png").stat().st_size > 10_000
-    assert told["crops"]["big"]["area"] == count_configurations("big", (24, 48), 100, 1).area
+    report = json.loads(done.stdout)
+    assert done.exit_code == 0 and list(report["crops"]) == list(CROPS) and report["size"] == [24, 48]
+    assert report["crops"]["adjacent"]["adjacent"] == 1.0 and (tmp_path / "all.png").stat().st_size > 10_000
+    assert report["crops"]["big"]["area"] == count_configurations("big", (24, 48), 100, 1).area
     assert "17.27%" not in run("crops --pairs 100 --size 33").stdout, "the paper's shares are those of 32 pixels"
     assert run("crops --sampler torchvision --pairs 50 --crops big").exit_code == 0
 
@@ -391,8 +391,8 @@ def test_the_help_s_examples_are_valid_command_lines(monkeypatch):
     examples = [line.strip() for line in shown.splitlines() if line.strip().startswith("inbatch crops")]
     drawn = []
 
-    def cut(*given):
-        drawn.append(given[:3])
+    def cut(*arguments):
+        drawn.append(arguments[:3])
         raise ConfigError("parsed")
 
     monkeypatch.setattr("inbatch.apps.reports.crop_statistics.count_configurations", cut)
@@ -405,7 +405,7 @@ def test_the_help_s_examples_are_valid_command_lines(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "line, said",
+    "line, message",
     [
         ("--size 1", "from 2 to"),
         ("--size 32x", "--size 32x"),
@@ -416,9 +416,9 @@ def test_the_help_s_examples_are_valid_command_lines(monkeypatch):
         ("--sampler torchvision --crops equal", "default, big, small"),
     ],
 )
-def test_bad_input_ends_in_a_sentence(line: str, said: str):
+def test_bad_input_ends_in_a_sentence(line: str, message: str):
     done = run(f"crops {line}")
-    assert done.exit_code == 2 and done.stderr.startswith("error: ") and said in done.stderr and not done.stdout
+    assert done.exit_code == 2 and done.stderr.startswith("error: ") and message in done.stderr and not done.stdout
     assert json.loads(run(f"crops {line} --json").stdout)["exit_code"] == 2
 
 

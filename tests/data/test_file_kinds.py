@@ -69,14 +69,14 @@ class TestAlpha:
         for name, array in (("half", half), ("full", np.where(half == 7, 255, half).astype(np.uint8)),
                             ("none", INFRARED[..., :3])):  # fmt: skip
             (tmp_path / f"{name}.png").write_bytes(encoded(array, "PNG"))
-        found = survey_data(tmp_path)
-        assert found["alpha"]["images"] == 2 and found["alpha"]["not_opaque"] == 0.25
-        assert found["alpha"]["files"] == [{"image": "full.png", "not_opaque": 0.0},
+        report = survey_data(tmp_path)
+        assert report["alpha"]["images"] == 2 and report["alpha"]["not_opaque"] == 0.25
+        assert report["alpha"]["files"] == [{"image": "full.png", "not_opaque": 0.0},
                                            {"image": "half.png", "not_opaque": 0.5}]  # fmt: skip
-        assert dict(report_rows(found))["alpha"] == "2 images; 25.0% of their pixels are not opaque (laid on white)"
-        assert any("half.png 50%" in note and "--set channels=4 keeps it" in note for note in notes(found))
-        (said,) = decode_all(open_data(tmp_path)).notes
-        assert said.startswith("1 image with alpha laid on white") and "--set channels=4" in said
+        assert dict(report_rows(report))["alpha"] == "2 images; 25.0% of their pixels are not opaque (laid on white)"
+        assert any("half.png 50%" in note and "--set channels=4 keeps it" in note for note in notes(report))
+        (remark,) = decode_all(open_data(tmp_path)).notes
+        assert remark.startswith("1 image with alpha laid on white") and "--set channels=4" in remark
         (tmp_path / "none.png").unlink()
         kept = survey_data(tmp_path, settings={"channels": 4})
         assert not kept["unreadable"] and dict(report_rows(kept))["alpha"].endswith("(kept as a channel)")
@@ -115,11 +115,11 @@ class TestWarnings:
         assert (warnings.filters, warnings.showwarning, warnings.warn) == before
 
     def test_counted_in_the_report(self, folder, recwarn):
-        found = survey_data(folder)
-        assert found["warnings"]["images"] == 6 and found["warnings"]["texts"] == {"Truncated File Read": 6}
-        assert [one["image"] for one in found["warnings"]["files"]] == [f"{i}.jpg" for i in range(6)]
-        assert dict(report_rows(found))["warnings"] == "Pillow warned about 6 images"
-        assert notes(found)[-2:] == [
+        report = survey_data(folder)
+        assert report["warnings"]["images"] == 6 and report["warnings"]["texts"] == {"Truncated File Read": 6}
+        assert [one["image"] for one in report["warnings"]["files"]] == [f"{i}.jpg" for i in range(6)]
+        assert dict(report_rows(report))["warnings"] == "Pillow warned about 6 images"
+        assert notes(report)[-2:] == [
             "Pillow warned about 6 images: Truncated File Read",
             "Warnings were about: 0.jpg, 1.jpg, 2.jpg and 3 more (--json names all)",
         ]
@@ -133,8 +133,8 @@ class TestWarnings:
             loader = Loader(open_data(folder), batch=7, views=views, seed=1, resident=False, workers=0, whole=whole)
             assert loader.new_remarks() == []
             list(loader.epoch(0))
-            (said,) = loader.new_remarks()
-            assert "about 6 images" in said and loader.new_remarks() == []
+            (remark,) = loader.new_remarks()
+            assert "about 6 images" in remark and loader.new_remarks() == []
         assert not recwarn.list
 
     def test_each_thread_has_its_own_and_the_last_ends_the_redirection(self, recwarn):
@@ -201,9 +201,9 @@ class TestNetpbm:
         files = [pgm(RNG.integers(512, 1024, (5, 7))) for _ in range(3)]
         rows = [{"bytes": data, "path": f"{i}.pgm"} for i, data in enumerate(files)]
         parquet.write_table(arrow.table({"image": rows}), tmp_path / "train.parquet")
-        found = survey_data(tmp_path, settings={"channels": 1})
-        assert found["levels"] == [512, 1023] and found["bits"] == {"12": 3} and found["formats"] == {"PPM": 3}
-        assert notes(found)[0].startswith("Of 12 bits a run keeps the upper 8; all values lie from 512 to 1023")
+        report = survey_data(tmp_path, settings={"channels": 1})
+        assert report["levels"] == [512, 1023] and report["bits"] == {"12": 3} and report["formats"] == {"PPM": 3}
+        assert notes(report)[0].startswith("Of 12 bits a run keeps the upper 8; all values lie from 512 to 1023")
 
 
 class TestNames:

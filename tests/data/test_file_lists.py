@@ -246,5 +246,5 @@ def test_levels_and_channels_are_those_of_the_files(tmp_path):
     scan = np.array([[0, 1000], [2048, 4095]], np.uint16)
     Image.fromarray(scan).save(tmp_path / "scan.png")
     (tmp_path / "list.csv").write_text("path,label\nscan.png,0\n")
-    found = open_data(tmp_path / "list.csv", channels=1, levels=(0, 4095)).image(0)
-    assert found[0].flatten().tolist() == [0, 62, 128, 255]
+    pixels = open_data(tmp_path / "list.csv", channels=1, levels=(0, 4095)).image(0)
+    assert pixels[0].flatten().tolist() == [0, 62, 128, 255]

@@ -71,23 +71,23 @@ def again(folder):
 
 def literal(folder):
     """Compute the specified result literally: every path under the folder, sorted as bytes."""
-    found = []
+    paths = []
     for where, folders, files in os.walk(os.fsencode(folder)):
         folders[:] = [name for name in folders if not name.startswith(b".")]
-        found += [
+        paths += [
             os.path.relpath(os.path.join(where, name), os.fsencode(folder))
             for name in files
             if not name.startswith(b".") and os.path.splitext(name)[1].lower() in EXTENSIONS
         ]
-    return np.sort(np.array(found, dtype=np.bytes_)).tolist() if found else []
+    return np.sort(np.array(paths, dtype=np.bytes_)).tolist() if paths else []
 
 
 class TestNames:
     def test_packed_names_behave_as_a_list(self):
-        given = [b"", b"a", b"\xff/x y\n", b"z" * 300, b"b"]
-        names = Names(given)
-        assert len(names) == 5 and list(names) == names.tolist() == given
-        assert names[-1] == b"b" and names[3] == given[3] and isinstance(names[0], bytes)
+        paths = [b"", b"a", b"\xff/x y\n", b"z" * 300, b"b"]
+        names = Names(paths)
+        assert len(names) == 5 and list(names) == names.tolist() == paths
+        assert names[-1] == b"b" and names[3] == paths[3] and isinstance(names[0], bytes)
         for wrong in (5, -6):
             with pytest.raises(IndexError):
                 names[wrong]
@@ -103,8 +103,8 @@ class TestOrder:
     def test_names_that_sort_about_a_slash(self, tmp_path):
         fill(tmp_path, *(f"{name}/1.png" for name in ("a", "a b", "a-b", "a.d", "a0", "A", "é", "a/a", "a/a.b")))
         fill(tmp_path, "a.png", "a!.png", "a/.png/2.png", "a/b.png", "a0.png", "a/a/0.png", "zz.JPG", ".x/1.png")
-        found = folder_scan.scan(tmp_path).paths.tolist()
-        assert found == literal(tmp_path) and len(found) == 15
+        paths = folder_scan.scan(tmp_path).paths.tolist()
+        assert paths == literal(tmp_path) and len(paths) == 15
 
     def test_any_tree(self, tmp_path):
         draw = random.Random(3)
@@ -117,8 +117,8 @@ class TestOrder:
             path = tmp_path.joinpath(*parts)
             path.mkdir(parents=True, exist_ok=True)
             (path / (draw.choice("ab-.0") + draw.choice((".png", ".jpeg", ".txt")))).touch()
-        found = folder_scan.scan(tmp_path).paths.tolist()
-        assert found == literal(tmp_path) and len(found) > 100
+        paths = folder_scan.scan(tmp_path).paths.tolist()
+        assert paths == literal(tmp_path) and len(paths) > 100
 
     def test_first_of_two_links_by_name_is_followed(self, tmp_path):
         """By the folder's name alone: `photos` before `photos-old`, whose images would sort first."""
@@ -209,8 +209,8 @@ class TestKept:
         (tree / "a" / "x.png").symlink_to(tree.parent / "later.png")
         assert b"a/x.png" not in again(tree).paths.tolist()
         fill(tree.parent, "later.png")
-        found = again(tree)
-        assert b"a/x.png" in found.paths.tolist() and (found.read, found.kept) == (1, 5)
+        scan = again(tree)
+        assert b"a/x.png" in scan.paths.tolist() and (scan.read, scan.kept) == (1, 5)
 
     def test_interrupted_scan_is_continued(self, root, tree, monkeypatch):
         real, names = os.scandir, []
@@ -225,8 +225,8 @@ class TestKept:
             again(tree)
         monkeypatch.setattr(os, "scandir", real)
         names = read(monkeypatch)
-        found = again(tree)
-        assert names == ["c"] and found.kept == 5 and found.paths.tolist() == literal(tree)
+        scan = again(tree)
+        assert names == ["c"] and scan.kept == 5 and scan.paths.tolist() == literal(tree)
 
     def test_killed_scan_is_continued_from_its_last_state(self, root, tree, monkeypatch):
         monkeypatch.setattr(folder_scan, "_EVERY", 0.0)
@@ -242,8 +242,8 @@ class TestKept:
         with pytest.raises(MemoryError):
             again(tree)
         monkeypatch.setattr(folder_scan, "_store", real)
-        found = again(tree)
-        assert stored == [1, 2, 3, 4] and (found.read, found.kept) == (2, 4) and found.paths.tolist() == literal(tree)
+        scan = again(tree)
+        assert stored == [1, 2, 3, 4] and (scan.read, scan.kept) == (2, 4) and scan.paths.tolist() == literal(tree)
 
     def test_short_scans_leave_nothing(self, root, tree, monkeypatch):
         monkeypatch.setattr(folder_scan, "WORTH", 60.0)
@@ -273,8 +273,8 @@ class TestKept:
             file.unlink()
         else:
             file.write_bytes(data if how == "flipped" else data[:-1])
-        found = again(tree)
-        assert found.paths.tolist() == literal(tree) and found.skipped == {".txt": 1}
+        scan = again(tree)
+        assert scan.paths.tolist() == literal(tree) and scan.skipped == {".txt": 1}
         assert again(tree).kept == 6  # a complete file has replaced it
 
     @pytest.mark.parametrize("text", ["[]", "null", "{}", '{"names": 0, "folders": 0, "skipped": []}'])
@@ -309,8 +309,8 @@ def test_a_long_path_costs_itself_alone(tmp_path):
             (tmp_path / f"{i:05d}" / "0.jpg").touch()
         else:
             os.link(tmp_path / f"{i // 1000 * 1000:05d}" / "0.jpg", tmp_path / f"{i // 1000 * 1000:05d}" / f"{i}.jpg")
-    found = folder_scan.scan(tmp_path)
-    assert len(found.paths) == 20_001 and len(pickle.dumps(found.paths)) < 20_001 * 25
+    scan = folder_scan.scan(tmp_path)
+    assert len(scan.paths) == 20_001 and len(pickle.dumps(scan.paths)) < 20_001 * 25
 
 
 def test_order_of_an_epoch_is_sent_to_workers_in_pieces(monkeypatch):

@@ -141,8 +141,8 @@ def test_batches_and_selections_keep_groups(listed: Path) -> None:
     assert Subset(source, torch.tensor([4, 0]), "chosen").groups.tolist() == [1, 0]
     views = Views(make_views("plain", {"size": 4}, 3), (0.5,) * 3, (0.5,) * 3)
     for resident in (True, False):
-        for given, expected in ((source, source.groups), (open_data(listed), None)):
-            loader = Loader(given, batch=2, views=views, seed=0, resident=resident, workers=0)
+        for data, expected in ((source, source.groups), (open_data(listed), None)):
+            loader = Loader(data, batch=2, views=views, seed=0, resident=resident, workers=0)
             for batch in loader.epoch(0):
                 if expected is None:
                     assert batch.group is None

@@ -38,8 +38,8 @@ def table(n=6, image="image", label="label", images=None, **more):
     return datasets.Dataset.from_dict(columns, features=datasets.Features(kinds))
 
 
-def saved(root: Path, made) -> Path:
-    made.save_to_disk(str(root))
+def saved(root: Path, dataset) -> Path:
+    dataset.save_to_disk(str(root))
     return root
 
 
@@ -55,10 +55,10 @@ class TestSaved:
         parts = {"validation": table(4), "unsupervised": table(3, label=None), "train": table(9)}
         saved(tmp_path, datasets.DatasetDict(parts))
         assert splits(tmp_path) == ("train", "val", "unsupervised")
-        found = {split: open_data(tmp_path, split) for split in (*splits(tmp_path), "test", "validation")}
-        assert found["validation"].signature() == found["val"].signature()
-        assert [len(found[s]) for s in ("train", "test", "unsupervised")] == [9, 4, 3]
-        assert found["test"].classes == found["train"].classes and found["unsupervised"].classes == ()
+        sources = {split: open_data(tmp_path, split) for split in (*splits(tmp_path), "test", "validation")}
+        assert sources["validation"].signature() == sources["val"].signature()
+        assert [len(sources[s]) for s in ("train", "test", "unsupervised")] == [9, 4, 3]
+        assert sources["test"].classes == sources["train"].classes and sources["unsupervised"].classes == ()
 
     def test_rows_that_were_chosen_and_shuffled_come_in_their_order(self, tmp_path):
         source = open_data(saved(tmp_path, table().shuffle(seed=1).select(range(4))))
@@ -87,11 +87,11 @@ class TestSaved:
         assert source.labels.tolist() == [0, 1, 2, 0, 3, 4] and source.classes == tuple("abcef")
 
     def test_images_are_read_on_request_and_the_pickled_source_is_small(self, tmp_path):
-        made = table(300, images=[{"bytes": encoded(i % 256) + bytes(20_000), "path": None} for i in range(300)])
-        source = open_data(saved(tmp_path, made))
-        said = pickle.dumps(source)
-        assert len(said) < 20_000 + 8 * 300
-        assert torch.equal(pickle.loads(said).image(77), source.image(77)) and source.identity(5) == "row 5"
+        dataset = table(300, images=[{"bytes": encoded(i % 256) + bytes(20_000), "path": None} for i in range(300)])
+        source = open_data(saved(tmp_path, dataset))
+        pickled = pickle.dumps(source)
+        assert len(pickled) < 20_000 + 8 * 300
+        assert torch.equal(pickle.loads(pickled).image(77), source.image(77)) and source.identity(5) == "row 5"
 
     def test_streamed_by_workers(self, tmp_path):
         source = open_data(saved(tmp_path, table(8)))

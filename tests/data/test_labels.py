@@ -36,7 +36,7 @@ def as_list(path, values):
     return path
 
 
-def found(source):
+def class_names(source):
     return [source.classes[label] if label >= 0 else None for label in source.labels.tolist()]
 
 
@@ -74,9 +74,9 @@ class TestTypes:
                 datasets = pytest.importorskip("datasets")
                 rows = [{"bytes": encoded(i), "path": None} for i in range(4)]
                 features = datasets.Features({"image": datasets.Image()})
-                made = datasets.Dataset.from_dict({"image": rows}, features=features).add_column("label", values)
-                opened = open_data(made)
-            assert found(opened) == expected, (source, values)
+                dataset = datasets.Dataset.from_dict({"image": rows}, features=features).add_column("label", values)
+                opened = open_data(dataset)
+            assert class_names(opened) == expected, (source, values)
             assert opened.labels.dtype == torch.int64
             ids = [int(name) for name in opened.classes if name.isdigit()]
             assert opened.classes in ((), tuple(map(str, sorted(ids)))) or not ids
@@ -115,7 +115,7 @@ class TestTypes:
         assert "timestamp[ms], neither whole numbers nor names" in times.report()
         assert open_data((IMAGES[:2], np.array(["2026"] * 2, "M8[Y]"))).label_note
         categories = pa.array(["b", "a", None]).dictionary_encode()
-        assert found(open_data(table(tmp_path / "c.parquet", {"label": categories}))) == ["b", "a", None]
+        assert class_names(open_data(table(tmp_path / "c.parquet", {"label": categories}))) == ["b", "a", None]
 
     def test_several_labels_for_each_image(self, tmp_path):
         """Arrays (N, L), as those of ChestMNIST."""
@@ -298,14 +298,14 @@ class TestNearMisses:
 
     def test_datasets_of_hugging_face(self):
         datasets = pytest.importorskip("datasets")
-        made = datasets.Dataset.from_dict({"img": [encoded(i) for i in range(4)], "label": [5, 9, 5, -1]})
-        source = open_data(made.shuffle(seed=1).with_format("numpy"))
+        dataset = datasets.Dataset.from_dict({"img": [encoded(i) for i in range(4)], "label": [5, 9, 5, -1]})
+        source = open_data(dataset.shuffle(seed=1).with_format("numpy"))
         assert source.ids == (5, 9) and sorted(int(source.image(i)[0, 0, 0]) for i in range(4)) == [0, 1, 2, 3]
-        assert splits(datasets.DatasetDict(validation=made, train=made)) == ("train", "val")
+        assert splits(datasets.DatasetDict(validation=dataset, train=dataset)) == ("train", "val")
         with pytest.raises(DataError, match=r"datasets\.iterable_dataset\.IterableDataset is a stream"):
-            open_data(made.to_iterable_dataset())
+            open_data(dataset.to_iterable_dataset())
         with pytest.raises(DataError, match=r"A tuple of datasets\.arrow_dataset\.Dataset cannot be opened"):
-            open_data((made, made))
+            open_data((dataset, dataset))
 
     def test_unsupported_items_are_named_with_their_module(self):
         photo = Image.new("RGB", (4, 4))

@@ -278,8 +278,8 @@ class TestArrays:
         values = noise(4, 3, 8, 9)
         assert torch.equal(open_data(values).images, torch.from_numpy(values // 256).byte())
         expected = by_hand(values, *LEVELS)
-        for given in (values, values.astype(np.float32), torch.from_numpy(values), torch.from_numpy(values).double()):
-            assert open_data(given, levels=LEVELS).images.flatten().tolist() == expected
+        for data in (values, values.astype(np.float32), torch.from_numpy(values), torch.from_numpy(values).double()):
+            assert open_data(data, levels=LEVELS).images.flatten().tolist() == expected
         unit = torch.rand(4, 3, 8, 9)
         assert torch.equal(open_data(unit, levels=(0, 1)).images, (unit.double() * 255).round().byte())
         assert open_data(unit.bfloat16(), levels=(0, 1)).images.dtype == torch.uint8
@@ -325,8 +325,8 @@ class TestRemembered:
         assert np.allclose(encoder.embed(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)), vectors, atol=1e-5)
         plain = [to_bytes(x, None) for x in images]
         assert not np.allclose(encoder.embed(plain), vectors, atol=1e-2)  # levels have an effect, and were applied
-        found = api.evaluate_run(tmp_path / "run", protocols=("knn",), k=2, device="cpu")
-        assert found["run"] == str(tmp_path / "run")
+        evaluation = api.evaluate_run(tmp_path / "run", protocols=("knn",), k=2, device="cpu")
+        assert evaluation["run"] == str(tmp_path / "run")
         part = inbatch.draw_views(folder, tmp_path / "v.png", count=2, settings=settings)
         assert part.name.startswith("simclr") and Image.open(tmp_path / "v.png").size[0] > 100
 

@@ -126,13 +126,13 @@ def test_any_number_of_workers_gives_the_same_batches(photos):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_large_batches_are_assembled_from_pieces(photos, whole, workers, monkeypatch):
     """Crops, and canvases of different sizes per piece: the result equals the batch made in one piece."""
-    given = {"batch": 12, "views": VIEWS, "seed": 4, "resident": False, "workers": workers, "whole": whole}
+    settings = {"batch": 12, "views": VIEWS, "seed": 4, "resident": False, "workers": workers, "whole": whole}
     source = open_data(photos)
-    expected = list(Loader(source, **given).epoch(2))
+    expected = list(Loader(source, **settings).epoch(2))
     monkeypatch.setattr("inbatch.data.loader.PIECE", 5)
-    found = list(Loader(source, **given).epoch(2))
-    assert len(found) == len(expected) == 2
-    for a, b in zip(found, expected, strict=True):
+    batches = list(Loader(source, **settings).epoch(2))
+    assert len(batches) == len(expected) == 2
+    for a, b in zip(batches, expected, strict=True):
         same(a, b)
 
 
@@ -197,9 +197,9 @@ class TestResident:
         plain = Loader(open_data(photos), **settings)
         monkeypatch.setenv("INBATCH_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr("inbatch.data.decoded_cache.WORTH", 0)
-        for said in ("cached in ", "from the cache, "):
+        for phrase in ("cached in ", "from the cache, "):
             loader = Loader(open_data(photos), **settings)
-            assert f"\n{said}{tmp_path / 'cache'}" in loader.report() and "the cache" not in plain.report()
+            assert f"\n{phrase}{tmp_path / 'cache'}" in loader.report() and "the cache" not in plain.report()
             assert "30 images scaled down" in loader.report()
             for a, b in zip(loader.epoch(1), plain.epoch(1), strict=True):
                 same(a, b)

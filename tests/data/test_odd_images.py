@@ -84,7 +84,7 @@ class TestTogether:
         assert len(source) == len(ALL)
         held = decode_all(source, canvas=64, max_bad=0.5)  # 1x5000 and 5000x1 would need a square
         assert len(held.dropped) == len(BAD) and len(held.source) == len(GOOD)
-        assert all(any(repr(os.path.join(str(folder), bad.name)) in said for said in held.dropped) for bad in BAD)
+        assert all(any(repr(os.path.join(str(folder), bad.name)) in message for message in held.dropped) for bad in BAD)
         expected = {animal.name: animal for animal in GOOD}
         for i in range(len(held.source)):
             animal = expected.pop(held.source.identity(i))
@@ -109,9 +109,9 @@ class TestTogether:
     @pytest.mark.usefixtures("unjudged")
     def test_a_run_and_its_features(self, tmp_path):
         """Some of each kind, from training to the written features."""
-        some = [*GOOD[:40], next(bad for bad in BAD if bad.name == "text.jpg")]
+        animals = [*GOOD[:40], next(bad for bad in BAD if bad.name == "text.jpg")]
         (tmp_path / "zoo").mkdir()
-        zoo.fill(tmp_path / "zoo", some)
+        zoo.fill(tmp_path / "zoo", animals)
         strange = zoo.name_strangely(tmp_path / "zoo")
         settings = {"encoder.name": "tiny", "image_size": 16, "cache_on_device": True}
         with pytest.raises(DataError, match=r"1 of .* images"):
@@ -125,7 +125,7 @@ class TestTogether:
         assert api.embed_run(run.directory, tmp_path / "zoo", tmp_path / "e.npz", device="cpu") == count
         with np.load(tmp_path / "e.npz", allow_pickle=False) as kept:
             names, vectors = kept["path"].tolist(), kept["vector"]
-        assert set(names) == {a.name for a in some if a.name != "text.jpg"} | {
+        assert set(names) == {a.name for a in animals if a.name != "text.jpg"} | {
             name.decode("utf-8", "backslashreplace") for name in strange
         }
         assert vectors.shape == (count, 24) and np.isfinite(vectors).all()
@@ -136,11 +136,11 @@ class TestTogether:
 
 class TestNames:
     def test_every_name_is_found_and_its_own_pixels(self, tmp_path):
-        made = zoo.name_strangely(tmp_path)
+        names = zoo.name_strangely(tmp_path)
         source = open_data(tmp_path)
-        assert sorted(made) == [bytes(path) for path in source.scan.paths.tolist()]
+        assert sorted(names) == [bytes(path) for path in source.scan.paths.tolist()]
         for i in range(len(source)):
-            assert source.image(i)[0, 0, 0] == zoo.STRANGE.index(sorted(made)[i])
+            assert source.image(i)[0, 0, 0] == zoo.STRANGE.index(sorted(names)[i])
             source.identity(i).encode()  # can be encoded for output
         assert source.fingerprint()
 

@@ -75,10 +75,10 @@ class TestUrls:
         with pytest.raises(DataError) as caught, remote.reaching(Url(url)):
             raise OSError(f"403 for {url}; user me:hunter2, query sig=deadbeef, key hunter2")
         assert not any(secret in str(caught.value) for secret in SECRETS) and "403" in str(caught.value)
-        with pytest.raises(ConfigError) as found:
+        with pytest.raises(ConfigError) as error:
             merged_settings(None, None, {"test": url}, {})
-        assert "credentials in its URL" in str(found.value)
-        assert not any(secret in str(found.value) for secret in SECRETS)
+        assert "credentials in its URL" in str(error.value)
+        assert not any(secret in str(error.value) for secret in SECRETS)
 
     def test_several_urls_are_named_by_one_pattern(self) -> None:
         with pytest.raises(ConfigError, match=r"'s3://b/1.tar' cannot be one of several paths.*range or pattern"):

@@ -35,9 +35,9 @@ def batches(sampler: Sampler, epoch: int = 0) -> list[list[int]]:
     order = sampler.order(epoch)
     assert len(order) == sampler.steps * sampler.batch and torch.equal(order, sampler.order(epoch))
     assert not torch.equal(order, sampler.order(epoch + 1))
-    found = order.view(sampler.steps, sampler.batch).tolist()
-    assert all(len(set(batch)) == len(batch) for batch in found), "a sample occurs twice in a batch"
-    return found
+    drawn = order.view(sampler.steps, sampler.batch).tolist()
+    assert all(len(set(batch)) == len(batch) for batch in drawn), "a sample occurs twice in a batch"
+    return drawn
 
 
 def test_classes_are_balanced_in_batches_and_context_groups() -> None:
@@ -60,8 +60,8 @@ def test_classes_are_balanced_in_batches_and_context_groups() -> None:
 
 def test_more_classes_than_samples_and_classes_of_one_image() -> None:
     labels = list(range(12)) * 3 + [12]
-    found = batches(prepared(Balanced(), Source(labels), 6))
-    assert all(len({labels[i] for i in batch}) == 6 for batch in found)
+    drawn = batches(prepared(Balanced(), Source(labels), 6))
+    assert all(len({labels[i] for i in batch}) == 6 for batch in drawn)
     with pytest.raises(DataError, match=r"all images of .* are of one class; leave out --sampler"):
         prepared(Balanced(), Source([0] * 20), 20)
     with pytest.raises(DataError, match=r"has no labels; set sampler\.by=cluster"):
@@ -126,8 +126,8 @@ def test_resident_streamed_ranks_and_resumed_batches_are_those_of_the_sampler(ph
     for epoch in (0, 1):
         expected = held.sampler and held.sampler.order(epoch).view(-1, 8)
         assert expected is not None
-        for found in (held, streamed):
-            assert torch.equal(torch.stack([batch.index for batch in found.epoch(epoch)]), expected)
+        for candidate in (held, streamed):
+            assert torch.equal(torch.stack([batch.index for batch in candidate.epoch(epoch)]), expected)
     for whole, late in zip([*streamed.epoch(1)][2:], streamed.epoch(1, start=2), strict=True):
         same(whole, late)
     parts = [loader(rank, 2, resident=False, workers=0) for rank in range(2)]

@@ -286,16 +286,16 @@ class TestFastJpeg:
     @pytest.fixture
     def decoded(self, monkeypatch):
         """Record for each image whether simplejpeg decoded it."""
-        given = []
+        flags = []
         real = jpeg.decode
 
         def count(*arguments):
             pixels = real(*arguments)
-            given.append(pixels is not None)
+            flags.append(pixels is not None)
             return pixels
 
         monkeypatch.setattr("inbatch.data.decoding.jpeg.decode", count)
-        return given
+        return flags
 
     @pytest.mark.parametrize("channels", [1, 3])
     @pytest.mark.parametrize("mode", ["RGB", "L"])
@@ -492,8 +492,8 @@ class TestParquet:
 class TestArrays:
     def test_shapes(self):
         colour = torch.randint(256, (4, 3, 8, 6), dtype=torch.uint8)
-        for given in (colour, colour.numpy(), colour.permute(0, 2, 3, 1), colour.permute(0, 2, 3, 1).numpy()):
-            source = open_data(given)
+        for images in (colour, colour.numpy(), colour.permute(0, 2, 3, 1), colour.permute(0, 2, 3, 1).numpy()):
+            source = open_data(images)
             assert source.channels == 3 and len(source) == 4
             assert all(torch.equal(source.image(i), colour[i]) for i in range(4))
         assert open_data(colour[:, 0]).image(2).shape == (1, 8, 6)
@@ -527,14 +527,14 @@ class TestArrays:
 
     def test_subset_is_fixed_and_nested(self):
         images = torch.arange(100, dtype=torch.uint8)[:, None, None].expand(100, 4, 4)
-        some = open_data((images, torch.arange(100)), subset=30)
+        subset = open_data((images, torch.arange(100)), subset=30)
         fewer = open_data((images, torch.arange(100)), subset=10)
-        assert some.labels.tolist() == sorted(set(some.labels.tolist())) and len(some) == 30
-        assert set(fewer.labels.tolist()) < set(some.labels.tolist())
-        assert [int(some.image(i)[0, 0, 0]) for i in range(30)] == some.labels.tolist()
-        assert [some.identity(i) for i in range(30)] == [str(i) for i in some.labels.tolist()]
-        assert len(set(some.labels.tolist()) & set(range(30))) < 30  # not the first ones
-        assert "30 of 100 used" in some.report()
+        assert subset.labels.tolist() == sorted(set(subset.labels.tolist())) and len(subset) == 30
+        assert set(fewer.labels.tolist()) < set(subset.labels.tolist())
+        assert [int(subset.image(i)[0, 0, 0]) for i in range(30)] == subset.labels.tolist()
+        assert [subset.identity(i) for i in range(30)] == [str(i) for i in subset.labels.tolist()]
+        assert len(set(subset.labels.tolist()) & set(range(30))) < 30  # not the first ones
+        assert "30 of 100 used" in subset.report()
         for wrong in (0, 101):
             with pytest.raises(DataError, match="has 100 images; choose 1 to 100"):
                 open_data(images, subset=wrong)
@@ -594,11 +594,11 @@ class TestSignature:
             ["a/1.png", "b/1.png", "b/2.png"],
             ["a/1", "a/2", "c/1"],
         )
-        told = {
+        signatures = {
             open_data(fill(tmp_path / f"x{i}", *(n.removesuffix(".png") + ".png" for n in other))).signature()
             for i, other in enumerate(others)
         }
-        assert len(told | {first.signature()}) == 5
+        assert len(signatures | {first.signature()}) == 5
 
     def test_signature_covers_the_images_in_use(self, tmp_path):
         images, labels = np.zeros((6, 8, 8), np.uint8), np.array([0, 1, 0, 1, 0, 1])
@@ -612,8 +612,8 @@ class TestSignature:
         for value in (1, 2, 3):
             picture(value).save(buffer := io.BytesIO(), "PNG")
             encoded.append(buffer.getvalue())
-        told = []
+        signatures = []
         for name, count, labels in (("a", 3, [0, 1, 0]), ("b", 3, [0, 1, 0]), ("c", 2, [0, 1]), ("d", 3, [0, 1, 1])):
             write_parquet(tmp_path / f"{name}.parquet", encoded[:count], labels, ["cat", "dog"])
-            told.append(open_data(tmp_path / f"{name}.parquet").signature())
-        assert told[0] == told[1] and len(set(told)) == 3
+            signatures.append(open_data(tmp_path / f"{name}.parquet").signature())
+        assert signatures[0] == signatures[1] and len(set(signatures)) == 3

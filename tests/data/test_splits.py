@@ -20,7 +20,7 @@ def classes(*folders: str) -> list[str]:
     return [f"{folder}/{c}/{i}.png" for folder in folders for c in "ab" for i in range(2)]
 
 
-def made(root: Path, *paths: str) -> Path:
+def refill(root: Path, *paths: str) -> Path:
     shutil.rmtree(root, ignore_errors=True)
     return fill(root, *paths)
 
@@ -105,13 +105,13 @@ class TestFolders:
             ["valid/1.png", "cat/1.png"],
         ):
             with pytest.raises(DataError, match=f"it may be a split or a class. If it is a split, {way}"):
-                splits(made(root, *paths))
+                splits(refill(root, *paths))
         for paths in ([*classes("train"), "cat/1.png"], ["training/1.png", "cat/1.png"]):
             with pytest.raises(DataError, match=r"If it is a split, pass --data .*train"):
-                splits(made(root, *paths))
+                splits(refill(root, *paths))
         for first, second, other in (("train", "training", "test"), ("trainA", "trainB", "testA")):
             with pytest.raises(DataError, match=f"{first}', '{second}', which are all named as training images"):
-                splits(made(root, *classes(first, second, other)))
+                splits(refill(root, *classes(first, second, other)))
 
     def test_remedies_for_ambiguous_folders_work(self, tmp_path):
         fill(tmp_path, "test/1.png", "cat/1.png", "dog/1.png")
@@ -131,7 +131,7 @@ class TestFolders:
         fill(tmp_path, "train/1.png", "plane/2.png", "bus/3.png")
         source = open_data(tmp_path)
         assert source.classes == ("bus", "plane", "train") and "'train' is not taken as a split" in source.report()
-        assert len(open_data(made(tmp_path / "d", "train/1.png", "2.png"))) == 2
+        assert len(open_data(refill(tmp_path / "d", "train/1.png", "2.png"))) == 2
 
     def test_folder_without_images_is_not_taken_as_a_split(self, tmp_path):
         fill(tmp_path, "cat/1.png", "dog/1.png")
@@ -156,7 +156,7 @@ class TestFolders:
         }
         cases |= {"a tenth": [*classes("train"), "test/1.png"]}
         for expected, paths in cases.items():
-            recipe, source = resolve_recipe(made(tmp_path / "d", *paths), {})
+            recipe, source = resolve_recipe(refill(tmp_path / "d", *paths), {})
             assert evaluation_split(recipe, source, tmp_path / "d").description.startswith(expected)
 
 

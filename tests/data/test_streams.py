@@ -229,7 +229,7 @@ class TestFaults:
         one, piece = loader(own), StreamReader.piece
         doubled = Tally.of([0])
         monkeypatch.setattr(
-            StreamReader, "piece", lambda self, made: (p := piece(self, made))._replace(read=p.read + doubled)
+            StreamReader, "piece", lambda self, parts: (p := piece(self, parts))._replace(read=p.read + doubled)
         )
         with pytest.raises(DataError, match="rank 0 read 117 samples in epoch 1, which are not its 108"):
             indices(one)

@@ -260,11 +260,11 @@ class TestPages:
             tifffile.imwrite(tmp_path / f"{i}.tif", np.roll(self.STACK, i, 0), photometric="minisblack")
         frames = [Image.fromarray(page) for page in self.STACK[:4]]
         frames[0].save(tmp_path / "4.webp", save_all=True, append_images=frames[1:], lossless=True)
-        found = survey_data(tmp_path)
-        assert found["pages"] == {"4": 1, "13": 3}
-        assert dict(report_rows(found))["pages"] == "1 file of 4 pages, 3 files of 13 pages: the first is read"
-        assert any("--set channels=N" in note for note in notes(found))
+        report = survey_data(tmp_path)
+        assert report["pages"] == {"4": 1, "13": 3}
+        assert dict(report_rows(report))["pages"] == "1 file of 4 pages, 3 files of 13 pages: the first is read"
+        assert any("--set channels=N" in note for note in notes(report))
         (tmp_path / "4.webp").unlink()
-        found = survey_data(tmp_path, settings={"channels": 13})
-        assert found["pages"] == {} and found["channels"] == 13 and not found["unreadable"]
+        report = survey_data(tmp_path, settings={"channels": 13})
+        assert report["pages"] == {} and report["channels"] == 13 and not report["unreadable"]
         assert open_data(tmp_path, channels=13).image(0).shape == (13, 5, 7)

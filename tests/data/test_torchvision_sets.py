@@ -178,8 +178,8 @@ def aircraft(root):
 
 def cars(root):
     (root / "stanford_cars/devkit").mkdir(parents=True)
-    made = [{"fname": f"{i}.jpg", "class": label} for i, label in ((1, 2), (2, 1))]
-    savemat(root / "stanford_cars/devkit/cars_train_annos.mat", {"annotations": made})
+    annotations = [{"fname": f"{i}.jpg", "class": label} for i, label in ((1, 2), (2, 1))]
+    savemat(root / "stanford_cars/devkit/cars_train_annos.mat", {"annotations": annotations})
     savemat(root / "stanford_cars/devkit/cars_meta.mat", {"class_names": np.array(["old", "new"], object)})
     return [("stanford_cars/cars_train/1.jpg", "new"), ("stanford_cars/cars_train/2.jpg", "old")]
 
@@ -239,12 +239,12 @@ def test_every_set_is_tried_here():
 def test_the_page_lists_every_set_and_split():
     page = (Path(__file__).parents[2] / "docs/data.md").read_text()
     rows = page[page.index("| splits | sets |") :].split("\n\n")[0].splitlines()[2:]
-    said = {}
+    documented = {}
     for row in rows:
         names, sets = (re.sub(r"\(.*?\)", "", cell) for cell in row.strip("|").split("|"))
         for name, star in re.findall(r"`([^`]+)`(\*?)", sets):
-            said[name] = (re.findall("`(.*?)`", names), not star)
-    assert said == {name: (list(known.splits), known.fetched) for name, known in SETS.items()}
+            documented[name] = (re.findall("`(.*?)`", names), not star)
+    assert documented == {name: (list(known.splits), known.fetched) for name, known in SETS.items()}
 
 
 @pytest.mark.parametrize("name", SETS)
@@ -321,8 +321,8 @@ def test_simultaneous_downloads_wait_for_each_other(tmp_path, monkeypatch):
 
     monkeypatch.setattr(utils, "download_and_extract_archive", fetch)
     with ThreadPoolExecutor(3) as pool:
-        found = list(pool.map(lambda _: open_data(f"torchvision/CIFAR10:{tmp_path}", download=True), range(3)))
-    assert [len(source) for source in found] == [20] * 3 and len(asked) == 1
+        sources = list(pool.map(lambda _: open_data(f"torchvision/CIFAR10:{tmp_path}", download=True), range(3)))
+    assert [len(source) for source in sources] == [20] * 3 and len(asked) == 1
 
 
 def test_an_old_file_of_torchvisions_is_not_run(tmp_path):

@@ -40,8 +40,8 @@ def damage(file: Path, how: str) -> None:
 
 
 def loader(folder: Path, **fields: Any) -> Loader:
-    given = {"batch": BATCH, "views": VIEWS, "seed": 3, "resident": False, "workers": 0, "max_bad": 0.1}
-    return Loader(open_data(folder), **(given | fields))
+    settings = {"batch": BATCH, "views": VIEWS, "seed": 3, "resident": False, "workers": 0, "max_bad": 0.1}
+    return Loader(open_data(folder), **(settings | fields))
 
 
 def expected(bad: set[int], epoch: int) -> list[int]:
@@ -140,11 +140,11 @@ def test_run_lists_unreadable_images_and_continues(images: Path, tmp_path: Path,
     bad = [files(images)[i] for i in (0, 64, 129)]  # including one of the images used to detect collapse
     for file, how in zip(bad, ("header", "pixels", "empty"), strict=True):
         damage(file, how)
-    found = run(images, tmp_path / "run", cache_on_device=resident, workers=1)
+    finished = run(images, tmp_path / "run", cache_on_device=resident, workers=1)
     listed = (tmp_path / "run" / "bad_images.txt").read_text().splitlines()
     assert sorted(line.split("' cannot be read: ")[0].lstrip("'") for line in listed) == sorted(map(str, bad))
-    assert found.result["unreadable"] == 3 and found.result["evaluation"]["knn"]["top1"] > 0
-    evaluated = found.result["evaluation"]
+    assert finished.result["unreadable"] == 3 and finished.result["evaluation"]["knn"]["top1"] > 0
+    evaluated = finished.result["evaluation"]
     assert sum(evaluated[split].get("unreadable", 0) for split in ("train", "test")) >= (0 if resident else 3)
 
 
@@ -176,9 +176,9 @@ def test_files_that_vanish_in_the_middle_of_a_run(
         real(self, at, *rest)
 
     monkeypatch.setattr(Log, "step", step)
-    found = run(images, tmp_path / "run", cache_on_device=False, workers=2)
+    finished = run(images, tmp_path / "run", cache_on_device=False, workers=2)
     listed = (tmp_path / "run" / "bad_images.txt").read_text()
-    assert found.result["unreadable"] == 4 and all(file.name in listed for file in gone)
+    assert finished.result["unreadable"] == 4 and all(file.name in listed for file in gone)
     assert "No such file" in listed
 
 
@@ -254,15 +254,15 @@ def test_embeddings_keep_the_numbers_of_the_others(images: Path, tmp_path: Path)
     whole = embed(encoder, open_data(images))
     for i in (2, 3, 129):
         damage(files(images)[i], "pixels")
-    some = embed(encoder, open_data(images), batch=2)  # no image of one batch is left
+    rest = embed(encoder, open_data(images), batch=2)  # no image of one batch is left
     keep = [i for i in range(N) if i not in (2, 3, 129)]
-    assert some.index.tolist() == keep and len(some.missing) == 3
-    assert torch.allclose(some.vectors, whole.vectors[keep], atol=1e-5) and torch.equal(some.labels, whole.labels[keep])
+    assert rest.index.tolist() == keep and len(rest.missing) == 3
+    assert torch.allclose(rest.vectors, whole.vectors[keep], atol=1e-5) and torch.equal(rest.labels, whole.labels[keep])
 
     done = CliRunner().invoke(app, ["embed", str(tmp_path / "run"), str(images), "-o", str(tmp_path / "f.npz"), "-q"])
     assert done.exit_code == 0 and "3 images cannot be read and are not in it" in done.output
-    with np.load(tmp_path / "f.npz") as found:
-        assert found["index"].tolist() == keep and found["path"].tolist() == [
+    with np.load(tmp_path / "f.npz") as archive:
+        assert archive["index"].tolist() == keep and archive["path"].tolist() == [
             open_data(images).identity(i) for i in keep
         ]
     for file in files(images):

@@ -66,8 +66,8 @@ class TestRead:
         for i in range(12):
             shard(tmp_path / f"s-{i:03d}.tar", *pictures(10 * i))
         assert len(open_data(tmp_path / "s-004.tar")) == 3 and len(open_data(tmp_path)) == 36
-        some = open_data(f"{tmp_path}/s-{{009..011}}.tar")
-        assert [some.identity(i) for i in (0, 3, 8)] == [
+        source = open_data(f"{tmp_path}/s-{{009..011}}.tar")
+        assert [source.identity(i) for i in (0, 3, 8)] == [
             "s-009.tar:090.png",
             "s-010.tar:100.png",
             "s-011.tar:112.png",
@@ -93,7 +93,7 @@ class TestRead:
         assert len(open_data(tmp_path)) == 1 and "1 .tar" in open_data(tmp_path).report()
 
     def test_keys_end_at_the_first_dot_of_the_last_part(self, tmp_path):
-        made = shard(
+        path = shard(
             tmp_path / "a.tar",
             ("./v1.5/01.PNG", encoded(1)),
             ("v1.5/02.cls", b"4\n"),
@@ -103,26 +103,26 @@ class TestRead:
             ("v1.5/04.png", encoded(4)),
             ("v1.5/04.json", b'{"caption": "none"}'),
         )
-        source = open_data(made)
+        source = open_data(path)
         names = ("01.PNG", "02.jpeg", "03.seg.png", "04.png")
         assert [source.identity(i) for i in range(4)] == [f"a.tar:v1.5/{n}" for n in names]
         assert source.labels.tolist() == [1, 0, -1, -1] and source.ids == (4, 7)
 
     def test_a_key_is_one_sample(self, tmp_path):
         """A photo and its mask are one image; which one is used is stated, and can be chosen."""
-        made = shard(tmp_path / "a.tar", *(one for i in range(3) for one in (
+        path = shard(tmp_path / "a.tar", *(one for i in range(3) for one in (
             (f"{i}.png", encoded(100 + i)), (f"{i}.jpg", encoded(i, "JPEG")), (f"{i}.cls", b"cat" if i else b"dog"),
         )))  # fmt: skip
-        source = open_data(made)
+        source = open_data(path)
         assert [source.identity(i) for i in range(3)] == [f"a.tar:{i}.jpg" for i in range(3)]
         assert source.classes == ("cat", "dog") and source.labels.tolist() == [1, 0, 0]
-        told = "skipped (3 .png); one image for each key, jpg before png (image_column chooses); 2 classes"
-        assert told in source.report() and source.skipped() == {".png": 3}
-        masks = open_data(made, image_column="png")
+        note = "skipped (3 .png); one image for each key, jpg before png (image_column chooses); 2 classes"
+        assert note in source.report() and source.skipped() == {".png": 3}
+        masks = open_data(path, image_column="png")
         assert [int(masks.image(i)[0, 0, 0]) for i in range(3)] == [100, 101, 102] and len(masks) == 3
         assert masks.fingerprint() != source.fingerprint() and "each key, png" in masks.report()
         with pytest.raises(DataError, match=r"has no image KEY.seg.png \(image_column\), only png, jpg"):
-            open_data(made, image_column="seg.png")
+            open_data(path, image_column="seg.png")
 
     def test_splits_inside_a_shard_are_refused(self, tmp_path):
         for name, prefix in (("a", "train"), ("b", "photos/Training"), ("c", "./train/cat")):
@@ -148,14 +148,14 @@ class TestRead:
 
     def test_columns_of_labels(self, tmp_path):
         members = [("0.json", b'{"kind": "cat", "label": 3}'), ("1.json", b'{"kind": "eel"}'), ("1.seg", b"x ")]
-        made = shard(tmp_path / "a.tar", *pictures(0, 2), *[(f"00{name}", text) for name, text in members])
+        path = shard(tmp_path / "a.tar", *pictures(0, 2), *[(f"00{name}", text) for name, text in members])
         for column, classes, labels in (
             (None, ("3",), [0, -1]), ("kind", ("cat", "eel"), [0, 1]), ("seg", ("x",), [-1, 0]), ("none", (), [-1, -1]),
         ):  # fmt: skip
-            source = open_data(made, label_column=column)
+            source = open_data(path, label_column=column)
             assert source.classes == classes and source.labels.tolist() == labels
         with pytest.raises(DataError, match=r"no member KEY\.what and no 'what' in a KEY.json"):
-            open_data(made, label_column="what")
+            open_data(path, label_column="what")
 
     def test_a_test_split_is_numbered_like_the_train_split(self, tmp_path):
         for name, labels in (("train", (b"100", b"7", b"5000")), ("test", (b"5000", b"7", b"60"))):
@@ -179,18 +179,18 @@ class TestRead:
         source = open_data(shard(tmp_path / "a.tar", *((f"{i:06d}.png", small) for i in range(2000))))
         assert len(pickle.dumps(source)) < 2000 * (4 * 8 + 10) + 5_000
         views = Views([View(size=8)], (0.5,) * 3, (0.2,) * 3)
-        some = open_data(shard(tmp_path / "b.tar", *pictures(0, 8)))
+        dataset = open_data(shard(tmp_path / "b.tar", *pictures(0, 8)))
         seen = {}
         for workers in (0, 2):
-            loader = Loader(some, batch=4, views=views, seed=1, resident=False, workers=workers)
+            loader = Loader(dataset, batch=4, views=views, seed=1, resident=False, workers=workers)
             seen[workers] = torch.cat([batch.crops[0] for batch in loader.epoch(0)])
         assert torch.equal(seen[0], seen[2])
 
     def test_fingerprints(self, tmp_path):
-        made = shard(tmp_path / "a.tar", *pictures(0))
-        before = open_data(made).fingerprint()
-        assert before == open_data(made).fingerprint()
-        assert shard(tmp_path / "a.tar", *pictures(1, 9)) == made and open_data(made).fingerprint() != before
+        path = shard(tmp_path / "a.tar", *pictures(0))
+        before = open_data(path).fingerprint()
+        assert before == open_data(path).fingerprint()
+        assert shard(tmp_path / "a.tar", *pictures(1, 9)) == path and open_data(path).fingerprint() != before
 
 
 class TestFaults:
@@ -253,12 +253,12 @@ class TestFaults:
                 open_data(tmp_path / "a.tar")
 
     def test_cut_off_while_it_is_used(self, tmp_path):
-        made = shard(tmp_path / "a.tar", *pictures(0))
-        source = open_data(made)
-        made.write_bytes(made.read_bytes()[:2200])
+        path = shard(tmp_path / "a.tar", *pictures(0))
+        source = open_data(path)
+        path.write_bytes(path.read_bytes()[:2200])
         with pytest.raises(DataError, match=r"shorter than at the start of the run: 'a\.tar:002\.png' is missing"):
             source.open(2)
-        made.unlink()
+        path.unlink()
         with pytest.raises(DataError, match=r"a\.tar' cannot be read: No such file"):
             source.open(0)
 

@@ -21,8 +21,8 @@ def test_arrays_pairs_and_folders_are_opened() -> None:
     encoder = create_encoder("tiny", size=16)
     plain, labelled = embed(encoder, IMAGES), embed(encoder, (IMAGES, LABELS))
     assert torch.equal(plain.vectors, labelled.vectors) and labelled.labels.tolist() == LABELS.tolist()
-    found = evaluate(encoder, (IMAGES, LABELS), (IMAGES, LABELS), protocols=("knn",), k=1)
-    assert found["knn"]["top1"] == 1.0 and len(raw_pixels(IMAGES)) == 8
+    evaluation = evaluate(encoder, (IMAGES, LABELS), (IMAGES, LABELS), protocols=("knn",), k=1)
+    assert evaluation["knn"]["top1"] == 1.0 and len(raw_pixels(IMAGES)) == 8
 
 
 def test_anything_else_is_refused_with_a_sentence() -> None:

@@ -27,26 +27,26 @@ def test_figures_are_those_of_scikit_learn_and_do_not_depend_on_the_chunks():
     whole.add(logits, labels)
     for at in range(0, 300, 70):
         parts.add(logits[at : at + 70], labels[at : at + 70])
-    found = whole.figures(most=3)
-    assert parts.figures(most=3) == found
+    figures = whole.figures(most=3)
+    assert parts.figures(most=3) == figures
     known, predicted = labels[7:], logits[7:].argmax(1)
     precision, recall, _, count = precision_recall_fscore_support(
         known, predicted, labels=range(6), zero_division=math.nan
     )
     for i, name in enumerate("abcdef"):
-        one = found["per_class"][name]
+        one = figures["per_class"][name]
         assert one["images"] == count[i] and one["precision"] == pytest.approx(precision[i])
         assert one["recall"] == (pytest.approx(recall[i]) if count[i] else None)
     matrix = torch.from_numpy(confusion_matrix(known, predicted, labels=range(6)))
-    assert found["top1"] == pytest.approx(matrix.diag().sum().item() / 293) and found["images"] == 293
-    assert found["balanced"] == pytest.approx(recall[count > 0].mean())
+    assert figures["top1"] == pytest.approx(matrix.diag().sum().item() / 293) and figures["images"] == 293
+    assert figures["balanced"] == pytest.approx(recall[count > 0].mean())
     top = matrix.fill_diagonal_(0).flatten().sort(descending=True).values[:3].tolist()
-    assert [one["images"] for one in found["confusions"]] == top
-    first = found["confusions"][0]
-    assert first["share"] == top[0] / found["per_class"][first["class"]]["images"]
+    assert [one["images"] for one in figures["confusions"]] == top
+    first = figures["confusions"][0]
+    assert first["share"] == top[0] / figures["per_class"][first["class"]]["images"]
     confidence = logits[7:].softmax(1).amax(1)
-    assert found["calibration_error"] == calibration_error(confidence, predicted == known)
-    assert found["top5"] > found["top1"]
+    assert figures["calibration_error"] == calibration_error(confidence, predicted == known)
+    assert figures["top5"] > figures["top1"]
 
 
 def test_calibration_error_of_known_bins():
@@ -61,10 +61,10 @@ def test_calibration_error_of_known_bins():
 def test_temperature_is_recovered_and_lowers_the_error():
     logits, labels = drawn(scale=3)
     assert fit_temperature(logits, labels) == pytest.approx(3, rel=0.05)
-    found = calibrate(logits, labels)
-    assert found["temperature"] == fit_temperature(logits, labels) and found["images"] == 4000
-    assert found["before"]["calibration_error"] > 0.15 > 0.03 > found["after"]["calibration_error"]
-    assert found["after"]["cross_entropy"] < found["before"]["cross_entropy"]
+    calibration = calibrate(logits, labels)
+    assert calibration["temperature"] == fit_temperature(logits, labels) and calibration["images"] == 4000
+    assert calibration["before"]["calibration_error"] > 0.15 > 0.03 > calibration["after"]["calibration_error"]
+    assert calibration["after"]["cross_entropy"] < calibration["before"]["cross_entropy"]
     grid = [fit_temperature(logits, labels) * (1 + d) for d in (-0.02, 0, 0.02)]
     smoothed = [torch.nn.functional.cross_entropy(logits / t, labels).item() for t in grid]
     assert smoothed[1] == min(smoothed)
@@ -73,8 +73,8 @@ def test_temperature_is_recovered_and_lowers_the_error():
 def test_figures_after_calibration_use_the_temperature_of_the_other_half():
     logits, labels = drawn(LEAST, classes=2)
     right = logits.argmax(1)
-    found = calibrate(logits, right)  # all correct: sharper is better, but the temperature stays above 0
-    assert 0.02 < found["temperature"] < 1
+    calibration = calibrate(logits, right)  # all correct: sharper is better, but the temperature stays above 0
+    assert 0.02 < calibration["temperature"] < 1
     few = calibrate(logits[: LEAST - 1], labels[: LEAST - 1])
     assert few["temperature"] == 1 and few["after"] is None and few["before"]["calibration_error"] >= 0
 

@@ -111,12 +111,12 @@ def test_sigreg_is_a_distance_from_isotropic_normal_features() -> None:
     t = np.linspace(-3, 3, 33)
     gap = np.abs(np.exp(1j * t[:, None, None] * x.numpy()).mean(1) - np.exp(-(t[:, None] ** 2) / 2)) ** 2
     literal = np.trapezoid(gap * np.exp(-(t[:, None] ** 2) / 2), t, axis=0).mean()
-    found = sigreg_distance(normal)
-    assert float(found) == pytest.approx(literal, rel=1e-9) and found.dtype == torch.float64
-    assert float(sigreg_distance(1e-3 * normal + 5)) == pytest.approx(float(found), rel=1e-3)
-    assert float(found) < 0.006
+    distance = sigreg_distance(normal)
+    assert float(distance) == pytest.approx(literal, rel=1e-9) and distance.dtype == torch.float64
+    assert float(sigreg_distance(1e-3 * normal + 5)) == pytest.approx(float(distance), rel=1e-3)
+    assert float(distance) < 0.006
     for other, least in ((normal.exp(), 0.02), (normal * torch.tensor([9.0, 1, 1, 1, 1, 1]), 0.02), (normal.sign(), 0)):
-        assert float(sigreg_distance(other)) > least and float(sigreg_distance(other)) > 1.5 * float(found)
+        assert float(sigreg_distance(other)) > least and float(sigreg_distance(other)) > 1.5 * float(distance)
     for constant in (torch.zeros(5, 3), torch.full((50, 8), 0.1)):
         assert float(sigreg_distance(constant)) == pytest.approx(0.4020, abs=1e-4)
     assert math.isnan(sigreg_distance(normal * torch.nan)) and sigreg_distance(normal.half()).isfinite()

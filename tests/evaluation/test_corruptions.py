@@ -56,8 +56,8 @@ def test_corruptions_keep_shape_type_and_input(name, shape):
     images = scenes(shape[0], *shape[2:], shape[1])
     before = images.clone()
     for severity in (1, 5):
-        made = CORRUPTIONS[name](images, severity, chance(len(images)))
-        assert made.shape == images.shape and made.dtype == torch.uint8 and made is not images
+        corrupted = CORRUPTIONS[name](images, severity, chance(len(images)))
+        assert corrupted.shape == images.shape and corrupted.dtype == torch.uint8 and corrupted is not images
         assert torch.equal(images, before)
 
 
@@ -67,14 +67,14 @@ def test_corruption_depends_on_number_and_seed_but_not_on_the_batch(name):
     for severity in (2, 5):
         together = CORRUPTIONS[name](images, severity, chance(5))
         assert torch.equal(together, CORRUPTIONS[name](images, severity, chance(5)))
-        for some in ([3], [4, 1]):
-            alone = CORRUPTIONS[name](images[some], severity, Chance(1, torch.tensor(some)))
-            assert torch.equal(alone, together[some])
+        for chosen in ([3], [4, 1]):
+            alone = CORRUPTIONS[name](images[chosen], severity, Chance(1, torch.tensor(chosen)))
+            assert torch.equal(alone, together[chosen])
     same = images[:1].expand(5, -1, -1, -1)
-    made = CORRUPTIONS[name](same, 5, chance(5))
+    corrupted = CORRUPTIONS[name](same, 5, chance(5))
     random = name not in ("defocus_blur", "zoom_blur", "brightness", "contrast", "pixelate", "jpeg_compression")
-    assert torch.equal(made[0], made[1]) != random
-    assert torch.equal(made, CORRUPTIONS[name](same, 5, chance(5, seed=2))) != random
+    assert torch.equal(corrupted[0], corrupted[1]) != random
+    assert torch.equal(corrupted, CORRUPTIONS[name](same, 5, chance(5, seed=2))) != random
 
 
 @pytest.mark.grid(10)
@@ -95,9 +95,9 @@ def test_change_grows_with_severity(name, size):
 @EVERY
 def test_constant_grey_images(name):
     grey = torch.full((2, 1, 24, 24), 128, dtype=torch.uint8)
-    made = CORRUPTIONS[name](grey, 3, chance(2))
+    corrupted = CORRUPTIONS[name](grey, 3, chance(2))
     alone = ("gaussian_noise", "shot_noise", "impulse_noise", "snow", "frost", "fog", "brightness")
-    assert torch.equal(made, grey) == (name not in alone)
+    assert torch.equal(corrupted, grey) == (name not in alone)
 
 
 def test_invalid_images_and_severities_are_refused():
@@ -178,8 +178,8 @@ def test_pixelate_and_jpeg_are_pillow_s():
 
 def test_motion_blur_pixel_by_pixel():
     x = torch.rand(2, 1, 9, 12, generator=torch.Generator().manual_seed(0))
-    made = blur.smear(x, (3, 1.5), torch.tensor([30.0, -100.0]))
-    for image, out, degrees in zip(x[:, 0].tolist(), made[:, 0], (30, -100), strict=True):
+    blurred = blur.smear(x, (3, 1.5), torch.tensor([30.0, -100.0]))
+    for image, out, degrees in zip(x[:, 0].tolist(), blurred[:, 0], (30, -100), strict=True):
         weight = np.exp(-(np.arange(7) ** 2) / (2 * 1.5**2))
         for i in range(9):
             for j in range(12):
@@ -193,8 +193,8 @@ def test_motion_blur_pixel_by_pixel():
 @pytest.mark.parametrize("reach", [1, 3])
 def test_glass_swaps_pixels_with_near_ones(reach):
     x = torch.arange(30 * 26).view(1, 1, 30, 26).float().expand(3, -1, -1, -1)
-    made = blur.glass(x, (0.01, reach, 1), chance(3))
-    where = made.round().long().flatten(1)
+    swapped = blur.glass(x, (0.01, reach, 1), chance(3))
+    where = swapped.round().long().flatten(1)
     assert all(row.sort().values.tolist() == list(range(30 * 26)) for row in where)
     moved = (where != torch.arange(30 * 26)).view(3, 30, 26)
     inner = moved[:, reach + 1 : 31 - reach, reach + 1 : 27 - reach]
@@ -234,8 +234,8 @@ def test_brightness_is_that_of_hsv():
 
     x = torch.rand(1, 3, 5, 5)
     x[..., 0, 0] = 0
-    made = weather.brightness(x, 0.3, chance(1))[0].flatten(1).T.tolist()
-    for before, after in zip(x[0].flatten(1).T.tolist(), made, strict=True):
+    brighter = weather.brightness(x, 0.3, chance(1))[0].flatten(1).T.tolist()
+    for before, after in zip(x[0].flatten(1).T.tolist(), brighter, strict=True):
         h, s, v = colorsys.rgb_to_hsv(*before)
         assert after == pytest.approx(colorsys.hsv_to_rgb(h, s, min(1, v + 0.3)), abs=1e-5)
 
@@ -264,25 +264,25 @@ def test_elastic_maps_take_the_three_points_back():
 def test_figures_are_those_of_the_protocols_on_corrupted_images():
     net, train, test = encoder(), bars(40), bars(8, seed=1)
     clean = embed(net, train), embed(net, test)
-    found = corruptions(net, *clean, test, k=9, seed=3, batch=7)
-    assert found["clean"] == {"knn": knn(*clean, k=9)["top1"], "linear": linear_probe(*clean)["top1"]}
+    result = corruptions(net, *clean, test, k=9, seed=3, batch=7)
+    assert result["clean"] == {"knn": knn(*clean, k=9)["top1"], "linear": linear_probe(*clean)["top1"]}
     images, names = torch.stack(test.images), list(CORRUPTIONS)
     for name, severity in (("fog", 4), ("pixelate", 5), ("gaussian_noise", 1)):
-        made = CORRUPTIONS[name](images, severity, Chance(fold(3, names.index(name)), torch.arange(8)))
-        shown = embed(net, Pictures(list(made), test.labels))
+        corrupted = CORRUPTIONS[name](images, severity, Chance(fold(3, names.index(name)), torch.arange(8)))
+        shown = embed(net, Pictures(list(corrupted), test.labels))
         for protocol, top1 in (
             ("knn", knn(clean[0], shown, k=9)["top1"]),
             ("linear", linear_probe(clean[0], shown)["top1"]),
         ):
-            assert found["each"][name][protocol]["severities"][severity - 1] == pytest.approx(top1)
+            assert result["each"][name][protocol]["severities"][severity - 1] == pytest.approx(top1)
     for protocol in ("knn", "linear"):
-        each = [found["each"][name][protocol] for name in names]
+        each = [result["each"][name][protocol] for name in names]
         assert all(one["top1"] == pytest.approx(sum(one["severities"]) / 5) for one in each)
-        assert found[protocol]["top1"] == pytest.approx(sum(one["top1"] for one in each) / 15)
-        assert found[protocol]["drop"] == pytest.approx(1 - found[protocol]["top1"] / found["clean"][protocol])
-        assert found["kinds"]["noise"][protocol]["top1"] == pytest.approx(sum(one["top1"] for one in each[:3]) / 3)
-    assert (found["images"], found["parameters"], found["side"]) == (8, "CIFAR-10-C", 20)
-    assert json.loads(json.dumps(found)) == json.loads(json.dumps(corruptions(net, *clean, test, k=9, seed=3)))
+        assert result[protocol]["top1"] == pytest.approx(sum(one["top1"] for one in each) / 15)
+        assert result[protocol]["drop"] == pytest.approx(1 - result[protocol]["top1"] / result["clean"][protocol])
+        assert result["kinds"]["noise"][protocol]["top1"] == pytest.approx(sum(one["top1"] for one in each[:3]) / 3)
+    assert (result["images"], result["parameters"], result["side"]) == (8, "CIFAR-10-C", 20)
+    assert json.loads(json.dumps(result)) == json.loads(json.dumps(corruptions(net, *clean, test, k=9, seed=3)))
 
 
 @pytest.mark.slow
@@ -291,9 +291,9 @@ def test_only_some_test_images_the_same_each_time():
     seen, image = [], test.image
     clean = embed(net, train), embed(net, test)
     test.image = lambda i: seen.append(i) or image(i)
-    found = corruptions(net, *clean, test, most=3)
+    result = corruptions(net, *clean, test, most=3)
     corruptions(net, *clean, test, most=3, seed=1)
-    assert found["images"] == 3 and len(set(seen)) == 3 and seen[:3] == seen[3:] == sorted(seen[:3])
+    assert result["images"] == 3 and len(set(seen)) == 3 and seen[:3] == seen[3:] == sorted(seen[:3])
     with pytest.raises(ConfigError, match="not 0"):
         corruptions(net, *clean, test, most=0)
 
@@ -308,22 +308,22 @@ def test_evaluate_needs_images_of_one_or_three_channels():
     two = pictures(9, channels=2)
     with pytest.raises(ConfigError, match="this encoder takes 2"):
         evaluate(encoder(channels=2), two, two, protocols=["corruptions"])
-    found = evaluate(net, train, test, protocols=["corruptions"], k=5, most=4)
-    rows = conditions(found)
+    evaluation = evaluate(net, train, test, protocols=["corruptions"], k=5, most=4)
+    rows = conditions(evaluation)
     assert [row for row, _ in rows] == ["corrupted", "by noise", "by blur", "by weather", "by digital"]
-    assert all(set(figures(given)) == {"k-NN", "linear"} for _, given in rows)
+    assert all(set(figures(entry)) == {"k-NN", "linear"} for _, entry in rows)
 
 
 @pytest.mark.slow
 def test_the_command_line_and_another_set(tmp_path):
     """Evaluate a run of colour images of 20 pixels on grey ones of 33 pixels with other classes."""
-    made = bars_run(tmp_path, channels=3)
-    found = command(f"evaluate {made} --protocol corruptions --most 3")
-    assert found.exit_code == 0 and "by weather" in found.stdout
-    assert json.loads((made / "evaluation.json").read_text())["corruptions"]["images"] == 3
+    folder = bars_run(tmp_path, channels=3)
+    result = command(f"evaluate {folder} --protocol corruptions --most 3")
+    assert result.exit_code == 0 and "by weather" in result.stdout
+    assert json.loads((folder / "evaluation.json").read_text())["corruptions"]["images"] == 3
     grey = pictures(45, sizes=((33, 33),))
     np.savez(tmp_path / "grey.npz", images=torch.stack(grey.images).numpy(), labels=grey.labels.numpy())
-    line = f"evaluate {made} --data {tmp_path / 'grey.npz'} --protocol knn,linear,few,corruptions --most 4 --json"
-    found = json.loads(command(line).stdout)
-    assert found["knn"]["classes"] == 3 and found["test"]["images"] == 4 and "tenth" in found["held_out"]
-    assert found["encoder"]["channels"] == 3 and found["corruptions"]["images"] == 4
+    line = f"evaluate {folder} --data {tmp_path / 'grey.npz'} --protocol knn,linear,few,corruptions --most 4 --json"
+    evaluation = json.loads(command(line).stdout)
+    assert evaluation["knn"]["classes"] == 3 and evaluation["test"]["images"] == 4 and "tenth" in evaluation["held_out"]
+    assert evaluation["encoder"]["channels"] == 3 and evaluation["corruptions"]["images"] == 4

@@ -331,8 +331,8 @@ def test_lbfgs_takes_collapsed_features(noise):
         vectors = vectors + noise * torch.randn(vectors.shape, generator=torch.Generator().manual_seed(1))
         return Embeddings(vectors, e.labels, e.identities, e.name, e.feature)
 
-    found = linear_probe(collapsed(train), collapsed(test), Lbfgs(c=1e12))
-    assert 0.2 < found["top1"] <= 1 and math.isfinite(found["largest_gradient"])
+    result = linear_probe(collapsed(train), collapsed(test), Lbfgs(c=1e12))
+    assert 0.2 < result["top1"] <= 1 and math.isfinite(result["largest_gradient"])
 
 
 @pytest.mark.parametrize("name", sorted(set(PROBES) - {"simsiam"}))
@@ -427,13 +427,13 @@ def test_hungarian_accuracy_literally():
     draw = torch.Generator().manual_seed(0)
     for classes, clusters in ((3, 3), (2, 4), (4, 2)):
         labels = torch.randint(classes, (30,), generator=draw)
-        found = torch.randint(clusters, (30,), generator=draw)
+        assignment = torch.randint(clusters, (30,), generator=draw)
         width = max(classes, clusters)
         best = max(
-            sum(p[c] == y for c, y in zip(found.tolist(), labels.tolist(), strict=True))
+            sum(p[c] == y for c, y in zip(assignment.tolist(), labels.tolist(), strict=True))
             for p in itertools.permutations(range(width))
         )
-        assert hungarian_accuracy(labels, found) == pytest.approx(best / 30)
+        assert hungarian_accuracy(labels, assignment) == pytest.approx(best / 30)
 
 
 def test_unknown_labels_are_left_out_and_noise_is_wrong():
@@ -488,22 +488,22 @@ def test_clustering_finds_clouds():
 def test_clustering_repeats_itself_on_any_number_of_threads():
     from threadpoolctl import threadpool_limits
 
-    hard, found = clouds(1500, classes=12, spread=3), []
+    hard, results = clouds(1500, classes=12, spread=3), []
     for threads in (1, 4, 4):
         with threadpool_limits(threads):
-            found.append(clustering(hard, n_init=4))
-    assert found[0] == found[1] == found[2]
+            results.append(clustering(hard, n_init=4))
+    assert results[0] == results[1] == results[2]
     best = KMeans(12, n_init=4, random_state=0).fit(F.normalize(hard.vectors).numpy())
-    assert found[0]["nmi"] == pytest.approx(nmi(hard.labels, torch.from_numpy(best.labels_)), abs=0.05)
+    assert results[0]["nmi"] == pytest.approx(nmi(hard.labels, torch.from_numpy(best.labels_)), abs=0.05)
 
 
 def test_assigned_clusters_are_the_largest_outputs():
     outputs = Embeddings(torch.eye(5)[[0, 0, 3, 3, 1, 1]], torch.tensor([1, 1, 0, 0, 0, -1]), tuple("abcdef"), "p", "h")
     result = assigned(outputs)
-    found, labels = torch.tensor([0, 0, 3, 3, 1]), torch.tensor([1, 1, 0, 0, 0])
+    assignment, labels = torch.tensor([0, 0, 3, 3, 1]), torch.tensor([1, 1, 0, 0, 0])
     assert (result["clusters"], result["used"], result["images"]) == (5, 3, 5)
-    assert result["acc"] == hungarian_accuracy(labels, found) == 0.8
-    assert result["nmi"] == nmi(labels, found) < 1 and result["ari"] == ari(labels, found) < 1
+    assert result["acc"] == hungarian_accuracy(labels, assignment) == 0.8
+    assert result["nmi"] == nmi(labels, assignment) < 1 and result["ari"] == ari(labels, assignment) < 1
 
 
 def test_feature_std_literally():
@@ -537,8 +537,8 @@ def test_evaluate_states_its_protocol():
     assert result["linear"]["probe"] == "lbfgs" and result["clustering"]["split"] == "test"
     assert result["encoder"]["name"] == "tiny" and result["width"] == 96 and result["protocol_version"] == 3
     features = embed(net, train), embed(net, test)
-    made = evaluate(None, *features, protocols=["knn"], k=200)
-    assert made["knn"] == result["knn"] and "linear" not in made
+    precomputed = evaluate(None, *features, protocols=["knn"], k=200)
+    assert precomputed["knn"] == result["knn"] and "linear" not in precomputed
     assert result["knn"]["top1"] == knn(*features, k=30)["top1"]
 
 

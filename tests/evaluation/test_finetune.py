@@ -31,8 +31,8 @@ class Frozen:
         return x.flatten(1)
 
 
-def without_seconds(found):
-    return {key: value for key, value in found.items() if key != "seconds"}
+def without_seconds(result):
+    return {key: value for key, value in result.items() if key != "seconds"}
 
 
 def slow_finetune(net, train, test, s, seed):
@@ -47,9 +47,9 @@ def slow_finetune(net, train, test, s, seed):
     images, steps, done = torch.stack(train.images), math.ceil(n / s.batch), 0
     views = Views([View(20, scale=(s.area, 1.0), flip=s.flip)], net.mean, net.std, fused=False)
     for epoch in range(s.epochs):
-        for some in permutation(seed, epoch, n).tensor_split(steps):
-            x = views(Batch(some, train.labels[some], seed, epoch, images=images[some])).images[0]
-            gradients = torch.autograd.grad(F.cross_entropy(head(net(x)), train.labels[some]), weights)
+        for chosen in permutation(seed, epoch, n).tensor_split(steps):
+            x = views(Batch(chosen, train.labels[chosen], seed, epoch, images=images[chosen])).images[0]
+            gradients = torch.autograd.grad(F.cross_entropy(head(net(x)), train.labels[chosen]), weights)
             lr = s.lr * math.ceil(n / steps) / 256 * (1 + math.cos(math.pi * done / (s.epochs * steps))) / 2
             with torch.no_grad():
                 for w, g, v in zip(weights, gradients, speed, strict=True):
@@ -64,9 +64,9 @@ def slow_finetune(net, train, test, s, seed):
 def test_fine_tuning_equals_the_slow_version():
     train, test, net = bars(30), bars(50, seed=1), encoder()
     settings = Finetune(epochs=3, batch=12, lr=0.4, steps=0, weight_decay=1e-3, area=0.5)
-    found = finetune(net, train, test, settings, seed=3)
+    result = finetune(net, train, test, settings, seed=3)
     right = (slow_finetune(net, train, test, settings, 3) == test.labels).double().mean().item()
-    assert found["top1"] == pytest.approx(right, abs=1e-9) and found["steps"] == 9 and found["batch"] == 10
+    assert result["top1"] == pytest.approx(right, abs=1e-9) and result["steps"] == 9 and result["batch"] == 10
 
 
 @pytest.mark.slow
@@ -80,13 +80,13 @@ def test_encoder_is_not_changed_and_a_seed_repeats_itself():
     net.backbone.requires_grad_(False)
     before, state = copy.deepcopy(net.state_dict()), torch.get_rng_state()
     with torch.no_grad():
-        found = finetune(net, train, test, SHORT, seed=1)
+        result = finetune(net, train, test, SHORT, seed=1)
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
     assert net.training and not any(p.requires_grad or p.grad is not None for p in net.backbone.parameters())
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(99)
-    assert without_seconds(finetune(net, train, test, SHORT, seed=1)) == without_seconds(found)
-    assert found["seconds"] > 0
+    assert without_seconds(finetune(net, train, test, SHORT, seed=1)) == without_seconds(result)
+    assert result["seconds"] > 0
 
 
 @pytest.mark.slow
@@ -107,9 +107,9 @@ def test_trained_weights_repeat_bit_for_bit_with_and_without_workers(monkeypatch
 
 def test_share_and_steps_are_stated():
     train, test, net = bars(60), bars(20, seed=1), encoder()
-    found = finetune(net, train, test, Finetune(epochs=1, batch=4, steps=7), share=0.1, seed=2)
-    assert (found["images"], found["of_a_class"], found["steps"], found["epochs"]) == (6, [3, 3], 8, 4)
-    assert found["lr_used"] == 0.05 * 3 / 256 and found["settings"] == "custom" and found["nesterov"] is True
+    result = finetune(net, train, test, Finetune(epochs=1, batch=4, steps=7), share=0.1, seed=2)
+    assert (result["images"], result["of_a_class"], result["steps"], result["epochs"]) == (6, [3, 3], 8, 4)
+    assert result["lr_used"] == 0.05 * 3 / 256 and result["settings"] == "custom" and result["nesterov"] is True
     seen, image = set(), train.image
     train.image = lambda i: seen.add(i) or image(i)
     finetune(net, train, test, SHORT, share=0.1, seed=2)
@@ -141,28 +141,28 @@ def test_invalid_arguments_are_refused():
         finetune(net, Pictures(train.images, [0] * 12), test)
     with pytest.raises(TrainingError, match="diverged"):
         finetune(net, train, test, Finetune(epochs=3, steps=0, lr=1e30))
-    for given in ((None, train, test), (net, clouds(9), test), (net, train, clouds(9))):
+    for arguments in ((None, train, test), (net, clouds(9), test), (net, train, clouds(9))):
         with pytest.raises(ConfigError, match="finetune trains an encoder"):
-            evaluate(*given, protocols=["finetune"])
+            evaluate(*arguments, protocols=["finetune"])
 
 
 def test_evaluate_passes_its_options_on():
     train, test, net = bars(20), bars(10, seed=1), encoder()
-    found = evaluate(net, train, test, protocols=["finetune"], tuning=SHORT, tuning_share=0.5, seed=4)
+    evaluation = evaluate(net, train, test, protocols=["finetune"], tuning=SHORT, tuning_share=0.5, seed=4)
     expected = finetune(net, train, test, SHORT, share=0.5, seed=4)
-    assert without_seconds(found["finetune"]) == without_seconds(expected)
-    assert json.loads(json.dumps(found)) and figures(found) == {"fine-tuned": expected["top1"]}
+    assert without_seconds(evaluation["finetune"]) == without_seconds(expected)
+    assert json.loads(json.dumps(evaluation)) and figures(evaluation) == {"fine-tuned": expected["top1"]}
 
 
 @pytest.mark.slow
 def test_the_command_line(tmp_path, monkeypatch):
-    made = bars_run(tmp_path)
+    folder = bars_run(tmp_path)
     monkeypatch.setitem(TUNINGS, "small", SHORT)
-    found = command(f"evaluate {made} --protocol finetune --tuning-share 0.2 --seed 3")
-    assert found.exit_code == 0 and "fine-tuned" in found.stdout
-    written = json.loads((made / "evaluation.json").read_text())["finetune"]
+    result = command(f"evaluate {folder} --protocol finetune --tuning-share 0.2 --seed 3")
+    assert result.exit_code == 0 and "fine-tuned" in result.stdout
+    written = json.loads((folder / "evaluation.json").read_text())["finetune"]
     assert (written["share"], written["seed"], written["classes"], written["images"]) == (0.2, 3, 2, 8)
-    assert command(f"evaluate {made} --protocol finetune --tuning huge").exit_code == 2
+    assert command(f"evaluate {folder} --protocol finetune --tuning huge").exit_code == 2
 
 
 def test_the_tuned_model_gives_the_figures_and_leaves_out_a_fitted_whitening():
@@ -170,9 +170,9 @@ def test_the_tuned_model_gives_the_figures_and_leaves_out_a_fitted_whitening():
     net = create_encoder("tiny", size=20, channels=1, whiten=True)
     net.readout.fit(torch.randn(50, net.readout.width))
     figures = finetune(net, train, test, SHORT, seed=5)
-    made = tune(net, train, SHORT, seed=5)
-    assert net.readout is not None and made.encoder.readout is None and not made.encoder.training
-    assert not any(p.requires_grad for p in (*made.encoder.parameters(), *made.head.parameters()))
-    scores = made.head(torch.from_numpy(made.encoder.embed(torch.stack(test.images))))
+    tuned = tune(net, train, SHORT, seed=5)
+    assert net.readout is not None and tuned.encoder.readout is None and not tuned.encoder.training
+    assert not any(p.requires_grad for p in (*tuned.encoder.parameters(), *tuned.head.parameters()))
+    scores = tuned.head(torch.from_numpy(tuned.encoder.embed(torch.stack(test.images))))
     assert (scores.argmax(1) == test.labels).double().mean() == figures["top1"]
-    assert made.protocol.items() <= figures.items() and made.protocol["images"] == 24
+    assert tuned.protocol.items() <= figures.items() and tuned.protocol["images"] == 24

@@ -48,12 +48,12 @@ def test_copies_are_confirmed_and_other_images_are_not() -> None:
     copies = changed(originals[0])
     thumbnails = torch.stack([small(image) for image in (*originals, *copies.values())])
     places, similarity = similar_pairs(thumbnails, 5)
-    found = compare(thumbnails, places)
-    confirmed = {tuple(pair) for pair in places[found.check >= THRESHOLD].tolist()}
+    comparison = compare(thumbnails, places)
+    confirmed = {tuple(pair) for pair in places[comparison.check >= THRESHOLD].tolist()}
     assert {(0, 12 + i) for i in range(len(copies))} <= confirmed
     assert all(first == 0 or first >= 12 for first, _ in confirmed)
-    assert similarity.shape == found.check.shape and (similarity <= 1 + 1e-6).all()
-    mirror = dict(zip(map(tuple, places.tolist()), found.mirrored.tolist(), strict=True))
+    assert similarity.shape == comparison.check.shape and (similarity <= 1 + 1e-6).all()
+    mirror = dict(zip(map(tuple, places.tolist()), comparison.mirrored.tolist(), strict=True))
     assert [mirror[0, 12 + i] for i in range(4)] == [False, False, True, True]
 
 
@@ -146,11 +146,11 @@ def test_broken_images_are_listed_with_a_reason() -> None:
         "blurred": blurred, "border": frame,
     }  # fmt: skip
     for name, picture in pictures.items():
-        found = reason(measures(picture.clamp(0, 255).byte()) | {"side": 96, "relative_side": 1.0})
-        assert (found or ("", ""))[0] == name, measures(picture.clamp(0, 255).byte())
+        verdict = reason(measures(picture.clamp(0, 255).byte()) | {"side": 96, "relative_side": 1.0})
+        assert (verdict or ("", ""))[0] == name, measures(picture.clamp(0, 255).byte())
     for name, values in {"tiny": {"side": 8}, "small for this collection": {"relative_side": 0.2},
                          "nearly empty file": {"bytes_per_pixel": 0.001}}.items():  # fmt: skip
-        found = reason(values)
-        assert found is not None and found[0] == name
+        verdict = reason(values)
+        assert verdict is not None and verdict[0] == name
     assert reason({}) is None and len(LIMITS) == 8
     assert measures(torch.zeros(3, 1, 1, dtype=torch.uint8))["border"] == 1.0

@@ -42,8 +42,8 @@ def test_neighbours_are_exact_in_any_tiles_and_ties_are_in_order(
             (nearest(rows[:7], rows, k), brute(rows[:7], rows, k)),
         ):
             assert torch.equal(result[0], wanted[0]) and torch.equal(result[1], wanted[1])
-        some, wanted = torch.arange(0, count, 2), nearest_others(rows[::2], k)
-        result = nearest_others(SelectedRows(rows, some), k)
+        selection, wanted = torch.arange(0, count, 2), nearest_others(rows[::2], k)
+        result = nearest_others(SelectedRows(rows, selection), k)
         assert torch.equal(result[0], wanted[0]) and torch.equal(result[1], wanted[1])
 
 
@@ -86,8 +86,10 @@ def test_approximate_neighbours_have_exact_similarities_and_few_are_missed(tmp_p
     rank = (approximate[1][:, :, None] == exact[1][:, None]).nonzero()
     assert torch.equal(approximate[0][rank[:, 0], rank[:, 1]], exact[0][rank[:, 0], rank[:, 2]])
     index, file, key = NeighbourIndex.build(rows), tmp_path / "index.safetensors", fingerprint(rows)
-    some = torch.arange(0, 4000, 3)
-    chosen, copied = (NeighbourIndex.build(part).nearest_others(5) for part in (SelectedRows(rows, some), rows[some]))
+    selection = torch.arange(0, 4000, 3)
+    chosen, copied = (
+        NeighbourIndex.build(part).nearest_others(5) for part in (SelectedRows(rows, selection), rows[selection])
+    )
     assert torch.equal(chosen[0], copied[0]) and torch.equal(chosen[1], copied[1])
     index.save(file, key)
     loaded = NeighbourIndex.load(file, key, rows)

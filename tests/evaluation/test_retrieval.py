@@ -22,12 +22,12 @@ def embeddings(vectors: Tensor, labels: list[int]) -> Embeddings:
 def test_vectors(golden: Path) -> None:
     case = Case(golden, "retrieval__1")
     ks = case.options["ks"]
-    found: Any = retrieval(embeddings(case["z"], case["labels"].tolist()), ks)
-    case.check(torch.tensor(found["map"], dtype=torch.float64), "mean_average_precision")
+    result: Any = retrieval(embeddings(case["z"], case["labels"].tolist()), ks)
+    case.check(torch.tensor(result["map"], dtype=torch.float64), "mean_average_precision")
     relevant = case["query_ap"] > 0  # the public recall counts a query without a relevant row as a miss
-    assert found["queries"] == int(relevant.sum()) == 39 and found["left_out"] == 1
+    assert result["queries"] == int(relevant.sum()) == 39 and result["left_out"] == 1
     expected = case["query_hit"][relevant].mean(0).tolist()
-    assert list(found["recall"].values()) == pytest.approx(expected, abs=1e-12)
+    assert list(result["recall"].values()) == pytest.approx(expected, abs=1e-12)
     assert [40 * r for r in case["recall_at_k_hit"].tolist()] == pytest.approx([39 * r for r in expected])
 
 
@@ -37,7 +37,7 @@ def test_equally_similar_images_have_no_order() -> None:
 
     rows = torch.tensor([[1.0, 0], [0.6, 0.8], [0.6, 0.8], [0.6, -0.8], [1, 0], [0.6, 0.8], [-1, 0]])
     labels = [0, 1, 0, 0, 1, 1, 0]
-    found: Any = retrieval(embeddings(rows, labels), (1, 2, 3))
+    result: Any = retrieval(embeddings(rows, labels), (1, 2, 3))
     precision, hits = [], {k: [] for k in (1, 2, 3)}
     for i in range(7):
         others = [j for j in range(7) if j != i]
@@ -47,8 +47,8 @@ def test_equally_similar_images_have_no_order() -> None:
         orders = [p for p in permutations(range(6)) if all(similarity[a] >= similarity[b] for a, b in pairwise(p))]
         for k in hits:
             hits[k].append(sum(any(good[j] for j in p[:k]) for p in orders) / len(orders))
-    assert found["map"] == pytest.approx(sum(precision) / 7, abs=1e-12)
-    assert [found["recall"][str(k)] for k in hits] == pytest.approx([sum(x) / 7 for x in hits.values()], abs=1e-12)
+    assert result["map"] == pytest.approx(sum(precision) / 7, abs=1e-12)
+    assert [result["recall"][str(k)] for k in hits] == pytest.approx([sum(x) / 7 for x in hits.values()], abs=1e-12)
 
 
 def test_order_parts_and_unknown_labels_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,9 +80,9 @@ def test_invalid_input_gives_one_sentence() -> None:
 def test_the_user_reads_recall_and_how_many_images_count() -> None:
     """Under the table, which has the mean average precision: an image alone in its class is not a query."""
     rows = torch.eye(5)[:, :4] + 1
-    found = {"test": {"labelled": 5}, "retrieval": retrieval(embeddings(rows, [0, 0, 1, 1, 2]), (1, 5))}
+    evaluation = {"test": {"labelled": 5}, "retrieval": retrieval(embeddings(rows, [0, 0, 1, 1, 2]), (1, 5))}
     assert any(
         line.startswith("Retrieval:  recall ")
         and line.endswith("% at 5; 4 images as queries; 1 of classes with one image")
-        for line in judged_by(found, "held out")
+        for line in judged_by(evaluation, "held out")
     )

@@ -54,10 +54,10 @@ def test_ranks_have_the_figures_of_one_process(world: int, protocols: tuple[str,
     torch.set_num_threads(1)
     alone = figures(protocols)
     torch.set_num_threads(threads)
-    for found in on_ranks(world, figures, protocols):
-        for mine, whole in zip(found.pop("rows"), alone["rows"], strict=True):
+    for result in on_ranks(world, figures, protocols):
+        for mine, whole in zip(result.pop("rows"), alone["rows"], strict=True):
             assert (mine == whole).all() and mine.shape == whole.shape
-        assert found == {key: value for key, value in alone.items() if key != "rows"}
+        assert result == {key: value for key, value in alone.items() if key != "rows"}
 
 
 def test_parts_cover_everything_once(monkeypatch: pytest.MonkeyPatch) -> None:

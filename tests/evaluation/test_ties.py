@@ -153,11 +153,11 @@ def test_figures_per_class():
     """A rare class that is never predicted counts as much as a frequent one in the balanced accuracy."""
     bank = rows(torch.tensor([[1.0, 0], [0, 1.0]]), [0, 2], ("cat", "cow", "dog"))
     test = rows(torch.tensor([[1.0, 0.1]] * 4), [0, 0, 0, 2], ("cat", "cow", "dog"))
-    found = evaluate(None, bank, test, protocols=["knn", "linear"], k=1)
+    evaluation = evaluate(None, bank, test, protocols=["knn", "linear"], k=1)
     for name in ("knn", "linear"):
-        assert found[name]["per_class"] == {"cat": 1.0, "dog": 0.0}
-        assert found[name]["top1"] == 0.75 and found[name]["balanced"] == 0.5
-    assert found["test"]["per_class"] == {"cat": 3, "dog": 1}
+        assert evaluation[name]["per_class"] == {"cat": 1.0, "dog": 0.0}
+        assert evaluation[name]["top1"] == 0.75 and evaluation[name]["balanced"] == 0.5
+    assert evaluation["test"]["per_class"] == {"cat": 3, "dog": 1}
     assert set(knn(replace(bank, classes=()), replace(test, classes=()), k=1)["per_class"]) == {"0", "2"}
 
 
@@ -165,11 +165,12 @@ def test_classes_are_matched_by_name():
     """Test data with some of the classes have other numbers for them."""
     bank = replace(clouds(60, classes=3, seed=1), classes=("a", "b", "c"))
     whole = replace(clouds(30, classes=3, seed=2), classes=("a", "b", "c"))
-    some = whole.take((whole.labels > 0).nonzero()[:, 0])
-    fewer = replace(some, labels=some.labels - 1, classes=("b", "c"))
+    part = whole.take((whole.labels > 0).nonzero()[:, 0])
+    fewer = replace(part, labels=part.labels - 1, classes=("b", "c"))
     options = {"protocols": ["knn", "linear", "few"], "k": 9, "shares": [0.5], "draws": 1}
-    expected, found = evaluate(None, bank, some, **options), evaluate(None, bank, fewer, **options)
-    assert found == expected and set(found["knn"]["per_class"]) == {"b", "c"} and found["knn"]["top1"] > 0.5
+    expected, evaluation = evaluate(None, bank, part, **options), evaluate(None, bank, fewer, **options)
+    assert evaluation == expected
+    assert set(evaluation["knn"]["per_class"]) == {"b", "c"} and evaluation["knn"]["top1"] > 0.5
     unknown = replace(fewer, labels=torch.where(fewer.labels == 1, -1, 0))
     assert knn(bank, unknown, k=9)["per_class"].keys() == {"b"}
     with pytest.raises(DataError, match=r"other classes than clouds: d; pass test data .* \(a, b, c\)"):

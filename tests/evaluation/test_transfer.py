@@ -46,20 +46,22 @@ def test_evaluation_on_the_data_of_the_run_is_unchanged(run):
 @pytest.mark.parametrize("channels", [1, 3])
 def test_evaluation_on_other_classes_sizes_and_grey_images(run, channels):
     other = pictures(60, sizes=((33, 41),), channels=channels)
-    given = torch.stack(other.images), other.labels + 2
+    data = torch.stack(other.images), other.labels + 2
     protocols = ["knn", "linear", "few", "finetune"]
-    found = inbatch.evaluate_run(run, given, protocols=protocols, draws=1, tuning=Finetune(epochs=1, steps=0))
-    assert (found["train"]["images"], found["test"]["images"]) == (54, 6) and "tenth" in found["held_out"]
-    assert found["knn"]["classes"] == found["finetune"]["classes"] == 3, "labels that no image has are no classes"
+    evaluation = inbatch.evaluate_run(run, data, protocols=protocols, draws=1, tuning=Finetune(epochs=1, steps=0))
+    assert (evaluation["train"]["images"], evaluation["test"]["images"]) == (54, 6)
+    assert "tenth" in evaluation["held_out"]
+    classes = evaluation["knn"]["classes"], evaluation["finetune"]["classes"]
+    assert classes == (3, 3), "labels that no image has are no classes"
     if channels == 1:
-        colour = given[0].expand(-1, 3, -1, -1).contiguous(), given[1]
-        assert inbatch.evaluate_run(run, colour, protocols=["knn"])["knn"] == found["knn"]
+        colour = data[0].expand(-1, 3, -1, -1).contiguous(), data[1]
+        assert inbatch.evaluate_run(run, colour, protocols=["knn"])["knn"] == evaluation["knn"]
 
 
 def test_evaluation_on_its_test_split_and_on_other_test_data(run, tmp_path):
     file = bars_file(tmp_path / "bars.npz", size=28)
-    found = inbatch.evaluate_run(run, file, protocols=["knn"])
-    assert found["held_out"].startswith("test split") and found["test"]["images"] == 20
+    evaluation = inbatch.evaluate_run(run, file, protocols=["knn"])
+    assert evaluation["held_out"].startswith("test split") and evaluation["test"]["images"] == 20
 
 
 def test_test_images_of_some_of_the_classes(run, tmp_path):
@@ -67,13 +69,13 @@ def test_test_images_of_some_of_the_classes(run, tmp_path):
     shutil.copytree(run.parent / "own" / "test" / "lie", tmp_path / "test" / "lie")
     shutil.copytree(run.parent / "own" / "test" / "other", tmp_path / "test" / "other")
     line = f"evaluate {run} --test {tmp_path / 'test'} --protocol knn -o {tmp_path / 'e'}"
-    found = command(line)  # the run's list of classes: stand, lie
+    result = command(line)  # the run's list of classes: stand, lie
     written = json.loads((tmp_path / "e").read_text())
-    assert found.exit_code == 0 and written["knn"]["classes"] == 2 and written["test"]["per_class"] == {"lie": 8}
+    assert result.exit_code == 0 and written["knn"]["classes"] == 2 and written["test"]["per_class"] == {"lie": 8}
     share = f"{written['knn']['top1']:.1%}"
     assert written["knn"]["per_class"] == {"lie": written["knn"]["top1"]}
-    assert any(row.split() == ["lie", "8", share] for row in found.stdout.splitlines())
-    assert f"Balanced:   k-NN {share} (mean over the classes: 1)" in found.stdout
+    assert any(row.split() == ["lie", "8", share] for row in result.stdout.splitlines())
+    assert f"Balanced:   k-NN {share} (mean over the classes: 1)" in result.stdout
     assert command(f"{line} --temperature nan").exit_code == 2
     (tmp_path / "test" / "lie").rename(tmp_path / "test" / "sit")
     refused = command(line)

@@ -61,13 +61,13 @@ def test_vectors_through_the_method(golden: Path, scale: float, dtype: torch.dty
 @pytest.mark.parametrize(("views", "n", "d"), [(2, 5, 1), (3, 6, 4), (4, 3, 5)])
 def test_any_number_of_views(views: int, n: int, d: int) -> None:
     z = torch.randn(views, n, d, dtype=torch.float64)
-    found, expected = (z.clone().requires_grad_() for _ in range(2))
-    losses, slow = barlow_twins(found, 0.3), literal(expected, 0.3)
+    actual, expected = (z.clone().requires_grad_() for _ in range(2))
+    losses, slow = barlow_twins(actual, 0.3), literal(expected, 0.3)
     for name, value in zip(("loss", "on_diagonal", "off_diagonal"), slow, strict=True):
         torch.testing.assert_close(losses[name], value, rtol=1e-12, atol=1e-12)
     losses["loss"].backward()
     slow[0].backward()
-    torch.testing.assert_close(found.grad, expected.grad, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(actual.grad, expected.grad, rtol=1e-9, atol=1e-11)
 
 
 def test_statistics_are_of_all_samples() -> None:

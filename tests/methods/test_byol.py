@@ -39,20 +39,20 @@ def test_vectors(golden: Path, name: str, scale: str, expected: str, factor: int
     assert t1.grad is None and t2.grad is None  # constants in the reference
 
     method = BYOL(scale=scale)
-    found = method.loss({"prediction": p.detach()}, {"projection": t.detach()}, unlabelled(p.shape[1]))
-    assert torch.equal(found["loss"], loss)
+    losses = method.loss({"prediction": p.detach()}, {"projection": t.detach()}, unlabelled(p.shape[1]))
+    assert torch.equal(losses["loss"], loss)
 
 
 @pytest.mark.parametrize("views", [2, 3, 5])
 def test_any_number_of_views(views: int) -> None:
     p, t = torch.randn(2, views, 4, 3, dtype=torch.float64)
-    found, expected = (p.clone().requires_grad_() for _ in range(2))
-    loss, slow = byol(found, t), literal(expected, t)
+    actual, expected = (p.clone().requires_grad_() for _ in range(2))
+    loss, slow = byol(actual, t), literal(expected, t)
     torch.testing.assert_close(loss, slow, rtol=1e-12, atol=0)
     torch.testing.assert_close(byol(p, t, "cosine"), (slow - 4) / 4, rtol=1e-12, atol=1e-12)
     loss.backward()
     slow.backward()
-    torch.testing.assert_close(found.grad, expected.grad, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(actual.grad, expected.grad, rtol=1e-10, atol=1e-12)
 
 
 def test_from_0_to_8() -> None:

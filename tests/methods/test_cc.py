@@ -88,11 +88,11 @@ def literal(x: Tensor, t: float) -> Tensor:
 def test_more_views_literally(views: int) -> None:
     z, x = torch.randn(views, 5, 4, dtype=torch.float64), torch.randn(views, 5, 3, dtype=torch.float64)
     p = x.softmax(-1)
-    found = CC(3, temperature=0.3, cluster_temperature=0.7).loss({"projection": z, "clusters": x}, {}, unlabelled(5))
-    torch.testing.assert_close(found["instance"], literal(z, 0.3))
-    torch.testing.assert_close(found["cluster"], literal(p.mT, 0.7))
+    losses = CC(3, temperature=0.3, cluster_temperature=0.7).loss({"projection": z, "clusters": x}, {}, unlabelled(5))
+    torch.testing.assert_close(losses["instance"], literal(z, 0.3))
+    torch.testing.assert_close(losses["cluster"], literal(p.mT, 0.7))
     entropy = [math.log(3) + sum(m * m.log() for m in view.mean(0)) for view in p]
-    torch.testing.assert_close(found["entropy"], 2 * sum(entropy) / views)
+    torch.testing.assert_close(losses["entropy"], 2 * sum(entropy) / views)
 
 
 def test_even_clusters_cost_nothing_and_one_cluster_the_most() -> None:
@@ -111,13 +111,13 @@ def test_a_cluster_without_samples_has_a_finite_gradient() -> None:
 
 
 def test_number_of_clusters_is_given_or_that_of_the_classes() -> None:
-    told = {"images": 50, "batch": 10, "views": 2}
-    for given, classes, made in ((None, 7, 7), (4, 7, 4), (4, 0, 4)):
-        method = METHODS["cc"](num_clusters=given)
-        method.prepare(classes=classes, **told)
-        assert method.heads(6)["clusters"].network(torch.zeros(2, 6)).shape == (2, made)
+    properties = {"images": 50, "batch": 10, "views": 2}
+    for requested, classes, clusters in ((None, 7, 7), (4, 7, 4), (4, 0, 4)):
+        method = METHODS["cc"](num_clusters=requested)
+        method.prepare(classes=classes, **properties)
+        assert method.heads(6)["clusters"].network(torch.zeros(2, 6)).shape == (2, clusters)
     method = METHODS["cc"]()
-    method.prepare(classes=0, **told)
+    method.prepare(classes=0, **properties)
     with pytest.raises(ValueError, match="number of clusters"):
         method.heads(6)
 

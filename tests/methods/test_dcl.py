@@ -29,12 +29,12 @@ def test_vectors(golden: Path, name: str, dtype: torch.dtype, options: dict, los
     case = Case(golden, name, dtype)
     t, sigma = case.options["temperature"], case.options["sigma"]
     z = [case.leaf("z0"), case.leaf("z1")]
-    given = {key: value for key, value in options.items() if key != "weighted"}
-    found = dcl(torch.stack(z), t, sigma if "weighted" in options else None, **given)
+    arguments = {key: value for key, value in options.items() if key != "weighted"}
+    actual = dcl(torch.stack(z), t, sigma if "weighted" in options else None, **arguments)
     method = DCL(t, sigma=sigma, **options)
-    assert torch.equal(method.loss({"projection": torch.stack(z)}, {}, unlabelled(len(z[0])))["loss"], found)
-    case.check(found, loss)
-    found.backward()
+    assert torch.equal(method.loss({"projection": torch.stack(z)}, {}, unlabelled(len(z[0])))["loss"], actual)
+    case.check(actual, loss)
+    actual.backward()
     if gradient:
         case.check(z[0].grad, f"{gradient}0")
         case.check(z[1].grad, f"{gradient}1")
@@ -61,9 +61,9 @@ def literal(z: Tensor, t: float, sigma: float | None, symmetric: bool) -> Tensor
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_the_equation_as_loops(views: int, sigma: float | None, symmetric: bool) -> None:
     z = torch.randn(views, 4, 3, dtype=torch.float64, requires_grad=True)
-    found, expected = dcl(z, 0.3, sigma, symmetric), literal(z, 0.3, sigma, symmetric)
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
-    (a,), (b,) = torch.autograd.grad(found, z), torch.autograd.grad(expected, z)
+    actual, expected = dcl(z, 0.3, sigma, symmetric), literal(z, 0.3, sigma, symmetric)
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+    (a,), (b,) = torch.autograd.grad(actual, z), torch.autograd.grad(expected, z)
     torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
@@ -79,8 +79,8 @@ def test_a_detached_weight_changes_the_gradient_and_not_the_value(detach: bool) 
 def test_close_pairs_do_not_hide_what_else_is_there() -> None:
     """The denominator is summed without the positive pair; subtracting exp(1 / 0.01) would lose the other terms."""
     z = torch.eye(4)[None].expand(2, 4, 4) + 1e-4 * torch.randn(2, 4, 4)
-    found, expected = dcl(z, 0.01), dcl(z.double(), 0.01)
-    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=0)
+    actual, expected = dcl(z, 0.01), dcl(z.double(), 0.01)
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("shape", [(1, 6, 4), (2, 1, 4)], ids=["one view", "one sample"])

@@ -39,15 +39,15 @@ def test_dino_over_steps(golden: Path, dtype: torch.dtype) -> None:
         student = case["student"][step].requires_grad_()
         online = {"prototypes": student.unflatten(0, (case.options["ncrops"], n))}
         target = {"prototypes": case["teacher"][step].unflatten(0, (2, n))}
-        given = online, target, batch(n, int(case["epochs"][step]))
-        loss = method.loss(*given)["loss"]
+        arguments = online, target, batch(n, int(case["epochs"][step]))
+        loss = method.loss(*arguments)["loss"]
         case.check(loss, "loss", step)
         t = float(case["teacher_temp"][step])
         direct = dino(online["prototypes"], target["prototypes"], method.center, case.options["student_temp"], t)
         torch.testing.assert_close(direct, loss, rtol=1e-6, atol=0)
         loss.backward()
         case.check(student.grad, "grad_student", step)
-        method.after_step(*given, 0.0)
+        method.after_step(*arguments, 0.0)
         case.check(method.center, "center_after", step)
 
 
@@ -78,10 +78,10 @@ def literal(student: Tensor, teacher: Tensor, center: Tensor, t: float, sharp: f
 def test_the_equation_as_loops(views: int) -> None:
     student = torch.randn(views, 4, 3, dtype=torch.float64, requires_grad=True)
     teacher, center = torch.randn(2, 4, 3, dtype=torch.float64, requires_grad=True), torch.randn(3, dtype=torch.float64)
-    found = dino(student, teacher, center, 0.3, 0.2)
+    actual = dino(student, teacher, center, 0.3, 0.2)
     expected = literal(student, teacher.detach(), center, 0.3, 0.2)
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
-    (a,), (b,) = torch.autograd.grad(found, student), torch.autograd.grad(expected, student)
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+    (a,), (b,) = torch.autograd.grad(actual, student), torch.autograd.grad(expected, student)
     torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
     assert not dino(student.detach(), teacher, center).requires_grad
 

@@ -215,10 +215,10 @@ def test_every_rank_holds_the_numbers_of_all_samples() -> None:
     """After two steps on two ranks the state is that of one process, and only of the samples of these steps."""
     for variant, key in (("isogclr", "method.log_s"), ("tico", "method.covariance")):
         expected = small.train(variant, N, 2)
-        for found in on_ranks(2, small.train, variant, N, 1):
-            assert_same({key: found[key]}, {key: expected[key]})
-            assert variant == "tico" or sum(math.isfinite(x) for x in found[key]) == 2 * N
-            assert found.keys() == expected.keys()
+        for state in on_ranks(2, small.train, variant, N, 1):
+            assert_same({key: state[key]}, {key: expected[key]})
+            assert variant == "tico" or sum(math.isfinite(x) for x in state[key]) == 2 * N
+            assert state.keys() == expected.keys()
 
 
 def test_wrong_options_and_batches_are_refused() -> None:

@@ -63,9 +63,9 @@ def test_the_equation_as_loops(views: int, same: list[int] | None) -> None:
     negatives = None if same is None else Negatives(torch.tensor(same))
     for tau, beta in ((0.1, 1.0), (0.3, 0.0), (0.7, 0.5), (0.0, 2.0)):
         z = rows(views, 4, 3).requires_grad_()
-        found, expected = hcl(z, 0.4, tau, beta, negatives), literal(z, 0.4, tau, beta, same)
-        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
-        (a,), (b,) = torch.autograd.grad(found, z), torch.autograd.grad(expected, z)
+        actual, expected = hcl(z, 0.4, tau, beta, negatives), literal(z, 0.4, tau, beta, same)
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+        (a,), (b,) = torch.autograd.grad(actual, z), torch.autograd.grad(expected, z)
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
@@ -91,7 +91,7 @@ def test_a_row_at_the_lower_bound_has_no_gradient_through_its_negatives() -> Non
 
 
 def test_no_matrix_is_held_for_the_backward_pass() -> None:
-    z, found = rows(2, 200, 4), []
+    z, results = rows(2, 200, 4), []
     for mode in ("never", "always"):
         leaf, kept = z.clone().requires_grad_(), list[int]()
         with (
@@ -100,8 +100,8 @@ def test_no_matrix_is_held_for_the_backward_pass() -> None:
         ):
             loss = hcl(leaf, 0.2)
         loss.backward()
-        found.append((loss.detach(), leaf.grad, max(kept)))
-    (value, gradient, matrix), (tiled, tiled_gradient, largest) = found
+        results.append((loss.detach(), leaf.grad, max(kept)))
+    (value, gradient, matrix), (tiled, tiled_gradient, largest) = results
     assert matrix == 400 * 400 and largest <= 400 * 4
     torch.testing.assert_close(tiled, value, rtol=1e-12, atol=0)
     torch.testing.assert_close(tiled_gradient, gradient, rtol=1e-9, atol=1e-14)

@@ -38,9 +38,9 @@ def test_the_equation_as_loops() -> None:
     for neighbours in (1, 3):
         z = torch.randn(2, 6, 4, dtype=torch.float64)
         a, b = z.clone().requires_grad_(), z.clone().requires_grad_()
-        found, expected = koleo(a, neighbours), sum(literal(view, neighbours) for view in b) / 2
-        torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
-        found.backward()
+        actual, expected = koleo(a, neighbours), sum(literal(view, neighbours) for view in b) / 2
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=0)
+        actual.backward()
         expected.backward()
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-9, atol=1e-12)
 
@@ -59,8 +59,8 @@ def test_no_matrix_of_similarities(monkeypatch: pytest.MonkeyPatch) -> None:
     z = torch.randn(1, 90, 3)
     expected = koleo(z)
     monkeypatch.setattr(logsumexp, "_BLOCK", 180)
-    found = [nearest(z[0], z[0], count=2)]
-    assert found[0].shape == (90, 2) and torch.equal(koleo(z), expected)
+    neighbours = [nearest(z[0], z[0], count=2)]
+    assert neighbours[0].shape == (90, 2) and torch.equal(koleo(z), expected)
 
 
 def test_dino_adds_it_over_the_two_large_views() -> None:
@@ -68,11 +68,11 @@ def test_dino_adds_it_over_the_two_large_views() -> None:
     plain, method = DINO(num_prototypes=6), DINO(num_prototypes=6, koleo_weight=0.1)
     assert plain.online == ("prototypes",) and method.online == ("prototypes", "features")
     rows = {"prototypes": torch.randn(4, 5, 6), "features": torch.randn(4, 5, 3)}
-    given = rows, {"prototypes": rows["prototypes"][:2]}, unlabelled(5)
-    losses, base = method.loss(*given), plain.loss(*given)["loss"]
+    arguments = rows, {"prototypes": rows["prototypes"][:2]}, unlabelled(5)
+    losses, base = method.loss(*arguments), plain.loss(*arguments)["loss"]
     expected = base + 0.1 * (literal(rows["features"][0]) + literal(rows["features"][1]))
     torch.testing.assert_close(losses["loss"], expected)
-    assert torch.equal(losses["dino"], base) and set(plain.loss(*given)) == {"loss"}
+    assert torch.equal(losses["dino"], base) and set(plain.loss(*arguments)) == {"loss"}
 
 
 def test_invalid_input_is_refused() -> None:

@@ -163,8 +163,8 @@ def projected(rank: int) -> list[float]:
 
 @pytest.mark.slow
 def test_ranks_share_the_directions() -> None:
-    for found in on_ranks(2, projected, 0):
-        assert found == pytest.approx(projected(0), rel=1e-12)
+    for result in on_ranks(2, projected, 0):
+        assert result == pytest.approx(projected(0), rel=1e-12)
 
 
 def test_invalid_input_is_refused() -> None:

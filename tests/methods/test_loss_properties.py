@@ -248,16 +248,16 @@ def test_every_equation_is_here() -> None:
 @given(problem=problems())
 def test_losses_are_finite_or_refuse_their_input(name: str, problem: Given) -> None:
     """The value, and the gradient in at least float32, as in training; half precision only rounds that gradient."""
-    given, leaf = problem.z.detach().requires_grad_(), wide(problem.z).detach().requires_grad_()
+    original, leaf = problem.z.detach().requires_grad_(), wide(problem.z).detach().requires_grad_()
     loss = answered(lambda: problem(name, leaf))
     assert loss.shape == () and loss.dtype == leaf.dtype and loss.isfinite()
-    assert torch.equal(problem(name, given), loss)
+    assert torch.equal(problem(name, original), loss)
     gradient = torch.autograd.grad(loss, leaf)[0]
     assert gradient.isfinite().all()
     largest = float(gradient.abs().max())
-    if largest < torch.finfo(given.dtype).max / 16:
-        found = torch.autograd.grad(problem(name, given), given)[0]
-        torch.testing.assert_close(found, gradient.to(given.dtype), rtol=0.02, atol=0.02 * largest)
+    if largest < torch.finfo(original.dtype).max / 16:
+        actual = torch.autograd.grad(problem(name, original), original)[0]
+        torch.testing.assert_close(actual, gradient.to(original.dtype), rtol=0.02, atol=0.02 * largest)
 
 
 PLACES = st.tuples(st.sampled_from([0, 1]), st.integers(0, 100), st.integers(0, 100))
@@ -364,10 +364,10 @@ def test_the_order_of_samples_does_not_matter(name: str, problem: Given, seed: i
     order = torch.randperm(problem.z.shape[1], generator=torch.Generator().manual_seed(seed))
     if name == "wmse" and problem.z.shape[1] <= problem.z.shape[2]:
         return
-    found, expected, tolerance = moved(name, problem, lambda z: z)
+    actual, expected, tolerance = moved(name, problem, lambda z: z)
     again = Given(problem.kind, problem.z[:, order], problem.y[order], problem.t, problem.mode)
-    found = moved(name, again, lambda z: z)[0]
-    torch.testing.assert_close(found, expected, rtol=1e-8, atol=tolerance)
+    actual = moved(name, again, lambda z: z)[0]
+    torch.testing.assert_close(actual, expected, rtol=1e-8, atol=tolerance)
 
 
 SYMMETRIC = (
@@ -382,8 +382,8 @@ SYMMETRIC = (
 @examples(6)
 @given(problem=problems(kinds=CALM))
 def test_views_may_change_places(name: str, problem: Given) -> None:
-    found, expected, tolerance = moved(name, problem, lambda z: z.flip(0))
-    torch.testing.assert_close(found, expected, rtol=1e-8, atol=tolerance)
+    actual, expected, tolerance = moved(name, problem, lambda z: z.flip(0))
+    torch.testing.assert_close(actual, expected, rtol=1e-8, atol=tolerance)
 
 
 TURNED = ("nt_xent", "nt_xent, sum", "ctr", "nnclr", "nnclr, nt_xent", "byol", "simsiam", "fastsiam", "dcl", "dclw",
@@ -396,8 +396,8 @@ TURNED = ("nt_xent", "nt_xent, sum", "ctr", "nnclr", "nnclr, nt_xent", "byol", "
 @given(problem=problems(least=2, kinds=["random", "large"]), seed=st.integers(0, 2**31))
 def test_all_rows_may_be_turned(name: str, problem: Given, seed: int) -> None:
     turn = torch.linalg.qr(draw(seed, problem.z.shape[2], problem.z.shape[2]))[0]
-    found, expected, tolerance = moved(name, problem, lambda z: z @ turn)
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=tolerance)
+    actual, expected, tolerance = moved(name, problem, lambda z: z @ turn)
+    torch.testing.assert_close(actual, expected, rtol=1e-6, atol=tolerance)
 
 
 @pytest.mark.parametrize("name", ["wmse", "wmse, plain"])
@@ -423,8 +423,8 @@ def test_barlow_twins_is_invariant_to_scale_and_shift_of_features(problem: Given
 def test_the_length_of_a_row_does_not_matter_where_rows_are_normalised(name: str, problem: Given, seed: int) -> None:
     """The gradient does not change the length either: it is orthogonal to every row."""
     scale = draw(seed, *problem.z.shape[:2], 1).exp()
-    found, expected, tolerance = moved(name, problem, lambda z: z * scale)
-    torch.testing.assert_close(found, expected, rtol=1e-8, atol=tolerance)
+    actual, expected, tolerance = moved(name, problem, lambda z: z * scale)
+    torch.testing.assert_close(actual, expected, rtol=1e-8, atol=tolerance)
     z = problem.z.double().contiguous().requires_grad_()
     gradient = torch.autograd.grad(problem(name, z), z)[0]
     along = (gradient * normalize(z.detach())).sum(-1)
@@ -474,8 +474,8 @@ def test_float32_is_float64_but_for_roundings(name: str, problem: Given, t: floa
     """Within 1e-5, plus 2e-6 / T for products of rows: the documented bound. bfloat16 rows count as exact."""
     z = problem.z.float()
     problem = Given(problem.kind, z, problem.y, t, problem.mode)
-    found, expected = answered(lambda: problem(name)), problem(name, z.double())
-    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5 + 2e-6 / t)
+    actual, expected = answered(lambda: problem(name)), problem(name, z.double())
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=1e-5 + 2e-6 / t)
 
 
 @pytest.mark.grid(13)
@@ -485,12 +485,12 @@ def test_float32_is_float64_but_for_roundings(name: str, problem: Given, t: floa
 def test_losses_are_pure(name: str, problem: Given) -> None:
     """Two calls give the same value and gradient, bit for bit; rows and labels are unchanged."""
     z, y = problem.z.clone(), problem.y.clone()
-    leaf, found = problem.z.detach().requires_grad_(), []
+    leaf, results = problem.z.detach().requires_grad_(), []
     for _ in range(2):
         loss = answered(lambda: problem(name, leaf))
-        found.append((loss.detach(), torch.autograd.grad(loss, leaf)[0]))
-    assert torch.equal(found[0][0], found[1][0])
-    torch.testing.assert_close(found[0][1], found[1][1], rtol=0, atol=0, equal_nan=True)
+        results.append((loss.detach(), torch.autograd.grad(loss, leaf)[0]))
+    assert torch.equal(results[0][0], results[1][0])
+    torch.testing.assert_close(results[0][1], results[1][1], rtol=0, atol=0, equal_nan=True)
     assert torch.equal(problem.z, z) and torch.equal(problem.y, y)
 
 
@@ -517,9 +517,9 @@ def test_every_method(
     assert set(method.online) <= set(width) and heads
 
     def rows(names: tuple[str, ...], chosen: Sequence[int], seed: int) -> dict[str, Tensor]:
-        made = {x: KINDS[kind](draw(seed + i, len(chosen), n, width[x])) for i, x in enumerate(names)}
+        tensors = {x: KINDS[kind](draw(seed + i, len(chosen), n, width[x])) for i, x in enumerate(names)}
         limit = 6e4 if kept == torch.float16 else math.inf
-        return {x: wide(rows.clamp(-limit, limit).to(kept)) for x, rows in made.items()}  # float32, as in training
+        return {x: wide(rows.clamp(-limit, limit).to(kept)) for x, rows in tensors.items()}  # float32, as in training
 
     online = rows(method.online, method.online_views(views), seed)
     target = rows(method.target, method.target_views(views), seed + 10)

@@ -108,8 +108,10 @@ def literal_supcon(z: Tensor, positive: Callable[[int, int], bool], t: float, ba
         if anchors == "one" and v > 0:
             continue
         everyone = sum((u @ w / t).exp() for key, w in rows.items() if key != (v, i))
-        found = [w for (x, j), w in rows.items() if positive(i, j) and (x, j) != (v, i)]
-        mean = sum(((u @ p / t).exp() / everyone).log() for p in found) / len(found) if found else 0 * u.sum()
+        positives = [w for (x, j), w in rows.items() if positive(i, j) and (x, j) != (v, i)]
+        mean = (
+            sum(((u @ p / t).exp() / everyone).log() for p in positives) / len(positives) if positives else 0 * u.sum()
+        )
         terms.append(-t / base * mean)
     return sum(terms) / len(terms)
 
@@ -140,12 +142,12 @@ def literal_cross_entropy(logits: Tensor, label: Tensor, smoothing: float) -> Te
 
 def assert_same(equation: Callable[..., Tensor], literal: Callable[..., Tensor], *rows: Tensor) -> None:
     """Check that values are equal, and gradients for every tensor of rows."""
-    found, expected = ([r.clone().requires_grad_() for r in rows] for _ in range(2))
-    loss, slow = equation(*found), literal(*expected)
+    actual, expected = ([r.clone().requires_grad_() for r in rows] for _ in range(2))
+    loss, slow = equation(*actual), literal(*expected)
     torch.testing.assert_close(loss, slow, rtol=1e-9, atol=1e-10)
     loss.backward()
     slow.backward()
-    for a, b in zip(found, expected, strict=True):
+    for a, b in zip(actual, expected, strict=True):
         assert (a.grad is None) == (b.grad is None)
         if a.grad is not None:
             torch.testing.assert_close(a.grad, b.grad, rtol=1e-9, atol=1e-10)
@@ -189,14 +191,14 @@ def test_supcon(seed: int, v: int, n: int, d: int, t: float, base: float, anchor
     g = torch.Generator().manual_seed(seed)
     label, mask = torch.randint(-1, 2, (n,), generator=g), torch.rand(n, n, generator=g) < 0.5
     if kind == "labels":
-        given, positive = {"label": label}, lambda i, j: i == j or bool(label[i] == label[j] >= 0)
+        arguments, positive = {"label": label}, lambda i, j: i == j or bool(label[i] == label[j] >= 0)
     elif kind == "mask":
-        given, positive = {"mask": mask}, lambda i, j: bool(mask[i, j])
+        arguments, positive = {"mask": mask}, lambda i, j: bool(mask[i, j])
     else:
-        given, positive = {}, lambda i, j: i == j
+        arguments, positive = {}, lambda i, j: i == j
         v = max(v, 2)
     assert_same(
-        lambda z: supcon(z, temperature=t, base_temperature=base, contrast_mode=anchors, **given),
+        lambda z: supcon(z, temperature=t, base_temperature=base, contrast_mode=anchors, **arguments),
         lambda z: literal_supcon(z, positive, t, base, anchors),
         draw(seed, v, n, d),
     )

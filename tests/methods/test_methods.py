@@ -75,18 +75,18 @@ def test_the_loss_is_pure(variant: str) -> None:
     """Two calls give the same value and gradient, with and without a graph, and change no state."""
     online, target, batch = rows(variant)
     method = create(variant).double()
-    start, given = memory(method), copy.deepcopy((online, target, batch))
-    found = []
+    start, copies = memory(method), copy.deepcopy((online, target, batch))
+    results = []
     for _ in range(2):
         leaves = learnable(online)
         losses = method.loss(leaves, target, batch)
         losses["loss"].backward()
         assert losses["loss"].shape == ()
-        found.append(({k: x.detach() for k, x in losses.items()}, gradients(leaves)))
-    (first, gradient), (second, again) = found
+        results.append(({k: x.detach() for k, x in losses.items()}, gradients(leaves)))
+    (first, gradient), (second, again) = results
     assert same(first, second) and same(gradient, again) and same(memory(method), start)
     assert same(method.loss(online, target, batch), first)
-    assert same(online, given[0]) and same(target, given[1]) and torch.equal(batch.label, given[2].label)
+    assert same(online, copies[0]) and same(target, copies[1]) and torch.equal(batch.label, copies[2].label)
 
 
 @pytest.mark.grid(24)
@@ -95,10 +95,10 @@ def test_the_order_of_samples_does_not_matter(variant: str) -> None:
     online, target, batch = rows(variant)
     method = create(variant).double()
     order = torch.randperm(N)
-    moved = [{name: x[:, order] for name, x in some.items()} for some in (online, target)]
-    found = method.loss(*moved, Batch(batch.index[order], batch.label[order]))
+    moved = [{name: x[:, order] for name, x in outputs.items()} for outputs in (online, target)]
+    losses = method.loss(*moved, Batch(batch.index[order], batch.label[order]))
     for name, expected in method.loss(online, target, batch).items():
-        torch.testing.assert_close(found[name], expected, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(losses[name], expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("variant", ["simclr", "moco-symmetric", "supcon", "barlow-3", "vicreg-3", "wmse-4"])
@@ -119,16 +119,16 @@ def test_memory_changes_after_the_optimiser_and_never_before(variant: str, monke
     def weights() -> Tensor:
         return nn.utils.parameters_to_vector([*network.parameters(), *(target.parameters() if target else [])]).detach()
 
-    def watched_loss(*given: Any) -> Losses:
+    def watched_loss(*arguments: Any) -> Losses:
         seen.append(("loss", memory(method), weights()))
-        return loss(*given)
+        return loss(*arguments)
 
-    def watched_on_weights(*given: Any) -> None:
+    def watched_on_weights(*arguments: Any) -> None:
         seen.append(("before", memory(method), weights()))
-        on_weights(*given)
+        on_weights(*arguments)
 
-    def watched_after_step(*given: Any) -> None:
-        after_step(*given)
+    def watched_after_step(*arguments: Any) -> None:
+        after_step(*arguments)
         seen.append(("after", memory(method), weights()))
 
     monkeypatch.setattr(method, "loss", watched_loss)
@@ -158,12 +158,12 @@ def test_state_of_a_method_is_complete(variant: str, monkeypatch: pytest.MonkeyP
     file.seek(0)
     method, loaded = trained[0], create(variant).double()
     loaded.load_state_dict(torch.load(file, weights_only=True))
-    given = rows(variant)
+    arguments = rows(variant)
     for step in range(2):
-        assert same(loaded.loss(*given), method.loss(*given))
+        assert same(loaded.loss(*arguments), method.loss(*arguments))
         for m in (method, loaded):
-            m.store(split_state(m.loss(*given))[1])
-            m.after_step(*given, step / 2)
+            m.store(split_state(m.loss(*arguments))[1])
+            m.after_step(*arguments, step / 2)
         assert same(loaded.state_dict(), method.state_dict())
 
 
@@ -182,7 +182,7 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_extreme_rows_have_finite_loss_and_gradient(variant: str, kind: str, dtype: torch.dtype) -> None:
     online, target, batch = rows(variant)
-    online, target = ({name: KINDS[kind](x).to(dtype) for name, x in some.items()} for some in (online, target))
+    online, target = ({name: KINDS[kind](x).to(dtype) for name, x in outputs.items()} for outputs in (online, target))
     options = inspect.signature(METHODS[VARIANTS[variant][0]]).parameters
     coldest = {name: 0.01 for name in ("temperature", "tau_min") if name in options}
     steep = variant.startswith("vicreg") and kind == "large"  # the gradient grows with the cube of the rows
@@ -215,11 +215,11 @@ def test_moco_reads_the_queue_before_it_pushes() -> None:
     """A key among its own negatives would cost at least log 2."""
     method = METHODS["moco"](temperature=0.01, queue_size=40, out_dim=8)
     keys = {"projection": torch.eye(8)[None]}
-    given = keys, keys, Batch(torch.arange(8), torch.arange(8))
+    arguments = keys, keys, Batch(torch.arange(8), torch.arange(8))
     method.queue.rows.copy_(-torch.ones(8).expand(40, 8) / 8**0.5)
-    assert method.loss(*given)["loss"] < 1e-6
-    method.after_step(*given, 0.0)
-    assert method.loss(*given)["loss"] > 0.69
+    assert method.loss(*arguments)["loss"] < 1e-6
+    method.after_step(*arguments, 0.0)
+    assert method.loss(*arguments)["loss"] > 0.69
     assert torch.equal(method.queue.rows[:8], torch.eye(8)) and method.queue.filled == 8
 
 

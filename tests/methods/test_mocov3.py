@@ -38,14 +38,14 @@ def test_vectors(golden: Path, name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("views", [2, 3, 4])
 def test_any_number_of_views(views: int) -> None:
     q, k = torch.randn(2, views, 5, 3, dtype=torch.float64)
-    found, expected = (q.clone().requires_grad_() for _ in range(2))
-    loss = MoCoV3(0.3).loss({"prediction": found}, {"projection": k}, unlabelled(5))["loss"]
+    actual, expected = (q.clone().requires_grad_() for _ in range(2))
+    loss = MoCoV3(0.3).loss({"prediction": actual}, {"projection": k}, unlabelled(5))["loss"]
     pairs = [literal(expected[i], k[j], 0.3) for i in range(views) for j in range(views) if i != j]
     slow = 2 * sum(pairs) / len(pairs)
     torch.testing.assert_close(loss, slow, rtol=1e-12, atol=0)
     loss.backward()
     slow.backward()
-    torch.testing.assert_close(found.grad, expected.grad, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(actual.grad, expected.grad, rtol=1e-10, atol=1e-12)
 
 
 def test_invalid_input_is_refused() -> None:

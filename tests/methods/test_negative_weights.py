@@ -73,9 +73,9 @@ def value_and_gradient(z: Tensor, loss: Callable[[Tensor], Tensor]) -> tuple[Ten
     return value, torch.autograd.grad(value, leaf)[0]
 
 
-def assert_equal(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> None:
-    torch.testing.assert_close(found[0], expected[0], rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(found[1], expected[1], rtol=1e-9, atol=1e-12)
+def assert_equal(actual: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> None:
+    torch.testing.assert_close(actual[0], expected[0], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(actual[1], expected[1], rtol=1e-9, atol=1e-12)
 
 
 def test_simclr_with_hard_negatives_is_hcl() -> None:
@@ -109,10 +109,10 @@ def test_supcon_leaves_out_similar_samples_of_other_classes() -> None:
         positives = [j for j in range(12) if j != i and classes[j] == classes[i]]
         terms.append(sum(total - u[i] @ u[j] / T for j in positives) / len(positives))
     expected = sum(terms) / len(terms)
-    found = supcon(z, label, T, T, negatives=KINDS["drop"])
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
-    torch.testing.assert_close(*(torch.autograd.grad(x, z, retain_graph=True)[0] for x in (found, expected)))
-    assert supcon(z, label, T, T) > found
+    actual = supcon(z, label, T, T, negatives=KINDS["drop"])
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(*(torch.autograd.grad(x, z, retain_graph=True)[0] for x in (actual, expected)))
+    assert supcon(z, label, T, T) > actual
 
 
 @pytest.mark.parametrize("mode", ["never", "always"])

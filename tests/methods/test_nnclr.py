@@ -38,10 +38,10 @@ def test_vectors(golden: Path, name: str, contrast: str, suffix: str, dtype: tor
     o, support = case.options, case["support"]
     z1, z2, p1, p2 = (case.leaf(key) for key in ("z1", "z2", "p1", "p2"))
     near = [neighbours(z, support, torch.tensor(len(support))) for z in (z1, z2)]
-    for found, number in zip(near, (1, 2), strict=True):
-        assert torch.equal(found, support[case[f"nn_idx{number}"]])
-        case.check(found, f"nn{number}")
-        assert not found.requires_grad
+    for nearest, number in zip(near, (1, 2), strict=True):
+        assert torch.equal(nearest, support[case[f"nn_idx{number}"]])
+        case.check(nearest, f"nn{number}")
+        assert not nearest.requires_grad
     t = o["temperature"]
     loss = (nnclr(near[0], p2, t, contrast) + nnclr(near[1], p1, t, contrast)) / 2
     case.check(loss, f"loss{suffix}")
@@ -66,15 +66,15 @@ def test_any_number_of_views(views: int) -> None:
     z, p = torch.randn(2, views, 5, 3, dtype=torch.float64)
     support = normalize(torch.randn(9, 3, dtype=torch.float64))
     method = full(NNCLR(0.3, out_dim=3, queue_size=9), support)
-    found, expected = (p.clone().requires_grad_() for _ in range(2))
-    loss = method.loss({"projection": z, "prediction": found}, {}, unlabelled(5))["loss"]
+    actual, expected = (p.clone().requires_grad_() for _ in range(2))
+    loss = method.loss({"projection": z, "prediction": actual}, {}, unlabelled(5))["loss"]
     near = [torch.stack([max(support, key=lambda s, row=row: float(row @ s)) for row in view]) for view in z]
     pairs = [literal(near[i], expected[j], 0.3) for i in range(views) for j in range(views) if i != j]
     slow = sum(pairs) / len(pairs)
     torch.testing.assert_close(loss, slow, rtol=1e-12, atol=0)
     loss.backward()
     slow.backward()
-    torch.testing.assert_close(found.grad, expected.grad, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(actual.grad, expected.grad, rtol=1e-10, atol=1e-12)
 
 
 def test_nt_xent_of_a_pair_is_simclr_s() -> None:
@@ -94,10 +94,10 @@ def test_nnclr_reads_the_queue_before_it_pushes() -> None:
     """If rows were stored first, each would find itself as neighbour, and the loss would be almost 0."""
     method = full(NNCLR(0.01, out_dim=4, queue_size=8), torch.eye(4)[3].expand(8, 4))
     rows = torch.eye(4)[:3].expand(2, 3, 4)
-    given = {"projection": rows, "prediction": rows}, {}, unlabelled(3)
-    assert method.loss(*given)["loss"] > 1
-    method.after_step(*given, 0.0)
-    assert method.loss(*given)["loss"] < 1e-6
+    arguments = {"projection": rows, "prediction": rows}, {}, unlabelled(3)
+    assert method.loss(*arguments)["loss"] > 1
+    method.after_step(*arguments, 0.0)
+    assert method.loss(*arguments)["loss"] < 1e-6
 
 
 def test_queue_stores_view_0_as_unit_rows() -> None:

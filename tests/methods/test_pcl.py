@@ -87,10 +87,10 @@ def test_k_means(golden: Path, m: int) -> None:
     case = Case(golden, "pcl_kmeans__1", torch.float32)
     o, assignment, distance = case.options, case[f"im2cluster_{m}"], case[f"distances_sq_{m}"].sqrt()
     case.check(concentration(distance, assignment, o["clusters"][m], o["temperature"]), f"density_{m}")
-    centroids, found, distance = k_means(case["features"], o["clusters"][m], o["nredo"], o["niter"], seed=m)
+    centroids, members, distance = k_means(case["features"], o["clusters"][m], o["nredo"], o["niter"], seed=m)
     assert distance.square().sum() < 1.01 * case[f"inertia_{m}"]
     nearest = torch.cdist(case["features"], centroids).min(1)
-    assert torch.equal(nearest.indices, found) and found.unique().numel() == o["clusters"][m]
+    assert torch.equal(nearest.indices, members) and members.unique().numel() == o["clusters"][m]
     torch.testing.assert_close(nearest.values, distance, rtol=1e-4, atol=1e-4)
 
 
@@ -134,29 +134,29 @@ def literal(q: Tensor, c: Clustering, index: list[int], negatives: list[int]) ->
 
 
 def clustering(count: int, images: int) -> Clustering:
-    made = Clustering(count, 4, images)
-    made.remember(normalize(torch.randn(count, 4)), torch.rand(count) + 0.1, torch.arange(images) % count)
-    return made
+    clusters = Clustering(count, 4, images)
+    clusters.remember(normalize(torch.randn(count, 4)), torch.rand(count) + 0.1, torch.arange(images) % count)
+    return clusters
 
 
 def test_negatives_are_the_prototypes_of_no_sample() -> None:
     """Samples 3 and 10 share a prototype: its second column is a negative of the first, and vice versa."""
-    made, index, q = clustering(7, 30), [3, 10, 4], torch.randn(3, 4)
+    clusters, index, q = clustering(7, 30), [3, 10, 4], torch.randn(3, 4)
     batch = Batch(torch.tensor(index), torch.full((3,), -1))
     for most in (4, 100):
-        columns, density, counts = made.columns(batch, most)
+        columns, density, counts = clusters.columns(batch, most)
         left = [0, 1, 2, 5, 6]
-        drawn = [int((made.centroids == column).all(1).nonzero()) for column in columns[3:][counts[3:]]]
+        drawn = [int((clusters.centroids == column).all(1).nonzero()) for column in columns[3:][counts[3:]]]
         assert len(drawn) == min(most, 5) and set(drawn) <= set(left) and counts[:3].all()
-        torch.testing.assert_close(proto_nce(q, columns, density, counts), literal(q, made, index, drawn))
+        torch.testing.assert_close(proto_nce(q, columns, density, counts), literal(q, clusters, index, drawn))
 
 
 def test_the_draw_follows_the_batch_and_not_its_order() -> None:
-    made = clustering(200, 1000)
+    clusters = clustering(200, 1000)
 
     def drawn(index: list[int], seed: int = 0, epoch: int = 0, key: int = 0) -> Tensor:
         batch = Batch(torch.tensor(index), torch.full((len(index),), -1), seed, epoch)
-        return made.columns(batch, 20, key)[0][len(index) :]
+        return clusters.columns(batch, 20, key)[0][len(index) :]
 
     first = drawn([5, 9, 14])
     assert torch.equal(drawn([14, 5, 9]), first)
@@ -164,7 +164,7 @@ def test_the_draw_follows_the_batch_and_not_its_order() -> None:
         shared = (other[:, None] == first).all(-1).any(1).sum()
         assert shared < 10, "20 of 197 by chance are 2"
     seen = torch.cat([drawn([i, i + 1, i + 2]) for i in range(300)])
-    count = (seen[:, None] == made.centroids).all(-1).sum(0)
+    count = (seen[:, None] == clusters.centroids).all(-1).sum(0)
     assert count.min() > 10 and count.max() < 60, "every prototype is drawn about 30 times"
 
 
@@ -184,8 +184,8 @@ def test_info_nce_alone_before_the_first_clusters() -> None:
     assert losses["prototypes"] == 0 and torch.equal(losses["loss"], losses["instance"])
     torch.testing.assert_close(losses["loss"], info_nce(rows[0]["projection"][0], k, method.queue.rows, 0.2))
     assert [method.surveys(epoch) for epoch in range(4)] == [False, False, True, True]
-    found = method.survey({"projection": torch.randn(40, 4)}, torch.arange(40) % 4 - 1, 2, alone)
-    assert found.keys() == {"nmi_4", "nmi_6"} and all(0 <= value <= 1 for value in found.values())
+    figures = method.survey({"projection": torch.randn(40, 4)}, torch.arange(40) % 4 - 1, 2, alone)
+    assert figures.keys() == {"nmi_4", "nmi_6"} and all(0 <= value <= 1 for value in figures.values())
     assert method.loss(*rows)["prototypes"] > 0
     assert not method.survey({"projection": torch.randn(40, 4)}, torch.full((40,), -1), 2, alone)
 

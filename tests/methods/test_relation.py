@@ -53,9 +53,9 @@ def test_the_equation_as_loops(candidates: str) -> None:
     s, t = torch.randn(2, 6, 5, generator=g, dtype=torch.float64)
     queue = normalize(torch.randn(7, 5, generator=g, dtype=torch.float64))
     leaf, other = s.clone().requires_grad_(), s.clone().requires_grad_()
-    found, expected = relation(leaf, t, queue, 0.2, 0.1, candidates), literal(other, t, queue, 0.2, 0.1, candidates)
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
-    found.backward()
+    actual, expected = relation(leaf, t, queue, 0.2, 0.1, candidates), literal(other, t, queue, 0.2, 0.1, candidates)
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=0)
+    actual.backward()
     expected.backward()
     torch.testing.assert_close(leaf.grad, other.grad, rtol=1e-10, atol=1e-14)
     assert torch.autograd.gradcheck(lambda x: relation(x, t, queue, 0.2, 0.1, candidates), s.clone().requires_grad_())
@@ -78,7 +78,7 @@ def test_no_matrix_is_held_for_the_backward_pass() -> None:
     """Tiles give the value and gradient of the matrix, and nothing of its size is kept."""
     g = torch.Generator().manual_seed(0)
     s, t, queue = (torch.randn(n, 4, generator=g, dtype=torch.float64) for n in (400, 400, 700))
-    found = []
+    results = []
     for mode in ("never", "always"):
         leaf, kept = s.clone().requires_grad_(), list[int]()
         with (
@@ -87,8 +87,8 @@ def test_no_matrix_is_held_for_the_backward_pass() -> None:
         ):
             loss = relation(leaf, t, normalize(queue), 0.1, 0.05)
         loss.backward()
-        found.append((loss.detach(), leaf.grad, max(kept)))
-    (value, gradient, matrix), (tiled, tiled_gradient, largest) = found
+        results.append((loss.detach(), leaf.grad, max(kept)))
+    (value, gradient, matrix), (tiled, tiled_gradient, largest) = results
     assert matrix == 400 * 1100 and largest <= 1100 * 4
     torch.testing.assert_close(tiled, value, rtol=1e-12, atol=0)
     torch.testing.assert_close(tiled_gradient, gradient, rtol=1e-9, atol=1e-14)

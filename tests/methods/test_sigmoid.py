@@ -68,8 +68,8 @@ def test_the_equation_as_loops() -> None:
         pairs = torch.autograd.grad(loss := pairwise_sigmoid(z, t, b, group), (z, t, b))
         expected = literal(z, t, b, torch.arange(5) if group is None else group)
         torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
-        for found, other in zip(pairs, torch.autograd.grad(expected, (z, t, b)), strict=True):
-            torch.testing.assert_close(found, other, rtol=1e-10, atol=1e-14)
+        for actual, other in zip(pairs, torch.autograd.grad(expected, (z, t, b)), strict=True):
+            torch.testing.assert_close(actual, other, rtol=1e-10, atol=1e-14)
 
 
 def test_temperature_and_bias_start_as_set_and_learn_in_the_head() -> None:

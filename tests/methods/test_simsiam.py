@@ -47,14 +47,14 @@ def test_vectors(golden: Path, name: str, teach: str, dtype: torch.dtype) -> Non
 @pytest.mark.parametrize("teach", ["each", "mean"])
 @pytest.mark.parametrize("views", [2, 3, 4])
 def test_any_number_of_views(views: int, teach: str, stop_gradient: bool) -> None:
-    given = torch.randn(2, views, 4, 3, dtype=torch.float64)
-    found, expected = ([x.clone().requires_grad_() for x in given] for _ in range(2))
-    loss, slow = simsiam(*found, stop_gradient, teach), literal(*expected, stop_gradient, teach)
+    rows = torch.randn(2, views, 4, 3, dtype=torch.float64)
+    actual, expected = ([x.clone().requires_grad_() for x in rows] for _ in range(2))
+    loss, slow = simsiam(*actual, stop_gradient, teach), literal(*expected, stop_gradient, teach)
     torch.testing.assert_close(loss, slow, rtol=1e-10, atol=1e-12)
     loss.backward()
     slow.backward()
-    assert (found[1].grad is None) == stop_gradient
-    for a, b in zip(found, expected, strict=True):
+    assert (actual[1].grad is None) == stop_gradient
+    for a, b in zip(actual, expected, strict=True):
         if a.grad is not None:
             torch.testing.assert_close(a.grad, b.grad, rtol=1e-10, atol=1e-12)
 

@@ -81,9 +81,9 @@ def test_swapped_prediction(golden: Path, name: str, dtype: torch.dtype) -> None
     method, heads = prepared(case)
     prototypes, z = heads["prototypes"], case.leaf("z")
     case.check(prototypes.weight, "prototypes")
-    found = prototypes(z.flatten(0, 1)).unflatten(0, z.shape[:2])
-    case.check(found, "scores")
-    loss = method.loss({"projection": z, "prototypes": found}, {}, batch(z.shape[1]))["loss"]
+    logits = prototypes(z.flatten(0, 1)).unflatten(0, z.shape[:2])
+    case.check(logits, "scores")
+    loss = method.loss({"projection": z, "prototypes": logits}, {}, batch(z.shape[1]))["loss"]
     case.check(loss, "loss")
     loss.backward()
     case.check(z.grad, "grad_z")
@@ -149,11 +149,11 @@ def literal_swapped(scores: Tensor, codes: Tensor, temperature: float) -> Tensor
 def test_the_equations_as_loops(views: int) -> None:
     scores = torch.rand(views, 5, 3, dtype=torch.float64, requires_grad=True)
     codes = sinkhorn(scores[:2], 0.1, 4)
-    for found, row in zip(codes, scores.detach()[:2], strict=True):
-        torch.testing.assert_close(found, literal_sinkhorn(row, 0.1, 4), rtol=1e-9, atol=1e-12)
-    found, expected = swapped_prediction(scores, codes, 0.2), literal_swapped(scores, codes, 0.2)
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
-    (a,), (b,) = torch.autograd.grad(found, scores), torch.autograd.grad(expected, scores)
+    for actual, row in zip(codes, scores.detach()[:2], strict=True):
+        torch.testing.assert_close(actual, literal_sinkhorn(row, 0.1, 4), rtol=1e-9, atol=1e-12)
+    actual, expected = swapped_prediction(scores, codes, 0.2), literal_swapped(scores, codes, 0.2)
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=0)
+    (a,), (b,) = torch.autograd.grad(actual, scores), torch.autograd.grad(expected, scores)
     torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
@@ -238,7 +238,7 @@ def test_small_views_of_another_size_predict_and_are_not_assigned(joined: bool) 
     encoder = create_encoder("tiny", size=32, channels=3)
     network = Network(encoder, method.heads(encoder.width), method.online, joined=joined)
     runs = []
-    encoder.register_forward_hook(lambda module, given, out: runs.append(len(out)))
+    encoder.register_forward_hook(lambda module, inputs, out: runs.append(len(out)))
     sizes = [view.size for view in PRESETS["swav_cifar"]()]
     rows = network([torch.randn(4, 3, size, size) for size in sizes])
     assert sizes == [32, 32, 16, 16, 16, 16] and runs == ([8, 16] if joined else [4] * 6)

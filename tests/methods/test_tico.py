@@ -23,8 +23,8 @@ def test_vectors(golden: Path, dtype: torch.dtype, detach: bool, gradient: str) 
         a, b = (case[name][step].requires_grad_() for name in ("z_a", "z_b"))
         rows = {"projection": a[None]}, {"projection": b[None]}, unlabelled(o["batch"])
         losses, state = split_state(method.loss(*rows))
-        for found, name in (("loss", "loss"), ("invariance", "invariance"), ("contrast", "covariance")):
-            case.check(losses[found], name, step)
+        for term, name in (("loss", "loss"), ("invariance", "invariance"), ("contrast", "covariance")):
+            case.check(losses[term], name, step)
         losses["loss"].backward()
         case.check(a.grad, gradient, step)
         assert b.grad is None

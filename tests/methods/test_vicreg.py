@@ -74,15 +74,15 @@ def test_vectors_of_each_term(golden: Path, name: str, term: str, dtype: torch.d
 @pytest.mark.parametrize(("views", "n", "d"), [(2, 4, 1), (3, 5, 4), (4, 3, 5)])
 def test_any_number_of_views(views: int, n: int, d: int) -> None:
     z = torch.randn(views, n, d, dtype=torch.float64)
-    found, expected = (z.clone().requires_grad_() for _ in range(2))
-    losses, slow = vicreg(found, 3.0, 5.0, 2.0), literal(expected)
+    actual, expected = (z.clone().requires_grad_() for _ in range(2))
+    losses, slow = vicreg(actual, 3.0, 5.0, 2.0), literal(expected)
     for term, value in slow.items():
         torch.testing.assert_close(losses[term], value, rtol=1e-12, atol=1e-12)
     total = 3 * slow["invariance"] + 5 * slow["variance"] + 2 * slow["covariance"]
     torch.testing.assert_close(losses["loss"], total, rtol=1e-12, atol=0)
     losses["loss"].backward()
     total.backward()
-    torch.testing.assert_close(found.grad, expected.grad, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(actual.grad, expected.grad, rtol=1e-10, atol=1e-12)
 
 
 def test_statistics_are_of_all_samples() -> None:

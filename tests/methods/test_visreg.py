@@ -63,14 +63,14 @@ def test_the_equation_as_loops(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also in chunks of directions."""
     monkeypatch.setattr(slicing, "CHUNK", 30)
     z, directions = torch.randn(3, 5, 4, dtype=torch.float64), torch.randn(4, 6, dtype=torch.float64)
-    found, expected = z.clone().requires_grad_(), z.clone().requires_grad_()
-    losses, slow = visreg(found, directions, 0.7, 2), literal(expected, directions, 2, 1e-6, 1e-6)
+    actual, expected = z.clone().requires_grad_(), z.clone().requires_grad_()
+    losses, slow = visreg(actual, directions, 0.7, 2), literal(expected, directions, 2, 1e-6, 1e-6)
     for term, value in slow.items():
         torch.testing.assert_close(losses[term], value, rtol=1e-10, atol=0)
     total = 0.7 * (slow["center"] + slow["scale"] + slow["shape"]) + (1 - 0.7) * slow["invariance"]
     losses["loss"].backward()
     total.backward()
-    torch.testing.assert_close(found.grad, expected.grad, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(actual.grad, expected.grad, rtol=1e-9, atol=1e-12)
 
 
 def test_normal_rows_cost_little_and_collapsed_rows_much() -> None:

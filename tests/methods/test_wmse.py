@@ -94,12 +94,12 @@ def test_vectors_through_the_method(
 def test_the_equation_in_loops(views: int, iterations: int, eps: float, norm: bool) -> None:
     z = torch.randn(views, 12, 3, dtype=torch.float64)
     cuts = torch.stack([torch.randperm(12) for _ in range(iterations)])
-    found, expected = (z.clone().requires_grad_() for _ in range(2))
-    loss, slow = wmse(found, cuts, 6, eps, norm)["loss"], literal(expected, cuts, 6, eps, norm)
+    actual, expected = (z.clone().requires_grad_() for _ in range(2))
+    loss, slow = wmse(actual, cuts, 6, eps, norm)["loss"], literal(expected, cuts, 6, eps, norm)
     torch.testing.assert_close(loss, slow, rtol=1e-11, atol=0)
     loss.backward()
     slow.backward()
-    torch.testing.assert_close(found.grad, expected.grad, rtol=1e-8, atol=1e-11)
+    torch.testing.assert_close(actual.grad, expected.grad, rtol=1e-8, atol=1e-11)
 
 
 def cuts(method: WMSE, batch: Batch, monkeypatch: pytest.MonkeyPatch) -> list[list[frozenset[int]]]:

@@ -47,14 +47,14 @@ def test_gradients_are_those_of_torch(case: tuple, bias: bool, autocast: bool, s
         plain, x = plain.bfloat16(), x.bfloat16()
     ours = copy.deepcopy(plain)
     by_product(ours)
-    expected, found = gradients(plain, x, autocast), gradients(ours, x, autocast)
+    expected, actual = gradients(plain, x, autocast), gradients(ours, x, autocast)
     with torch.no_grad():
         exact = copy.deepcopy(plain).double()
         for p in exact.parameters():
             p.copy_(p.bfloat16())
     truth = gradients(exact, x.bfloat16().double())
-    assert ("ByProduct" in found[3]) == (not bias) and "ByProduct" not in expected[3]
-    for mine, torchs, true in zip(found[:3], expected[:3], truth[:3], strict=True):
+    assert ("ByProduct" in actual[3]) == (not bias) and "ByProduct" not in expected[3]
+    for mine, torchs, true in zip(actual[:3], expected[:3], truth[:3], strict=True):
         assert mine.dtype == torchs.dtype and mine.shape == torchs.shape
         size = true.norm()
         assert (mine.double() - true).norm() <= 1.5 * (torchs.double() - true).norm() + 2e-3 * size

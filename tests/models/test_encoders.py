@@ -188,8 +188,8 @@ def test_embed_accepts_arrays_tensors_and_lists():
     expected = encoder(encoder.prepare(batch)).detach().numpy()
     last = batch.permute(0, 2, 3, 1).contiguous().numpy()
     pictures = [Image.fromarray(i) for i in last]
-    for given in (batch, batch.numpy(), last, pictures, list(batch), list(last)):
-        features = encoder.embed(given, batch=2)
+    for data in (batch, batch.numpy(), last, pictures, list(batch), list(last)):
+        features = encoder.embed(data, batch=2)
         assert features.dtype == np.float32
         assert np.allclose(features, expected, atol=1e-5)
     assert encoder.embed([]).shape == (0, 96)
@@ -236,11 +236,11 @@ def test_preprocess_is_what_embed_computes_with():
     encoder = used(create_encoder("tiny", size=20, channels=3))
     batch = images(4, 3, 24, 30)
     pictures = [Image.fromarray(i) for i in batch.permute(0, 2, 3, 1).contiguous().numpy()]
-    for given in (batch, batch.numpy(), pictures):
-        prepared = encoder.preprocess(given)
+    for data in (batch, batch.numpy(), pictures):
+        prepared = encoder.preprocess(data)
         assert prepared.shape == (4, 3, 20, 20) and torch.equal(prepared, encoder.prepare(batch))
         with torch.no_grad():
-            assert np.allclose(encoder(prepared).numpy(), encoder.embed(given), atol=1e-5)
+            assert np.allclose(encoder(prepared).numpy(), encoder.embed(data), atol=1e-5)
 
 
 def test_unnormalised_images_give_one_warning():
@@ -249,10 +249,10 @@ def test_unnormalised_images_give_one_warning():
         encoder = create_encoder("tiny", size=20, channels=3).eval()
         with pytest.warns(
             UserWarning, match=r"from 0\.00 to (1|255)\.00: the features will be wrong.*preprocess"
-        ) as told:
+        ) as caught:
             encoder(raw)
             encoder(raw)
-        assert len(told) == 1 and told[0].filename == __file__
+        assert len(caught) == 1 and caught[0].filename == __file__
     with pytest.raises(DataError, match=r"not torch.uint8: pass encoder\.preprocess"):
         encoder(batch)
     encoder, white = create_encoder("tiny", size=20, channels=3).eval(), torch.full((2, 3, 20, 20), 255).byte()

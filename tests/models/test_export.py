@@ -185,10 +185,10 @@ def test_a_failure_leaves_the_previous_export(small: Encoder, tmp_path: Path, mo
 @pytest.mark.usefixtures("quick")
 def test_the_command(small: Encoder, tmp_path: Path) -> None:
     save_encoder(small, tmp_path / "encoder")
-    told = run(f"export {tmp_path / 'encoder'} --to torch -o {tmp_path / 'out'}")
-    assert told.exit_code == 0 and "Checked by: nothing: features differ by at most 0.0e+00" in told.stdout
-    told = run(f"export {tmp_path / 'encoder'} --to torch -o {tmp_path / 'out'} --json")
-    result = json.loads(told.stdout)
+    done = run(f"export {tmp_path / 'encoder'} --to torch -o {tmp_path / 'out'}")
+    assert done.exit_code == 0 and "Checked by: nothing: features differ by at most 0.0e+00" in done.stdout
+    done = run(f"export {tmp_path / 'encoder'} --to torch -o {tmp_path / 'out'} --json")
+    result = json.loads(done.stdout)
     assert result["files"]["encoder.pt2"]["bytes"] == 7 and result["encoder"] == "tiny" and result["width"] == 96
     for words, code, why in (
         ("--to onx -o new", 2, "did you mean onnx"), ("--to timm -o new", 2, "encoder of inbatch"),
@@ -198,9 +198,9 @@ def test_the_command(small: Encoder, tmp_path: Path) -> None:
         (f"--to torch -o {tmp_path / 'encoder' / 'config.json' / 'x'}", 1, "Cannot write"),
         (f"-o {tmp_path / 'encoder' / 'config.json' / 'x'}", 1, "Cannot write"),
     ):  # fmt: skip
-        told = run(f"export {tmp_path / 'encoder'} {words}")
-        assert told.exit_code == code and why in told.stderr.replace("\n", " "), words
-        assert "Traceback" not in told.output and not (tmp_path / "new").exists()
+        done = run(f"export {tmp_path / 'encoder'} {words}")
+        assert done.exit_code == code and why in done.stderr.replace("\n", " "), words
+        assert "Traceback" not in done.output and not (tmp_path / "new").exists()
 
 
 class Hub:
@@ -233,16 +233,16 @@ def test_hf_export_has_a_card_and_is_pushed_only_on_request(
     command = f"export {tmp_path / 'encoder'} --to hf -o {tmp_path / 'out'}"
     assert run(command).exit_code == 0 and not hub.calls
     assert inside(tmp_path / "out") == {"README.md", "config.json", "model.safetensors", "export.json"}
-    told = run(f"{command} --license mit --push me/encoder")
-    assert told.exit_code == 0 and "https://hub/me/encoder" in told.stdout
+    done = run(f"{command} --license mit --push me/encoder")
+    assert done.exit_code == 0 and "https://hub/me/encoder" in done.stdout
     assert hub.calls[0] == ("me/encoder", {"private": True, "exist_ok": True})
     assert hub.calls[1] == ("upload", ["README.md", "config.json", "export.json", "model.safetensors"])
     digest = json.loads((tmp_path / "out" / "export.json").read_text())["files"]["model.safetensors"]["sha256"]
     card = (tmp_path / "out" / "README.md").read_text()
     assert card.startswith("---\nlicense: mit\n") and digest in card and "not been evaluated" in card
     monkeypatch.setattr(hub, "failure", OSError("no network"))
-    told = run(f"{command} --push me/encoder --json")
-    assert told.exit_code == 1 and "not pushed to me/encoder" in json.loads(told.stdout)["error"]
+    done = run(f"{command} --push me/encoder --json")
+    assert done.exit_code == 1 and "not pushed to me/encoder" in json.loads(done.stdout)["error"]
     assert inside(tmp_path / "out") == {"README.md", "config.json", "model.safetensors", "export.json"}
     monkeypatch.undo()
     with pytest.raises(ConfigError, match="not a name of a repository"):

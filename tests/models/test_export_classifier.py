@@ -97,8 +97,8 @@ def test_unsupported_targets_are_refused_and_the_folder_is_kept(small: Path, tmp
         for folder in (small, tmp_path / "other"):
             assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
     assert not Path("new").exists()
-    found = one_object(run(f"export {small} -o {tmp_path / 'encoder'} --json").stdout)
-    assert found["width"] == 96 and "classes" not in found
+    report = one_object(run(f"export {small} -o {tmp_path / 'encoder'} --json").stdout)
+    assert report["width"] == 96 and "classes" not in report
     images = pictures(2, load_classifier(small))
     assert np.array_equal(inbatch.load(tmp_path / "encoder").embed(images), inbatch.load(small).embed(images))
 
@@ -123,8 +123,8 @@ def test_timm_opens_a_classifier(tmp_path: Path) -> None:
     model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
     images = pictures(3, classifier)
     with torch.no_grad():
-        found = model(classifier.encoder.preprocess(images)).softmax(1)
-    np.testing.assert_allclose(found.numpy(), classifier.predict_proba(images), atol=1e-6)
+        probabilities = model(classifier.encoder.preprocess(images)).softmax(1)
+    np.testing.assert_allclose(probabilities.numpy(), classifier.predict_proba(images), atol=1e-6)
     assert model.pretrained_cfg["label_names"] == list(CLASSES)
     again = load_classifier(tmp_path / "out")
     assert np.array_equal(again.predict_proba(images), classifier.predict_proba(images)) and again.temperature == 1.5
@@ -154,9 +154,9 @@ def test_onnxruntime_computes_the_probabilities(kind: str, tmp_path: Path) -> No
     assert json.loads(session.get_modelmeta().custom_metadata_map["inbatch.classes"]) == list(CLASSES)
     images = pictures(5, classifier)
     expected = classifier.predict_proba(images)
-    found = session.run(["probabilities"], {"images": images.numpy()})[0]
-    print(kind, f"onnx: largest difference {np.abs(found - expected).max():.1e}")
-    assert np.abs(found - expected).max() <= 1e-4 and np.ptp(expected, axis=1).max() > 0.1
+    probabilities = session.run(["probabilities"], {"images": images.numpy()})[0]
+    print(kind, f"onnx: largest difference {np.abs(probabilities - expected).max():.1e}")
+    assert np.abs(probabilities - expected).max() <= 1e-4 and np.ptp(expected, axis=1).max() > 0.1
 
 
 @pytest.mark.slow
@@ -175,6 +175,6 @@ def test_torch_and_timm_compute_the_probabilities(kind: str, tmp_path: Path) -> 
     model = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "timm").eval()
     images = pictures(3, classifier)
     with torch.no_grad():
-        found = model(pixel_values=classifier.encoder.preprocess(images)).logits.softmax(1).numpy()
-    np.testing.assert_allclose(found, classifier.predict_proba(images), atol=1e-5)
+        probabilities = model(pixel_values=classifier.encoder.preprocess(images)).logits.softmax(1).numpy()
+    np.testing.assert_allclose(probabilities, classifier.predict_proba(images), atol=1e-5)
     assert tuple(model.config.id2label[i] for i in range(3)) == CLASSES

@@ -93,8 +93,8 @@ def test_clusters_and_spread_are_found_before_whitening(tmp_path: Path) -> None:
     source = open_data((IMAGES, labels))
     plain = embed(encoder, source)
     fit_readout(encoder, source)
-    found = evaluate(encoder, source, source, protocols=["knn", "clustering"], k=5)
-    assert found["clustering"] == clustering(plain) | {"split": "test", "features": "before whitening"}
+    evaluation = evaluate(encoder, source, source, protocols=["knn", "clustering"], k=5)
+    assert evaluation["clustering"] == clustering(plain) | {"split": "test", "features": "before whitening"}
     assert "features" not in evaluate(None, plain, plain, protocols=["clustering"])["clustering"]
 
     built = build(
@@ -154,12 +154,19 @@ def test_a_saved_encoder_keeps_its_readout_and_heads_see_plain_features(tmp_path
 
 
 def test_images_grow_from_a_share_of_their_side_at_a_share_of_the_run() -> None:
-    given = {"preset": "fast", "encoder.width": 8, "steps": 10, "batch_size": 16, "grow_from": 0.5, "grow_until": 0.6}
-    recipe, source = resolve_recipe(IMAGES, given)
+    settings = {
+        "preset": "fast",
+        "encoder.width": 8,
+        "steps": 10,
+        "batch_size": 16,
+        "grow_from": 0.5,
+        "grow_until": 0.6,
+    }
+    recipe, source = resolve_recipe(IMAGES, settings)
     assert [image_scale(recipe, step / 10) for step in (0, 5, 6, 9)] == [0.5, 0.5, 1.0, 1.0]
     built = build(recipe, source, device=CPU)
     sides: list[int] = []
-    built.encoder.register_forward_hook(lambda module, given, made: sides.append(given[0].shape[-1]))
+    built.encoder.register_forward_hook(lambda module, inputs, output: sides.append(inputs[0].shape[-1]))
     for batch in built.loader.epoch(0):
         built.step(batch, 0)
         built.step(batch, 9)
@@ -251,17 +258,17 @@ def test_unreadable_images_do_not_reach_the_first_layer(tmp_path: Path) -> None:
     for i in range(6):
         Image.fromarray(IMAGES[i].permute(1, 2, 0).numpy()).save(tmp_path / f"{i}.png")
     whole = open_data(tmp_path)
-    wanted, found = (create_encoder("fast", size=32, width=8, whiten_patches=True) for _ in range(2))
+    wanted, actual = (create_encoder("fast", size=32, width=8, whiten_patches=True) for _ in range(2))
     fit_first_layer(wanted, Subset(whole, torch.tensor([0, 1, 3, 4, 5]), "all but one"))
     data = (tmp_path / "2.png").read_bytes()
     (tmp_path / "2.png").write_bytes(data[: len(data) // 2])
-    fit_first_layer(found, open_data(tmp_path))
-    assert_same_state(dict(found.backbone.stages[0][0].state_dict()), dict(wanted.backbone.stages[0][0].state_dict()))
+    fit_first_layer(actual, open_data(tmp_path))
+    assert_same_state(dict(actual.backbone.stages[0][0].state_dict()), dict(wanted.backbone.stages[0][0].state_dict()))
     for path in tmp_path.glob("*.png"):
         path.write_bytes(path.read_bytes()[:60])
-    before = found.backbone.stages[0][0].weight.clone()
-    fit_first_layer(found, open_data(tmp_path))  # the loader reports that nothing can be read
-    assert torch.equal(found.backbone.stages[0][0].weight, before)
+    before = actual.backbone.stages[0][0].weight.clone()
+    fit_first_layer(actual, open_data(tmp_path))  # the loader reports that nothing can be read
+    assert torch.equal(actual.backbone.stages[0][0].weight, before)
 
 
 def test_the_recipe_of_an_older_run_does_not_get_the_first_layer_from_the_preset() -> None:

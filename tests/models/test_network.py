@@ -55,8 +55,8 @@ def test_views_of_one_size_run_together_if_samples_do_not_interact(
     assert one.encoder.calls == calls
     literal = torch.stack([apart.outputs(view)["projection"] for view in views(*sizes)])
     weight = torch.randn(rows.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    for found in (rows, literal):
-        (found * weight).sum().backward()
+    for output in (rows, literal):
+        (output * weight).sum().backward()
     torch.testing.assert_close(rows, literal, rtol=0, atol=1e-12)
     for p, q in zip(one.parameters(), apart.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad, rtol=0, atol=1e-12)
@@ -82,8 +82,8 @@ def test_channels_stay_last_through_the_backbone(plugs: dict[str, str]) -> None:
     seen: list[str] = []
 
     def look(name: str) -> None:
-        def hook(module: nn.Module, given: tuple[Tensor, ...], made: Tensor) -> None:
-            assert made.is_contiguous(memory_format=torch.channels_last), f"{name} {tuple(made.shape)}"
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            assert output.is_contiguous(memory_format=torch.channels_last), f"{name} {tuple(output.shape)}"
             seen.append(name)
 
         built.encoder.get_submodule(name).register_forward_hook(hook)

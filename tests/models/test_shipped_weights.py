@@ -45,8 +45,9 @@ def test_features_are_not_kept_in_the_package(shipped: Any, tmp_path: Path) -> N
     (tmp_path / "photos").mkdir()
     for i in range(3):
         Image.new("RGB", (20, 20), (80 * i, 10, 10)).save(tmp_path / "photos" / f"{i}.png")
-    found = open_collection("inbatch/small", tmp_path / "photos")
-    assert len(found) == 3 and found.origin["file"] is None and "cannot be kept in the package" in found.notes[0]
+    collection = open_collection("inbatch/small", tmp_path / "photos")
+    assert len(collection) == 3 and collection.origin["file"] is None
+    assert "cannot be kept in the package" in collection.notes[0]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["photos", "weights"]
     assert sorted(path.name for path in (tmp_path / "weights" / "small").iterdir()) == sorted(
         ["config.json", "model.safetensors"]
@@ -77,9 +78,9 @@ def test_shipped_weights_have_a_record_and_a_hash() -> None:
 
     for name in weight_names():
         folder = weights_folder() / name
-        told = json.loads((folder / "record.json").read_text())
-        assert told["sha256"] == hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
-        assert {"command", "curve", "seed", "versions", "evaluation", "data", "licence"} <= told.keys()
+        record = json.loads((folder / "record.json").read_text())
+        assert record["sha256"] == hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+        assert {"command", "curve", "seed", "versions", "evaluation", "data", "licence"} <= record.keys()
         assert (folder / "model.safetensors").stat().st_size < 5e6
         encoder = inbatch.load(f"inbatch/{name}")
         rows = torch.as_tensor(encoder.embed(torch.zeros(2, 3, encoder.size, encoder.size, dtype=torch.uint8)))

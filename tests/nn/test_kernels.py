@@ -32,7 +32,7 @@ def python(*words: str, **variables: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def told(request: pytest.FixtureRequest) -> dict[str, Any]:
+def results(request: pytest.FixtureRequest) -> dict[str, Any]:
     """Return the results of the script: one process for all cases that this session tests."""
     pytest.importorskip("triton", reason="Triton is not installed")
     script = Path(__file__).parents[1] / "helpers" / "kernels_interpreted.py"
@@ -47,25 +47,27 @@ def _looks_at_a_case(item: pytest.Item) -> bool:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
-def test_values_and_gradients(case: str, told: dict[str, Any]) -> None:
-    found = told["cases"][case]
-    assert found.keys() == {"lse", "mean", "queries", "both", "keys"}
-    assert all(error <= 1 for error in found.values()), found  # fails for NaN
+def test_values_and_gradients(case: str, results: dict[str, Any]) -> None:
+    measured = results["cases"][case]
+    assert measured.keys() == {"lse", "mean", "queries", "both", "keys"}
+    assert all(error <= 1 for error in measured.values()), measured  # fails for NaN
 
 
 @pytest.mark.slow
-def test_every_case_is_looked_at(told: dict[str, Any]) -> None:
-    assert sorted(told["cases"]) == sorted(told["wanted"] or CASES)
+def test_every_case_is_looked_at(results: dict[str, Any]) -> None:
+    assert sorted(results["cases"]) == sorted(results["wanted"] or CASES)
 
 
 @pytest.mark.slow
-def test_losses_go_through_them_whole_and_in_shares(told: dict[str, Any]) -> None:
-    assert len(told["tiled"]) == 20 and all(error < 2e-5 for error in told["tiled"].values()), told["tiled"]
+def test_losses_go_through_them_whole_and_in_shares(results: dict[str, Any]) -> None:
+    measured = results["tiled"]
+    assert len(measured) == 20 and all(error < 2e-5 for error in measured.values()), measured
 
 
 @pytest.mark.slow
-def test_sums_of_sigmoids(told: dict[str, Any]) -> None:
-    assert len(told["sigmoids"]) == 12 and all(error <= 1 for error in told["sigmoids"].values()), told["sigmoids"]
+def test_sums_of_sigmoids(results: dict[str, Any]) -> None:
+    measured = results["sigmoids"]
+    assert len(measured) == 12 and all(error <= 1 for error in measured.values()), measured
 
 
 def test_weights_that_are_not_groups_use_matrix_products(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,13 +84,13 @@ def test_weights_that_are_not_groups_use_matrix_products(monkeypatch: pytest.Mon
 
 
 @pytest.mark.slow
-def test_half_precision_and_strides(told: dict[str, Any]) -> None:
-    assert told["types"] == {"torch.float32": 0, "torch.bfloat16": 0, "torch.float16": 0}
+def test_half_precision_and_strides(results: dict[str, Any]) -> None:
+    assert results["types"] == {"torch.float32": 0, "torch.bfloat16": 0, "torch.float16": 0}
 
 
 @pytest.mark.slow
-def test_refusals(told: dict[str, Any]) -> None:
-    assert told["refused"] == dict.fromkeys(["nothing", "float64", "wide", "no device"], False)
+def test_refusals(results: dict[str, Any]) -> None:
+    assert results["refused"] == dict.fromkeys(["nothing", "float64", "wide", "no device"], False)
 
 
 @pytest.mark.slow
@@ -121,14 +123,14 @@ def test_no_columns_are_lost_in_the_dealing() -> None:
 @pytest.mark.parametrize("case", list(cases()), ids=lambda case: case[0])
 def test_kernels_on_a_gpu_equal_float64(case: Case) -> None:
     assert triton_logsumexp.usable(torch.ones(1, 1, device="cuda"))
-    found = errors(case, "cuda")
-    assert all(error <= 1 for error in found.values()), found
+    measured = errors(case, "cuda")
+    assert all(error <= 1 for error in measured.values()), measured
 
 
 @CUDA
 def test_sums_of_sigmoids_on_a_card() -> None:
-    found = sigmoids("cuda")
-    assert all(error <= 1 for error in found.values()), found
+    measured = sigmoids("cuda")
+    assert all(error <= 1 for error in measured.values()), measured
 
 
 @CUDA

@@ -38,10 +38,10 @@ def rows(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64, unit: b
     return (normalize(x) if unit else x).to(dtype)
 
 
-def both(compute: Callable[..., Tensor], *given: Tensor, weighted: bool = True) -> Iterator[list[Tensor]]:
+def both(compute: Callable[..., Tensor], *tensors: Tensor, weighted: bool = True) -> Iterator[list[Tensor]]:
     """Return value and gradients of a function of tensors, literal and tiled."""
     for mode in ("never", "always"):
-        leaves = [x.clone().requires_grad_(x.requires_grad or x.is_floating_point()) for x in given]
+        leaves = [x.clone().requires_grad_(x.requires_grad or x.is_floating_point()) for x in tensors]
         with logsumexp.using(mode=mode):
             value = compute(*leaves)
             weight = rows(*value.shape, seed=9, dtype=value.dtype, unit=False) if weighted and value.ndim else 1.0
@@ -49,9 +49,9 @@ def both(compute: Callable[..., Tensor], *given: Tensor, weighted: bool = True) 
         yield [value.detach(), *(torch.zeros_like(x) if x.grad is None else x.grad for x in leaves if x.is_leaf)]
 
 
-def same(compute: Callable[..., Tensor], *given: Tensor, tolerance: float = 1e-12) -> None:
-    expected, found = both(compute, *given)
-    for a, b in zip(found, expected, strict=True):
+def same(compute: Callable[..., Tensor], *tensors: Tensor, tolerance: float = 1e-12) -> None:
+    expected, actual = both(compute, *tensors)
+    for a, b in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * float(b.abs().max()))
 
 
@@ -84,9 +84,9 @@ def test_no_queries_and_no_keys() -> None:
     for n, m in ((0, 5), (4, 0), (0, 0)):
         q, k = torch.ones(n, 3, requires_grad=True), torch.ones(m, 3, requires_grad=True)
         with logsumexp.using(mode="always"):
-            found = logsumexp.logsumexp(q, k, 0.5)
-        assert torch.equal(found, torch.full((n,), -torch.inf))
-        assert not any(x.any() for x in torch.autograd.grad(found.sum(), (q, k)))
+            actual = logsumexp.logsumexp(q, k, 0.5)
+        assert torch.equal(actual, torch.full((n,), -torch.inf))
+        assert not any(x.any() for x in torch.autograd.grad(actual.sum(), (q, k)))
 
 
 def test_rows_of_any_length_and_a_row_without_gradient() -> None:
@@ -133,9 +133,9 @@ def test_supcon_by_classes_is_supcon_by_pairs(anchors: str) -> None:
     """Labels are summed by class; a mask of the same pairs uses the general implementation."""
     z, label = rows(3, 11, 5, unit=False).requires_grad_(), torch.arange(11) % 4 - 1
     pairs = ((label[:, None] == label) & (label >= 0)) | torch.eye(11, dtype=torch.bool)
-    found = torch.autograd.grad(losses.supcon(z, label, 0.1, contrast_mode=anchors), z)[0]
+    actual = torch.autograd.grad(losses.supcon(z, label, 0.1, contrast_mode=anchors), z)[0]
     expected = torch.autograd.grad(losses.supcon(z, mask=pairs, temperature=0.1, contrast_mode=anchors), z)[0]
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-14)
 
 
 class Largest(TorchDispatchMode):
@@ -170,10 +170,10 @@ def test_no_matrix_of_pairs_is_allocated(name: str, monkeypatch: pytest.MonkeyPa
 def test_kept_tiles_change_no_bit_and_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
     """No tile, some or all are kept for the backward pass: of one or two sets of rows, plain and weighted."""
     monkeypatch.setattr(tiles, "TILE", 7)
-    found: dict[int, list[torch.Tensor]] = {}
+    results: dict[int, list[torch.Tensor]] = {}
     for most in (0, 500, 10**6):
         monkeypatch.setattr(exponentials, "KEPT", most)
-        found[most], u, k = [], rows(40, 4).requires_grad_(), rows(30, 4, seed=1).requires_grad_()
+        results[most], u, k = [], rows(40, 4).requires_grad_(), rows(30, 4, seed=1).requires_grad_()
         same = torch.arange(40) // 2
         for keys, options in ((u, {"exclude_self": True}), (k, {}), (u, {"weights": logsumexp.SameGroup(same, same)})):
             with logsumexp.using(mode="always"):
@@ -181,26 +181,26 @@ def test_kept_tiles_change_no_bit_and_are_limited(monkeypatch: pytest.MonkeyPatc
             kept = value.grad_fn.kept  # type: ignore[union-attr]
             pairs = sum(x.numel() for x in kept.values())
             assert pairs <= most and (len(kept) > 2 or not most)
-            found[most] += [value.detach(), *torch.autograd.grad(value.sum(), [u] if keys is u else [u, keys])]
+            results[most] += [value.detach(), *torch.autograd.grad(value.sum(), [u] if keys is u else [u, keys])]
             assert not kept
         with torch.no_grad(), logsumexp.using(mode="always"):
             logsumexp.logsumexp(u, u, 0.1)
     for most in (500, 10**6):
-        assert all(torch.equal(x, y) for x, y in zip(found[0], found[most], strict=True))
+        assert all(torch.equal(x, y) for x, y in zip(results[0], results[most], strict=True))
 
 
 def test_tiled_mode_is_chosen_by_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = []
-    monkeypatch.setattr(logsumexp._Tiled, "apply", lambda *args: made.append(args) or torch.zeros(()))
+    calls = []
+    monkeypatch.setattr(logsumexp._Tiled, "apply", lambda *args: calls.append(args) or torch.zeros(()))
     monkeypatch.setattr(logsumexp, "LEAST", 400)
     for n in (19, 20):
         logsumexp.logsumexp(rows(n, 4), rows(20, 4), 0.1)
-    assert len(made) == 1
+    assert len(calls) == 1
     with logsumexp.using(mode="never"):
         logsumexp.logsumexp(rows(40, 4), rows(20, 4), 0.1)
         with logsumexp.using(mode="always"):
             logsumexp.logsumexp(rows(2, 4), rows(2, 4), 0.1)
-    assert len(made) == 2
+    assert len(calls) == 2
 
 
 def test_backward_pass_can_be_repeated() -> None:
@@ -272,8 +272,8 @@ def train_one(variant: str, groups: int) -> dict:
 def test_tiles_dealt_to_ranks_equal_plain_autograd(variant: str, world: int, groups: int) -> None:
     with logsumexp.using(mode="never"):
         expected = literal(variant, N, world * groups)
-    for found in on_ranks(world, train_one, variant, groups):
-        assert_same(found, expected)
+    for result in on_ranks(world, train_one, variant, groups):
+        assert_same(result, expected)
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -312,14 +312,14 @@ def test_tiles_do_not_depend_on_the_threads_of_a_rank(one_thread: None) -> None:
 def test_cores_side_by_side_find_the_same_and_bit_for_bit_again(threads: int, one_thread: None) -> None:
     u, k = rows(90, 6).requires_grad_(), rows(70, 6, seed=1).requires_grad_()
 
-    def found() -> list[Tensor]:
+    def value_and_gradients() -> list[Tensor]:
         with logsumexp.using(mode="always"):
             pair = logsumexp.logsumexp(u, u, 0.1, True), logsumexp.logsumexp(u, k, 0.1)
             return [*pair, *torch.autograd.grad((pair[0] * pair[0]).sum() + pair[1].sum(), (u, k))]
 
-    expected = found()
+    expected = value_and_gradients()
     torch.set_num_threads(threads)
-    once, again = found(), found()
+    once, again = value_and_gradients(), value_and_gradients()
     assert torch.get_num_threads() == threads
     for a, b, c in zip(expected, once, again, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
@@ -327,8 +327,8 @@ def test_cores_side_by_side_find_the_same_and_bit_for_bit_again(threads: int, on
 
 
 def test_run_uses_the_loss_precision_of_its_recipe() -> None:
-    given = {"subset": 80, "batch_size": 16, "precision": "float32", "settings": {"loss_precision": "bf16"}}
-    built, plans = api.prepare("digits-canvas", "simclr", **given, device="cpu"), []
+    options = {"subset": 80, "batch_size": 16, "precision": "float32", "settings": {"loss_precision": "bf16"}}
+    built, plans = api.prepare("digits-canvas", "simclr", **options, device="cpu"), []
     compute = built.method.loss
     built.method.loss = lambda *rows: plans.append(tiles.PLAN.get()) or compute(*rows)
     built.step(next(iter(built.loader.epoch(0))), 0)

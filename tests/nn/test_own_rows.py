@@ -77,11 +77,11 @@ def compare(compute: Callable[[Tensor, Tensor], Tensor], z: Tensor, world: int, 
         value.backward()
         return value.detach(), mine.grad
 
-    found = on_threads(world, own, mode=mode)
-    for value, _ in found:
+    results = on_threads(world, own, mode=mode)
+    for value, _ in results:
         torch.testing.assert_close(value, expected.detach(), rtol=1e-12, atol=1e-12)
-        assert torch.equal(value, found[0][0]), "equal bits on all ranks"
-    torch.testing.assert_close(torch.cat([g for _, g in found], 1) / world, leaf.grad, rtol=1e-11, atol=1e-12)
+        assert torch.equal(value, results[0][0]), "equal bits on all ranks"
+    torch.testing.assert_close(torch.cat([g for _, g in results], 1) / world, leaf.grad, rtol=1e-11, atol=1e-12)
 
 
 @pytest.mark.grid(14)
@@ -123,13 +123,13 @@ def test_every_method_gives_the_same_from_own_rows(variant: str, world: int) -> 
         part = [{name: x[:, mine] for name, x in named.items()} for named in (online, taught)]
         return step(copy.deepcopy(method), *part, batch.take(mine))
 
-    found = on_threads(world, own)
-    for terms, _, state in found:
+    results = on_threads(world, own)
+    for terms, _, state in results:
         torch.testing.assert_close(terms, expected[0], rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(state, expected[2], rtol=1e-12, atol=1e-12)
-        assert all(torch.equal(x, found[0][0][name]) for name, x in terms.items())
+        assert all(torch.equal(x, results[0][0][name]) for name, x in terms.items())
     for name, gradient in expected[1].items():
-        whole = torch.cat([gradients[name] for _, gradients, _ in found], 1) / world
+        whole = torch.cat([gradients[name] for _, gradients, _ in results], 1) / world
         torch.testing.assert_close(whole, gradient, rtol=1e-11, atol=1e-12)
 
 
@@ -236,7 +236,7 @@ def test_a_rank_that_is_not_finite_makes_all_losses_nan() -> None:
         computed = losses.nt_xent(z, 0.1), losses.vicreg(z)["loss"], losses.pairwise_sigmoid(z)
         return [float(x) for x in computed]
 
-    assert all(x != x for found in on_threads(3, own) for x in found)
+    assert all(x != x for values in on_threads(3, own) for x in values)
 
 
 def test_an_equation_of_a_subclass_gets_the_whole_batch_unless_it_states_otherwise() -> None:
