@@ -510,6 +510,7 @@ def test_table_stopped_by_a_signal_can_be_continued(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(2400)
 @EVERY
 def test_every_table_runs_at_smoke_scale(table: Table, tmp_path: Path) -> None:
     """Every row, with one seed."""
