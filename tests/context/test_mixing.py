@@ -195,9 +195,21 @@ def test_every_method_with_soft_targets_trains(method: str, name: str, more: dic
 
 BAD = {
     "barlow has no soft targets; images can be mixed with simclr": ("barlow", "imix", {}),
-    "swav with these options has no soft targets": ("swav", "imix", {"method.queue_size": 16}),
-    "supcon with these options has no soft targets": ("supcon", "imix", {"method.contrast_mode": "one"}),
-    "dino with these options has no soft targets": ("dino", "imix", {"method.koleo_weight": 0.1}),
+    "swav with these options has no soft targets: set method.queue_size=0 and views.name=simclr": (
+        "swav",
+        "imix",
+        {"method.queue_size": 16},
+    ),
+    "supcon with these options has no soft targets: set method.contrast_mode=all": (
+        "supcon",
+        "imix",
+        {"method.contrast_mode": "one"},
+    ),
+    "dino with these options has no soft targets: set method.koleo_weight=0": (
+        "dino",
+        "imix",
+        {"method.koleo_weight": 0.1},
+    ),
     "mix.name = 'imx' is unknown: did you mean 'imix'?": ("simclr", "imx", {}),
     "mix imix has no setting 'alpa': did you mean 'alpha'?": ("simclr", "imix", {"mix.alpa": 1}),
     "mix.alpha = 0 must be a finite number above 0": ("simclr", "cutmix", {"mix.alpha": 0}),

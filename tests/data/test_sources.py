@@ -522,7 +522,7 @@ class TestArrays:
             open_data(data)
 
     def test_different_number_of_channels_is_refused(self):
-        with pytest.raises(DataError, match=r"have 1 channels, 3 were requested \(--set channels=1"):
+        with pytest.raises(DataError, match=r"have 1 channels, 3 were requested \(a run with --set channels=1"):
             open_data(np.zeros((4, 8, 6), np.uint8), channels=3)
 
     def test_subset_is_fixed_and_nested(self):

@@ -131,7 +131,7 @@ class TestGrid:
 
     def test_requested_channels_select_bands_without_colour(self):
         """A grey image converts to RGB, three bands of which two are extra do not convert to grey."""
-        with pytest.raises(DataError, match=r"has 3 channels, 1 were requested \(--set channels=3"):
+        with pytest.raises(DataError, match=r"has 3 channels, 1 were requested \(a run with --set channels=3"):
             read(bands(random_values("u1", 3)[0]), 1)
 
 

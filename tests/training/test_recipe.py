@@ -69,6 +69,12 @@ def test_code_in_a_recipe_is_refused(tmp_path):
     assert not sentinel.exists()
 
 
+def test_a_text_that_is_not_yaml_is_set_in_quotes() -> None:
+    with pytest.raises(ConfigError, match="""quotes that the shell keeps: --set 'KEY="TEXT"'"""):
+        parse_assignment("data=[a")
+    assert parse_assignment('data="[a"') == {"data": "[a"}
+
+
 def test_an_invalid_image_size_is_named_as_the_user_wrote_it() -> None:
     for value in ("abc", 33.5, 0, 10**9):
         with pytest.raises(ConfigError, match=r"^image_size = "):

@@ -97,7 +97,6 @@ def check_alpha(image: Image.Image, channels: int) -> None:
     stored = (1 if grey else 3) + image.has_transparency_data
     if stored != channels and (stored, channels) != (2, 4):
         raise ValueError(
-            f"it has {stored} channels, {channels} were requested (--set channels={stored} reads them)"
-            if stored in (2, 4)
-            else f"it has no alpha: {stored} channels, {channels} were requested (--set channels={stored} reads them)"
+            f"it has {'' if stored in (2, 4) else 'no alpha: '}{stored} channels, {channels} were requested "
+            f"(a run with --set channels={stored} reads them)"
         )

@@ -24,6 +24,13 @@ from inbatch.training.mixing import compared_views, learned_views
 from inbatch.training.negatives import embeds
 from inbatch.training.recipe import Recipe
 
+_MIXED_IF = {
+    "swav": "method.queue_size=0 and views.name=simclr (two views)",
+    "dino": "method.koleo_weight=0",
+    "supcon": "method.contrast_mode=all",
+}
+"""Settings with which images can be mixed with a method that allows them with some of its settings only."""
+
 
 def fusion(
     recipe: Recipe, method: Method, views: AnyViews, encoder: Encoder, context: int, mixer: Mixer | None
@@ -117,9 +124,10 @@ def mixer_of(recipe: Recipe, method: Method, views: int, context: int) -> Mixer 
     mixer: Mixer = MIXERS[recipe.mix.name](**recipe.mix.options)
     name, flag = recipe.method.name, f"mix {recipe.mix.name}"
     if method.mixed_keys is None:
-        fitting = ", ".join(key for key, made in METHODS.items() if made.mixed_keys)
+        fitting = ", ".join(key for key, made in METHODS.items() if made.mixed_keys and key != name)
         whose = " with these options" if type(method).mixed_keys else ""
-        raise ConfigError(f"{flag}: {name}{whose} has no soft targets; images can be mixed with {fitting}")
+        needs = f": set {_MIXED_IF[name]}, or choose another method" if name in _MIXED_IF else ""
+        raise ConfigError(f"{flag}: {name}{whose} has no soft targets{needs}; images can be mixed with {fitting}")
     if mixer.temperature is not None and not hasattr(method, "temperature"):
         raise ConfigError(f"mix.temperature = {mixer.temperature:g}: {name} has no temperature; leave it out")
     if method.mixed_keys != "none" and not all(compared_views(mixer, method, views).values()):

@@ -96,7 +96,8 @@ def recipe_of(path: str | Path) -> Recipe:
             "inbatch pretrain --init continues from them"
         )
     if not (path / "recipe.json").is_file():
-        raise ConfigError(f"{path} is not the folder of a run: it has no recipe.json; {PASS_A_RUN}")
+        why = "it has no recipe.json" if path.is_dir() else "there is no such folder"
+        raise ConfigError(f"{path} is not the folder of a run: {why}; {PASS_A_RUN}")
     return make(read_file(path / "recipe.json"))
 
 

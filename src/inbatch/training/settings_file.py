@@ -49,7 +49,8 @@ def parse_assignment(text: str) -> Settings:
         parsed = _plain(value)
     except ValueError as e:
         raise ConfigError(
-            f"--set {shown(text)}: the value cannot be read ({e}); put a text with special characters into quotes"
+            f"--set {shown(text)}: the value cannot be read ({e}); put a text with special characters into quotes that "
+            """the shell keeps: --set 'KEY="TEXT"'"""
         ) from None
     return {key.strip(): None if parsed == "None" else parsed}
 

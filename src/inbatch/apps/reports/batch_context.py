@@ -246,7 +246,8 @@ def inspect_run(
     """
     folder = path_of(path)
     if not (folder / "recipe.json").is_file():
-        raise ConfigError(f"{path} is not the folder of a run: it has no recipe.json; {PASS_A_RUN}")
+        why = "it has no recipe.json" if folder.is_dir() else "there is no such folder"
+        raise ConfigError(f"{path} is not the folder of a run: {why}; {PASS_A_RUN}")
     if count < 1 or seed < 0:
         raise ConfigError(f"count must be at least 1 and seed at least 0, not {count} and {seed}")
     saved, settings = checkpoint.load(folder / "checkpoints"), read_file(folder / "recipe.json")

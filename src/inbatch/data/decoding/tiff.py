@@ -155,7 +155,7 @@ def header(file: bytes | str, channels: int) -> Header:
         raise ValueError(f"{has}, {channels} were requested, and its {many} pages differ in size or type")
     if many > 1:
         has, first = f"{has} on each of {many} pages", first._replace(channels=total)
-    raise ValueError(f"{has}, {channels} were requested (--set channels={first.channels} reads them)")
+    raise ValueError(f"{has}, {channels} were requested (a run with --set channels={first.channels} reads them)")
 
 
 def count_pages(file: bytes | str) -> int:

@@ -107,8 +107,8 @@ def open_arrays(images: Any, labels: Any, reading: Reading, like: Labels | None 
     if reading.channels not in (None, pixels.shape[1]):
         has = pixels.shape[1]
         raise DataError(
-            f"The array's images have {has} channels, {reading.channels} were requested (--set channels={has} reads "
-            "them)"
+            f"The array's images have {has} channels, {reading.channels} were requested "
+            f"(a run with --set channels={has} reads them)"
         )
     if labels is None:
         return ArraySource(pixels, unlabelled(len(pixels)), ())

@@ -65,7 +65,8 @@ def open_split(folder: Path, kind: Kind, split: str, reading: Reading) -> Source
     """Open one split of a folder with CIFAR files: (N, 3, 32, 32) in memory."""
     if reading.channels not in (None, 3):
         raise DataError(
-            f"CIFAR's images have 3 channels, {reading.channels} were requested (--set channels=3 reads them)"
+            f"CIFAR's images have 3 channels, {reading.channels} were requested "
+            "(a run with --set channels=3 reads them)"
         )
     names = _read(folder / kind.meta).get(kind.names)
     if not isinstance(names, list) or not names or not all(isinstance(name, bytes | str) for name in names):

@@ -33,7 +33,8 @@ def find_digits(data: object, reading: Reading) -> dict[str, Callable[[], Source
             if reading.channels not in (None, images.shape[1]):
                 has = images.shape[1]
                 raise DataError(
-                    f"{data} has {has} channels, {reading.channels} were requested (--set channels={has} reads them)"
+                    f"{data} has {has} channels, {reading.channels} were requested "
+                    f"(a run with --set channels={has} reads them)"
                 )
             return ArraySource(images[part], labels[part], tuple("0123456789"), data)
 

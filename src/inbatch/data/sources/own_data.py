@@ -174,7 +174,7 @@ def pixels_of(picture: Any, channels: int, levels: Levels | None) -> UInt8[Tenso
         values = values.repeat(3, 0)
     if len(values) != channels:
         raise ValueError(
-            f"it has {len(values)} channels, {channels} are read (--set channels={len(values)} reads them)"
+            f"it has {len(values)} channels, {channels} are read (a run with --set channels={len(values)} reads them)"
         )
     return torch.from_numpy(np.ascontiguousarray(values))
 

@@ -119,7 +119,7 @@ def _open(name: str, split: str, root: Path, reading: Reading) -> Source:
     if reading.channels not in (None, source.channels):
         raise DataError(
             f"{source.name} has {source.channels} channels, {reading.channels} were requested "
-            f"(--set channels={source.channels} reads them)"
+            f"(a run with --set channels={source.channels} reads them)"
         )
     return source
 
