@@ -26,7 +26,7 @@ def root(tmp_path, monkeypatch):
     """Return an empty cache in which every scan is worth keeping, and trust folders that changed some time ago."""
     monkeypatch.setenv("INBATCH_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(folder_scan, "WORTH", 0)
-    monkeypatch.setattr(folder_scan, "_SETTLED", -(10**10))
+    monkeypatch.setattr(folder_scan, "_STABLE_AGE", -(10**10))
     return tmp_path / "cache"
 
 
@@ -59,7 +59,7 @@ def read(monkeypatch):
 def scanned_there(root, tree):
     """Scan in another process."""
     os.environ["INBATCH_CACHE"] = root
-    folder_scan.WORTH, folder_scan._SETTLED = 0, -(10**10)  # this process ends with the test
+    folder_scan.WORTH, folder_scan._STABLE_AGE = 0, -(10**10)  # this process ends with the test
     return len(folder_scan.scan(tree).paths)
 
 
@@ -200,7 +200,7 @@ class TestKept:
         assert b"a/0.jpg" in again(tree).paths.tolist()
 
     def test_recently_changed_folders_are_read_again(self, root, tree, monkeypatch):
-        monkeypatch.setattr(folder_scan, "_SETTLED", 10**12)
+        monkeypatch.setattr(folder_scan, "_STABLE_AGE", 10**12)
         assert again(tree).stamps == {}
         names = read(monkeypatch)
         assert again(tree).kept == 0 and len(names) == 6 and folder_scan.scan(tree).read == 6

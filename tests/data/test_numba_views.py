@@ -22,7 +22,7 @@ EVERYTHING = View(32, **JITTER, grey=0.2, blur=0.5, kernel=5, solarise=0.2)
 DOES = [
     name
     for name, preset in PRESETS.items()
-    if all(numba_backend.knows([step for step, _ in pipeline.operations(view)]) for view in preset())
+    if all(numba_backend.supports([step for step, _ in pipeline.operations(view)]) for view in preset())
 ]
 
 
@@ -118,20 +118,20 @@ def test_single_operations_equal_torchvisions():
         (dict(), lambda image: image),
     ):
         view = View(32, **{"flip": 0.0, **setting})
-        settled = [step.settle(u[:, columns]) for step, columns in pipeline.operations(view)]
+        settings = [step.settings_of(u[:, columns]) for step, columns in pipeline.operations(view)]
         drawn = []
         if "jitter" in setting:
-            _, factors, turns, _ = settled[0]
+            _, factors, turns, _ = settings[0]
             names = ["brightness", "contrast", "saturation"]
             drawn = [(turns if "hue" in setting else factors[:, names.index(list(setting)[1])]).tolist()]
         elif "blur" in setting:
-            drawn = [settled[0][1].tolist()]
+            drawn = [settings[0][1].tolist()]
         ours = Views([view], [0.0] * 3, [1.0] * 3)(Batch(index, index, 3, crops=(photo,), boxes=boxes)).images[0]
         torch.testing.assert_close(ours, per_image(function, x, *drawn), **CLOSE, msg=str(setting))
 
 
 def test_threads_pieces_and_neighbours_change_no_bit(monkeypatch):
-    monkeypatch.setattr(numba_backend, "_APART", 0)
+    monkeypatch.setattr(numba_backend, "_MIN_THREADED", 0)
     views = Views([EVERYTHING, replace(EVERYTHING, size=20)], MEAN[:3], STD[:3])
     b = batch(photos(37, h=60, w=48))
     whole, before = views(b), torch.get_num_threads()
@@ -149,7 +149,7 @@ def test_threads_pieces_and_neighbours_change_no_bit(monkeypatch):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 @pytest.mark.filterwarnings("ignore:This process")
 def test_a_fork_has_threads_of_its_own(monkeypatch):
-    monkeypatch.setattr(numba_backend, "_APART", 0)
+    monkeypatch.setattr(numba_backend, "_MIN_THREADED", 0)
     views, b = Views([View(8, **JITTER)], MEAN[:3], STD[:3]), batch(photos(8, h=12, w=12))
     torch.set_num_threads(2)
     try:
@@ -231,7 +231,7 @@ class Asked(TorchDispatchMode):
 
 @pytest.mark.parametrize("name", ["simclr_cifar", "byol_cifar", "swav_cifar", "digits_colour"])
 def test_an_accelerator_is_never_waited_for(monkeypatch, name):
-    monkeypatch.setattr(operation, "can_ask", lambda x: False)
+    monkeypatch.setattr(operation, "can_branch", lambda x: False)
     views, b = Views(PRESETS[name](), MEAN[:3], STD[:3]), batch(photos(6), attempt=torch.arange(6) % 3)
     with Asked() as asked:
         views(b)
@@ -254,7 +254,7 @@ from dataclasses import replace
 from test_views import batch, photos
 from torch._dynamo.utils import counters
 from inbatch.data.views import View, Views, operation
-operation.can_ask = lambda x: False
+operation.can_branch = lambda x: False
 view = View(16, jitter=0.8, brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2, grey=0.2, blur=0.5, kernel=3,
             solarise=0.2, gain=(0.9, 1.1), noise=0.1, shift=0.1)
 views, b = Views([view, view, View(12)], [0.5] * 3, [0.25] * 3), batch(photos(8))

@@ -165,7 +165,7 @@ def test_jitter_in_drawn_order_equals_torchvision_in_that_order():
     x, jitter = values(96), colour.Jitter(0.8, 0.8, 0.6, 0.7, 0.2)
     u = rng.uniform(0, 0, torch.arange(96), 0, 6)
     u[:, 5] = (torch.arange(96) % 24 + 0.5) / 24
-    kind, factors, turns, order = jitter.settle(u)
+    kind, factors, turns, order = jitter.settings_of(u)
     expected, orders = [], set()
     functions = (tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation)
     for i, image in enumerate(x):
@@ -182,7 +182,7 @@ def test_jitter_in_drawn_order_equals_torchvision_in_that_order():
 
 
 def test_jitter_is_distributed_as_torchvisions():
-    kind, factors, turns, order = colour.Jitter(0.8, 0.4, 1.2, 0.8, 0.2).settle(rng.uniform(0, 0, MANY, 0, 6))
+    kind, factors, turns, order = colour.Jitter(0.8, 0.4, 1.2, 0.8, 0.2).settings_of(rng.uniform(0, 0, MANY, 0, 6))
     on = kind > 0
     assert stats.binomtest(int(on.sum()), len(MANY), 0.8).pvalue > SURE
     torch.manual_seed(0)
@@ -209,7 +209,7 @@ def test_grey_solarise_exposure():
 
 def test_noise_is_normal_and_an_own_one_per_image():
     noise = colour.Noise(0.05)
-    kind, key = noise.settle(rng.uniform(0, 0, torch.arange(64), 0, 2))
+    kind, key = noise.settings_of(rng.uniform(0, 0, torch.arange(64), 0, 2))
     added = noise(torch.full((64, 1, 20, 20), 0.5), kind, key) - 0.5
     assert stats.kstest(added.flatten().numpy() / 0.05, "norm").pvalue > SURE
     assert len({tuple(row) for row in added.flatten(1).tolist()}) == 64
@@ -230,7 +230,7 @@ def test_blur_equals_torchvisions(taps):
 
 
 def test_blur_is_distributed_as_torchvisions():
-    on, sigma = filters.Blur(0.3, (0.1, 2.0), 3).settle(rng.uniform(0, 0, MANY, 0, 2))
+    on, sigma = filters.Blur(0.3, (0.1, 2.0), 3).settings_of(rng.uniform(0, 0, MANY, 0, 2))
     torch.manual_seed(0)
     theirs = v2.GaussianBlur(3, (0.1, 2.0))
     assert same_distribution(sigma, [theirs.make_params([])["sigma"][0] for _ in range(len(MANY))])
@@ -259,7 +259,7 @@ def test_affine_equals_torchvisions():
 
 def test_affine_map_inverts_its_formula_and_stays_in_range():
     ours = filters.Affine((0.75, 1.35), 1.2, 15.0, 10.0, 0.35, "zeros")
-    _, inverse = ours.settle(rng.uniform(0, 0, MANY, 0, 6))
+    _, inverse = ours.settings_of(rng.uniform(0, 0, MANY, 0, 6))
     forward = torch.linalg.inv(inverse[:, :, :2].double())
     assert 0.75 < forward.det().sqrt().min() < 0.76 and 1.34 < forward.det().sqrt().max() < 1.35
     shift = -(forward @ inverse[:, :, 2:].double())[:, :, 0] / 2
@@ -278,7 +278,7 @@ def literal_views(view: View, number: int, b: Batch) -> torch.Tensor:
     """Compute one view of a batch by torchvision's functions, image by image, with the settings drawn for it."""
     u = rng.uniform(b.seed, b.epoch, b.index, number, pipeline.COLUMNS)
     box = crop.random_boxes(u[:, : crop.DRAWS], b.size, view.scale, view.ratio)
-    settings = {type(step).__name__: step.settle(u[:, columns]) for step, columns in pipeline.operations(view)}
+    settings = {type(step).__name__: step.settings_of(u[:, columns]) for step, columns in pipeline.operations(view)}
     out = []
     for i, image in enumerate(b.images):
         x = tv.resized_crop(
@@ -324,7 +324,7 @@ def test_the_accelerators_path_gives_the_same(monkeypatch):
     """There one piece holds the batch and no value is read; "meta" tensors raise if one is."""
     views, b = make(PRESETS["simclr"](size=32) + PRESETS["byol"](size=20, blur=0.0, blur_second=0.0)), batch(photos(40))
     ours = views(b)
-    monkeypatch.setattr(operation, "can_ask", lambda x: False)
+    monkeypatch.setattr(operation, "can_branch", lambda x: False)
     monkeypatch.setattr(pipeline, "_CACHE", 10**9)
     for x, y in zip(ours.images, views(b).images, strict=True):
         assert ((x - y).abs() > 1e-5).float().mean() < 1e-4

@@ -50,11 +50,11 @@ class Entry:
 
 def where() -> Path | None:
     """Return the cache directory: $INBATCH_CACHE or the user's; None if the variable is `off` or there is no home."""
-    given = variable("INBATCH_CACHE")
-    if given.lower() == "off":
+    setting = variable("INBATCH_CACHE")
+    if setting.lower() == "off":
         return None
-    if given:
-        return path_of(given, "INBATCH_CACHE").absolute()
+    if setting:
+        return path_of(setting, "INBATCH_CACHE").absolute()
     if sys.platform == "win32" and (local := variable("LOCALAPPDATA")):
         return Path(local) / "inbatch" / "cache"
     if (xdg := Path(variable("XDG_CACHE_HOME"))).is_absolute():
@@ -72,25 +72,25 @@ def limit() -> int:
     Raises:
         ConfigError: If the variable is not a number from 0.
     """
-    given = variable("INBATCH_CACHE_GB") or _DEFAULT_GB
+    setting = variable("INBATCH_CACHE_GB") or _DEFAULT_GB
     try:
-        size = float(given)
+        size = float(setting)
     except ValueError:
         size = math.nan
     if not 0 <= size < math.inf:
-        raise ConfigError(f"INBATCH_CACHE_GB is {given!r}: give the size of the cache in GB, 0 for none")
+        raise ConfigError(f"INBATCH_CACHE_GB is {setting!r}: give the size of the cache in GB, 0 for none")
     return int(size * 1e9)
 
 
 def entries() -> list[Entry]:
     """Return the entries, least recently used first."""
-    found = []
-    for path in _ours(_NAME.fullmatch):
+    result = []
+    for path in _folders(_NAME.fullmatch):
         with suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
             size = sum(file.stat().st_size for file in os.scandir(path))
             note = path / "entry.json"
-            found.append(Entry(path, str(json.loads(note.read_text("utf-8"))["name"]), size, note.stat().st_mtime))
-    return sorted(found, key=lambda entry: entry.used)
+            result.append(Entry(path, str(json.loads(note.read_text("utf-8"))["name"]), size, note.stat().st_mtime))
+    return sorted(result, key=lambda entry: entry.used)
 
 
 def used() -> int:
@@ -101,9 +101,9 @@ def used() -> int:
 def clear() -> int:
     """Remove all entries, except those that are being written; return the number of bytes freed."""
     before = used()
-    for path in _ours(_NAME.fullmatch):
+    for path in _folders(_NAME.fullmatch):
         remove(path)
-    for path in _ours(_half_written):
+    for path in _folders(_is_temporary):
         if remove_abandoned(path) is None:
             remove(path)
     return before - used()
@@ -126,17 +126,17 @@ def write_entry(path: Path, needed: int, write: Callable[[Path], None], *, repla
         return f"not cached: its {needed / 1e6:,.0f} MB are over the limit of {limit() / 1e9:g} GB (INBATCH_CACHE_GB)"
     try:
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
-        _make_room(needed)
+        _evict(needed)
         if (free := shutil.disk_usage(root).free) < needed + _SPARE:
             return f"not cached: {needed / 1e6:,.0f} MB are needed and {free / 1e6:,.0f} MB are free in {root}"
-        half = root / f".{path.name}.tmp"
-        with unfinished_folder(half) as mine:
-            if not mine:
+        temporary = root / f".{path.name}.tmp"
+        with unfinished_folder(temporary) as acquired:
+            if not acquired:
                 return f"being cached in {root} by another process"
-            write(half)
+            write(temporary)
             if replace:
                 remove(path)
-            os.rename(half, path)
+            os.rename(temporary, path)
     except OSError as error:
         if error.errno in _TAKEN and path.is_dir():
             return f"cached in {root} by another process"
@@ -159,7 +159,7 @@ def remove(path: Path) -> None:
     shutil.rmtree(path, ignore_errors=True)
 
 
-def _ours(wanted: Callable[[str], object]) -> list[Path]:
+def _folders(wanted: Callable[[str], object]) -> list[Path]:
     """Return the folders in the cache whose name the cache could have written; other files are never touched."""
     root = where()
     with suppress(OSError):  # missing, or owned by another user
@@ -167,21 +167,21 @@ def _ours(wanted: Callable[[str], object]) -> list[Path]:
     return []
 
 
-def _half_written(name: str) -> bool:
+def _is_temporary(name: str) -> bool:
     return re.fullmatch(r"\.[0-9a-f]{64}(\.\d+)?\.tmp", name) is not None
 
 
-def _make_room(needed: int) -> None:
+def _evict(needed: int) -> None:
     """Remove abandoned folders, then the least recently used sets, until `needed` bytes are available."""
-    for path in _ours(_half_written):
+    for path in _folders(_is_temporary):
         if remove_abandoned(path) is not None:
             continue
         with suppress(OSError):  # a file system without locks
             if time.time() - max(file.stat().st_mtime for file in (path, *path.iterdir())) > _STALE:
                 remove(path)
-    held = entries()
-    filled = sum(entry.bytes for entry in held)
-    for entry in held:
+    cached = entries()
+    filled = sum(entry.bytes for entry in cached)
+    for entry in cached:
         if filled + needed <= limit():
             break
         remove(entry.path)

@@ -48,9 +48,9 @@ class Decoded(NamedTuple):
 def place(source: Source, canvas: int | None) -> Path | None:
     """Return the path of the decoded set, which may not exist yet; None if the set must not be cached."""
     root = cache.where()
-    if root is None or not cache.limit() or (said := source.fingerprint()) is None:
+    if root is None or not cache.limit() or (fingerprint := source.fingerprint()) is None:
         return None
-    what = json.dumps([_FORMAT, said, canvas, source.channels, source.levels, decoders(), sys.byteorder])
+    what = json.dumps([_FORMAT, fingerprint, canvas, source.channels, source.levels, decoders(), sys.byteorder])
     return root / hashlib.sha256(what.encode()).hexdigest()
 
 

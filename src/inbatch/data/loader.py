@@ -24,9 +24,9 @@ from inbatch.data.workers import (
     DrawnDataset,
     Order,
     SampleReader,
+    check_shared_memory,
     end_workers,
     may_not_start_workers,
-    room_to_share,
     stream,
 )
 from inbatch.errors import DataError, many
@@ -110,7 +110,7 @@ class Loader:
         self.held: Resident | None = None
         self.bad: dict[int, str] = {}
         self.remarks: dict[str, set[int]] = {}
-        self._told: set[str] = set()
+        self._reported: set[str] = set()
         self.plan = None if read is None else plan_streams(source, batch, seed, world, read)
         resident = False if self.plan else resident
         fits = resides(needed, free, None)
@@ -148,7 +148,7 @@ class Loader:
         """Start the processes that draw the views of decoded images."""
         self.drawers = processes(workers, self.world)
         outputs = 4 * sum(view.size**2 for view in views.views)
-        room_to_share(min(PIECE, self.batch // self.world) * self.source.channels * outputs, self.drawers)
+        check_shared_memory(min(PIECE, self.batch // self.world) * self.source.channels * outputs, self.drawers)
         if self.drawers:
             drawn = DrawnDataset(held.images, held.size, drawer, self.seed)
             self._start(stream(drawn, self._order, self.drawers, self.device, pinned=False))
@@ -166,18 +166,18 @@ class Loader:
             shared = torch.zeros(self.steps * batch, dtype=torch.long).share_memory_()
         self._shared = shared
         order = SampleReader(source, self.seed, batch, shared) if self.plan is None else StreamReader(source, self.plan)
-        made = CanvasDataset(order, canvas, drawer) if whole else CropDataset(order, views)
+        dataset = CanvasDataset(order, canvas, drawer) if whole else CropDataset(order, views)
         self._pin = self.device.type == "cuda"
         outputs = sum(view.size**2 for view in views.views)
         pixels = canvas**2 + (4 * outputs if drawer else 0) if whole else outputs
-        room_to_share(min(PIECE, batch // self.world) * source.channels * pixels, self.workers)
+        check_shared_memory(min(PIECE, batch // self.world) * source.channels * pixels, self.workers)
         pinned = self._pin and len(self._cuts) == 1  # other batches are pinned when they are assembled
-        self._start(stream(made, self._order, self.workers, self.device, pinned))
+        self._start(stream(dataset, self._order, self.workers, self.device, pinned))
 
-    def _start(self, made: DataLoader[Any]) -> None:
+    def _start(self, stream: DataLoader[Any]) -> None:
         """Keep a stream, and end its workers when the loader is closed or collected."""
-        self._stream = made
-        self._ended = Finalize(self, end_workers, (made,), exitpriority=10)
+        self._stream = stream
+        self._ended = Finalize(self, end_workers, (stream,), exitpriority=10)
 
     def epoch(self, epoch: int, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
         """Iterate over the batches of an epoch on the device, from step `start` to `stop` (default: its end)."""
@@ -207,8 +207,8 @@ class Loader:
 
     def new_remarks(self) -> list[str]:
         """Return a sentence for every kind of remark about streamed images, the first time that there are any."""
-        new = [key for key in self.remarks if key not in self._told]
-        self._told.update(new)
+        new = [key for key in self.remarks if key not in self._reported]
+        self._reported.update(new)
         return [f"{remark(key, len(self.remarks[key]))} (said once)" for key in new]
 
     def report(self) -> str:
@@ -264,7 +264,7 @@ class Loader:
         self._order.keys = [(epoch, part.tolist()) for share in shares for part in share.split(PIECE)]
         pieces = iter(self._stream)
         for share in shares:
-            parts = [checked(next(pieces)).made["crops"] for _ in share.split(PIECE)]
+            parts = [checked(next(pieces)).fields["crops"] for _ in share.split(PIECE)]
             yield tuple(torch.cat(views) for views in zip(*parts, strict=True))
 
     def _pieces(self) -> list[slice]:
@@ -281,16 +281,16 @@ class Loader:
         self._order.keys = [(epoch, self._share(step)[cut]) for step in steps for cut in cuts]
         pieces = iter(self._stream)
         for _ in steps:
-            made: dict[str, Any] = {}
+            fields: dict[str, Any] = {}
             for cut in cuts:
                 piece = checked(next(pieces))
                 self.note(piece.bad)
                 self.add_remarks(piece.remarks)
                 tally += piece.read
-                made = piece.made if len(cuts) == 1 else put(piece.made, cut.start, made, share, self._pin)
-            index, groups = made["index"], self.source.groups
+                fields = piece.fields if len(cuts) == 1 else put(piece.fields, cut.start, fields, share, self._pin)
+            index, groups = fields["index"], self.source.groups
             group = None if groups is None else groups[index]
-            batch = Batch(**made, label=self.source.labels[index], group=group, seed=self.seed, epoch=epoch)
+            batch = Batch(**fields, label=self.source.labels[index], group=group, seed=self.seed, epoch=epoch)
             yield batch.to(self.device, pixels=False)
         if self.plan is not None and steps.stop == self.steps:
             check_epoch(tally, self.plan.expected(epoch, self.rank, self.world, steps.start), self.rank, epoch)

@@ -112,11 +112,11 @@ def open_data(
     Raises:
         DataError: If the data or the split does not exist, or if `subset` exceeds the number of images.
     """
-    found = _find(data, Reading(channels, levels, download, image_column, label_column, group_column))
-    if (name := find_split(split, found)) is None:
-        way = "" if split != "train" else f": to learn from another one, pass --set split={next(iter(found))}"
-        raise DataError(f"{_name(data)} has no split {split!r}, only {', '.join(found)}{way}")
-    source = found[name]()
+    openers = _find(data, Reading(channels, levels, download, image_column, label_column, group_column))
+    if (name := find_split(split, openers)) is None:
+        hint = "" if split != "train" else f": to learn from another one, pass --set split={next(iter(openers))}"
+        raise DataError(f"{_name(data)} has no split {split!r}, only {', '.join(openers)}{hint}")
+    source = openers[name]()
     if group_column is not None and source.groups is None:
         raise DataError(
             f"group_column = {group_column!r}: groups cannot be read from {source.name}; they are columns of lists, "
@@ -143,16 +143,16 @@ def _find(data: object, reading: Reading) -> dict[str, Callable[[], Source]]:
     if isinstance(data, list | tuple) and not data:
         raise DataError(f"the {type(data).__name__} of images is empty; data can be {'; '.join(OPENERS)}")
     for find in OPENERS.values():
-        if (found := find(data, reading)) is not None:
+        if (openers := find(data, reading)) is not None:
             if find not in _WITH_COLUMNS:  # a folder has groups by its paths
                 without = replace(reading, group_column=None) if find is folder.find_folder else reading
                 check_no_columns(without, _name(data))
-            return found
+            return openers
     for name, part in _of_packages().items():
-        if (found := part.maker(data, reading)) is not None:
-            if not isinstance(found, dict) or not all(map(callable, found.values())):
+        if (openers := part.maker(data, reading)) is not None:
+            if not isinstance(openers, dict) or not all(map(callable, openers.values())):
                 raise DataError(f"the source {name} must return {{split: function that opens it}} or None")
-            return found
+            return openers
     if isinstance(data, str | os.PathLike) and not os.path.exists(data):
         raise DataError(f"{_name(data)} does not exist; data can be {'; '.join(OPENERS)}")
     raise DataError(f"{_name(data)} cannot be opened; {_advice(data)}data can be {'; '.join(OPENERS)}")

@@ -32,10 +32,10 @@ def put(piece: dict[str, Any], first: int, into: dict[str, Any], count: int, pin
         old.narrow(dim, first, new.shape[dim])[tuple(slice(n) for n in new.shape)] = new
         return old
 
-    made: dict[str, Any] = {}
+    merged: dict[str, Any] = {}
     for key, new in piece.items():
         if key == "crops":
-            made[key] = tuple(placed(*pair) for pair in zip(new, into.get(key, [None] * len(new)), strict=True))
+            merged[key] = tuple(placed(*pair) for pair in zip(new, into.get(key, [None] * len(new)), strict=True))
         else:
-            made[key] = placed(new, into.get(key), dim=1 if key == "boxes" else 0)
-    return made
+            merged[key] = placed(new, into.get(key), dim=1 if key == "boxes" else 0)
+    return merged

@@ -136,8 +136,8 @@ class _Cycle:
         if len(drawn) < count:
             shuffled = torch.randperm(len(self.images), generator=self.generator(self.turn)).tolist()
             self.turn, last = self.turn + 1, set(drawn)
-            again = [self.images[i] for i in shuffled]
-            self.waiting = [image for image in again if image not in last] + [image for image in again if image in last]
+            cycle = [self.images[i] for i in shuffled]
+            self.waiting = [image for image in cycle if image not in last] + [image for image in cycle if image in last]
             self.at = count - len(drawn)
             drawn = drawn + self.waiting[: self.at]
         return drawn

@@ -7,7 +7,7 @@ from inbatch.data.source import LazyImage, Source
 from inbatch.data.streams import StreamPlan, Tally, after
 from inbatch.data.workers import Piece, SampleReader
 
-Made = TypeVar("Made")
+Result = TypeVar("Result")
 
 
 class StreamReader(SampleReader):
@@ -25,7 +25,7 @@ class StreamReader(SampleReader):
         self._held: dict[int, Any] = {}
         self._read: list[int] = []
 
-    def read(self, epoch: int, place: int, make: Callable[[int], Made]) -> tuple[int, Made]:
+    def read(self, epoch: int, place: int, make: Callable[[int], Result]) -> tuple[int, Result]:
         stream = self._stream(epoch, place)
         i, data = stream.take(self._turn(place))
         self._read.append(i)
@@ -38,9 +38,9 @@ class StreamReader(SampleReader):
     def open(self, i: int) -> LazyImage:
         return self.source.unpack(i, self._held[i]) if i in self._held else self.source.open(i)
 
-    def piece(self, made: dict[str, Any]) -> Piece:
+    def piece(self, fields: dict[str, Any]) -> Piece:
         read, self._read = self._read, []
-        return super().piece(made)._replace(read=Tally.of(read))
+        return super().piece(fields)._replace(read=Tally.of(read))
 
     def number_at(self, epoch: int, place: int) -> int:
         stream = self._stream(epoch, place)

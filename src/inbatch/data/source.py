@@ -220,9 +220,9 @@ def stat_fingerprint(name: bytes, status: os.stat_result) -> bytes:
 
 def signed(source: Source, names: bytes) -> str:
     """Compute the signature of a source from its classes, labels and groups and the joined names of its images."""
-    said = hashlib.sha256("\0".join(source.classes).encode(errors="surrogatepass") + b"\0\0")
-    said.update(source.labels.long().cpu().numpy().tobytes())
+    digest = hashlib.sha256("\0".join(source.classes).encode(errors="surrogatepass") + b"\0\0")
+    digest.update(source.labels.long().cpu().numpy().tobytes())
     if source.groups is not None:
-        said.update(b"groups" + source.groups.long().cpu().numpy().tobytes())
-    said.update(names)
-    return said.hexdigest()
+        digest.update(b"groups" + source.groups.long().cpu().numpy().tobytes())
+    digest.update(names)
+    return digest.hexdigest()

@@ -46,8 +46,8 @@ class Tally:
     @staticmethod
     def of(numbers: Sequence[int] | np.ndarray) -> "Tally":
         """Return the tally of some samples."""
-        some = np.asarray(numbers, np.int64).astype(np.uint64)
-        return Tally(some.size, int(some.sum(dtype=np.uint64)), int((some * some).sum(dtype=np.uint64)))
+        values = np.asarray(numbers, np.int64).astype(np.uint64)
+        return Tally(values.size, int(values.sum(dtype=np.uint64)), int((values * values).sum(dtype=np.uint64)))
 
     def __add__(self, other: "Tally") -> "Tally":
         return Tally(

@@ -22,10 +22,10 @@ from inbatch.data.streams import Tally
 from inbatch.errors import ConfigError, DataError, InbatchError
 from inbatch.runtime import child_processes
 
-_PATIENCE = 3600  # timeout in seconds for a piece: a disk that never answers must not block training forever
+_TIMEOUT = 3600  # timeout in seconds for a piece: a disk that never answers must not block training forever
 _OPEN = 32  # images that a worker holds open at once: few file handles, and their boxes are drawn in one call
 
-Made = TypeVar("Made")
+Result = TypeVar("Result")
 
 Key = tuple[int, range]
 """Epoch number and positions in the epoch's order."""
@@ -68,13 +68,13 @@ class Piece(NamedTuple):
     """Result of a worker for one key.
 
     Attributes:
-        made: Parts of a batch, by field name.
+        fields: Parts of a batch, by field name.
         bad: Unreadable images encountered: {image number: reason}.
         remarks: Numbers of the images with a remark, by its key in `image_file.REMARKS`.
         read: Samples that were read from shards in their order.
     """
 
-    made: dict[str, Any]
+    fields: dict[str, Any]
     bad: dict[int, str]
     remarks: dict[str, set[int]]
     read: Tally = Tally()
@@ -96,7 +96,7 @@ class SampleReader:
         self.remarks: dict[str, set[int]] = {}
         self._epoch = -1
 
-    def read(self, epoch: int, place: int, make: Callable[[int], Made]) -> tuple[int, Made]:
+    def read(self, epoch: int, place: int, make: Callable[[int], Result]) -> tuple[int, Result]:
         """Return the number of the first readable image for this position, and the result of `make` for it.
 
         Images for which `make` raises DataError are recorded in `bad`.
@@ -111,7 +111,7 @@ class SampleReader:
                 self.bad[i] = why = str(error)
         raise DataError(f"{why}; and no readable image is left to replace it in the batch")
 
-    def again(self, epoch: int, place: int, make: Callable[[int], Made]) -> tuple[int, Made]:
+    def read_again(self, epoch: int, place: int, make: Callable[[int], Result]) -> tuple[int, Result]:
         """Do what `read` does, for a position that was read before."""
         return SampleReader.read(self, epoch, place, make)
 
@@ -127,23 +127,23 @@ class SampleReader:
         """Open an image."""
         return self.source.open(i)
 
-    def heed(self, i: int, picture: LazyImage) -> None:
+    def add_remarks(self, i: int, picture: LazyImage) -> None:
         """Record the remarks about an image that was read."""
         for key in picture.remarks() if isinstance(picture, ImageFile) else ():
             self.remarks.setdefault(key, set()).add(i)
 
-    def piece(self, made: dict[str, Any]) -> Piece:
+    def piece(self, fields: dict[str, Any]) -> Piece:
         """Return the parts of a batch with the unreadable images and the remarks since the last call."""
         bad, self.bad = self.bad, {}
         remarks, self.remarks = self.remarks, {}
-        return Piece(made, bad, remarks)
+        return Piece(fields, bad, remarks)
 
 
 class CropDataset(Dataset[Any]):
     """Crops of the images at given positions of an epoch; each image is decoded once for all its views."""
 
-    def __init__(self, places: SampleReader, views: Boxes):
-        self.places, self.source, self.views = places, places.source, views
+    def __init__(self, reader: SampleReader, views: Boxes):
+        self.reader, self.source, self.views = reader, reader.source, views
         self.wanted: list[CropSpec] = [(view.size, view.interpolation) for view in views.views]
 
     def __getitem__(self, key: Key) -> Piece | str:
@@ -152,34 +152,34 @@ class CropDataset(Dataset[Any]):
         index, size, boxes = [], [], []
         try:
             for first in range(0, len(places), _OPEN):
-                some = places[first : first + _OPEN]
-                numbers, pictures = zip(*(self.places.read(epoch, at, self.places.open) for at in some), strict=True)
+                chunk = places[first : first + _OPEN]
+                numbers, pictures = zip(*(self.reader.read(epoch, at, self.reader.open) for at in chunk), strict=True)
                 index.append(torch.tensor(numbers))
                 size.append(torch.tensor([p.size for p in pictures]))
-                boxes.append(self.views.boxes(index[-1], size[-1], self.places.seed, epoch))
+                boxes.append(self.views.boxes(index[-1], size[-1], self.reader.seed, epoch))
                 for slot, picture in enumerate(pictures):
                     try:
                         with picture:
                             cut = picture.crops(boxes[-1][:, slot], self.wanted)
-                        self.places.heed(numbers[slot], picture)
+                        self.reader.add_remarks(numbers[slot], picture)
                     except DataError:  # the header is readable, the pixels are not
-                        index[-1][slot], (size[-1][slot], boxes[-1][:, slot], cut) = self.places.again(
-                            epoch, some[slot], lambda i: self._cut(i, epoch)
+                        index[-1][slot], (size[-1][slot], boxes[-1][:, slot], cut) = self.reader.read_again(
+                            epoch, chunk[slot], lambda i: self._cut(i, epoch)
                         )
                     for out, crop in zip(crops, cut, strict=True):
                         out[first + slot] = crop
         except DataError as e:  # returned as a value: torch would wrap the exception in a long traceback
             return str(e)
-        made = {"index": torch.cat(index), "size": torch.cat(size)}
-        return self.places.piece(made | {"boxes": torch.cat(boxes, 1), "crops": tuple(crops)})
+        fields = {"index": torch.cat(index), "size": torch.cat(size)}
+        return self.reader.piece(fields | {"boxes": torch.cat(boxes, 1), "crops": tuple(crops)})
 
     def _cut(self, i: int, epoch: int) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         """Return the size, the boxes and the crops of one image."""
-        with self.places.open(i) as picture:
+        with self.reader.open(i) as picture:
             size = torch.tensor([picture.size])
-            box = self.views.boxes(torch.tensor([i]), size, self.places.seed, epoch)[:, 0]
+            box = self.views.boxes(torch.tensor([i]), size, self.reader.seed, epoch)[:, 0]
             crops = picture.crops(box, self.wanted)
-            self.places.heed(i, picture)
+            self.reader.add_remarks(i, picture)
             return size[0], box, crops
 
 
@@ -187,29 +187,29 @@ class CanvasDataset(Dataset[Any]):
     """Uncropped images at given positions of an epoch, with the views of the user's own transforms, if there are any.
 
     Args:
-        places: Reads the images.
+        reader: Reads the images.
         canvas: Longer side of an image in pixels, at most.
         views: Draws the views; None if the main process draws them.
     """
 
-    def __init__(self, places: SampleReader, canvas: int, views: Drawer | None = None):
-        self.places, self.canvas, self.views = places, canvas, views
+    def __init__(self, reader: SampleReader, canvas: int, views: Drawer | None = None):
+        self.reader, self.canvas, self.views = reader, canvas, views
 
     def __getitem__(self, key: Key) -> Piece | str | ConfigError:
         try:
-            index, pixels = zip(*(self.places.read(key[0], at, self._decode) for at in key[1]), strict=True)
-            drawn = {} if self.views is None else {"crops": self.views.draw(index, pixels, self.places.seed, key[0])}
+            index, pixels = zip(*(self.reader.read(key[0], at, self._decode) for at in key[1]), strict=True)
+            drawn = {} if self.views is None else {"crops": self.views.draw(index, pixels, self.reader.seed, key[0])}
         except DataError as e:
             return str(e)
         except ConfigError as e:  # of a transform
             return e
         images, size = stack(list(pixels))
-        return self.places.piece({"index": torch.tensor(index), "size": size, "images": images} | drawn)
+        return self.reader.piece({"index": torch.tensor(index), "size": size, "images": images} | drawn)
 
     def _decode(self, i: int) -> Tensor:
-        with self.places.open(i) as picture:
+        with self.reader.open(i) as picture:
             pixels = picture.tensor(self.canvas)
-            self.places.heed(i, picture)
+            self.reader.add_remarks(i, picture)
             return pixels
 
 
@@ -246,7 +246,7 @@ def lost_workers() -> Iterator[None]:
         ) from error
 
 
-def room_to_share(piece: int, workers: int) -> None:
+def check_shared_memory(piece: int, workers: int) -> None:
     """Raise InbatchError if the shared memory cannot hold the prefetched pieces, two per worker of `piece` bytes each.
 
     Without this check, a worker that finds the shared memory full drops its piece and the trainer waits for it forever.
@@ -266,7 +266,7 @@ def may_not_start_workers() -> bool:
     return current_process().daemon
 
 
-def stream(made: Dataset[Any], order: Order, workers: int, device: torch.device, pinned: bool) -> DataLoader[Any]:
+def stream(dataset: Dataset[Any], order: Order, workers: int, device: torch.device, pinned: bool) -> DataLoader[Any]:
     """Create a torch DataLoader that makes the keys of `order` in worker processes.
 
     Raises:
@@ -281,14 +281,14 @@ def stream(made: Dataset[Any], order: Order, workers: int, device: torch.device,
     fork = sys.platform == "linux" and device.type != "cuda"
     other = "spawn" if sys.platform == "win32" else "forkserver"
     return DataLoader(
-        made,
+        dataset,
         batch_size=None,
         sampler=order,
         num_workers=workers,
         worker_init_fn=child_processes.begin_worker,
         generator=torch.Generator(),  # without one, the loader draws from the caller's
         persistent_workers=workers > 0,
-        timeout=_PATIENCE if workers else 0,
+        timeout=_TIMEOUT if workers else 0,
         multiprocessing_context=("fork" if fork else other) if workers else None,
         pin_memory=pinned,
     )

@@ -30,11 +30,11 @@ def attended(built: RunComponents, group: Sequence[Tensor], count: int) -> tuple
     seen: dict[str, Tensor] = {}
 
     def hook(slot: str) -> Callable[..., None]:
-        def note(block: torch.nn.Module, given: tuple[Tensor, ...]) -> None:
+        def record(block: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
             assert isinstance(block, BA2M | BatchFormer)
-            seen[slot] = block.weights(given[0]).float().cpu()
+            seen[slot] = block.weights(inputs[0]).float().cpu()
 
-        return note
+        return record
 
     pairs = list(zip(encoder.slots, blocks(encoder), strict=True))
     handles = [b.register_forward_pre_hook(hook(slot)) for slot, b in pairs if isinstance(b, BA2M | BatchFormer)]

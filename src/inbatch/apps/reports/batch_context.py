@@ -57,32 +57,32 @@ def draw_report(built: RunComponents, epoch: int, out: Path, count: int = 8) -> 
         Unwritten: If the images cannot be written; the error holds the measurements.
     """
     curator = built.step.curator
-    found: dict[str, Any] = {"epoch": epoch if curator is None else max(epoch, curator.starts)}
-    batch = next(iter(built.loader.epoch(found["epoch"], stop=1))).to(built.loader.device)
+    report: dict[str, Any] = {"epoch": epoch if curator is None else max(epoch, curator.starts)}
+    batch = next(iter(built.loader.epoch(report["epoch"], stop=1))).to(built.loader.device)
     drawn = built.views(batch)
     pictures = {"views.png": _views(built, batch, drawn, count)}
-    told = leak(built, found["epoch"])
-    found["leak"] = told | {"told_apart": sign(told, built.recipe.shuffle_groups)} if told else None
+    leakage = leak(built, report["epoch"])
+    report["leak"] = leakage | {"told_apart": sign(leakage, built.recipe.shuffle_groups)} if leakage else None
     images: Sequence[Tensor] = drawn.images
     if curator is not None:
-        images, found["curate"], picture = redrawn(built, batch, count)
-        found["curate"]["begun"] = epoch >= curator.starts
+        images, report["curate"], picture = redrawn(built, batch, count)
+        report["curate"]["begun"] = epoch >= curator.starts
         if picture is not None:
             pictures["redrawn.png"] = picture
     group = [view[: built.context] for view in images]
     if built.network.fuse is not None:
-        found["fuse"], pictures["fused.png"] = fused(built, group, count)
+        report["fuse"], pictures["fused.png"] = fused(built, group, count)
     if built.step.mixer is not None:
-        found["mix"], pictures["mixed.png"] = mixed(built, group, found["epoch"] * built.loader.steps, count)
+        report["mix"], pictures["mixed.png"] = mixed(built, group, report["epoch"] * built.loader.steps, count)
     if built.recipe.attend is not None:
-        found["attend"], attention = attended(built, group, count)
+        report["attend"], attention = attended(built, group, count)
         if attention is not None:
             pictures["attention.png"] = attention
     try:
         _write(out, pictures)
     except InbatchError as error:
-        raise Unwritten(str(error), found | {"pictures": []}) from error
-    return found | {"pictures": [str(out / name) for name in pictures]}
+        raise Unwritten(str(error), report | {"pictures": []}) from error
+    return report | {"pictures": [str(out / name) for name in pictures]}
 
 
 def _views(built: RunComponents, batch: Batch, drawn: Drawn, count: int) -> Image.Image:
@@ -115,7 +115,7 @@ def fused(built: RunComponents, group: Sequence[Tensor], count: int) -> tuple[di
     centred = plain - plain.mean()
     own = float((mixed * centred).sum() / centred.square().sum().clamp_min(1e-12))
     added = mixed - mixed.mean() - own * centred
-    told = {
+    measurements = {
         "name": built.recipe.fuse.name if built.recipe.fuse else "",
         "view": number,
         "change": float((mixed - plain).abs().mean()),
@@ -135,12 +135,12 @@ def fused(built: RunComponents, group: Sequence[Tensor], count: int) -> tuple[di
         (f"added x {times:g}", 0.5 + times * rest),
     )
     title = (
-        f"View {number} as the encoder gets it in training, fused ({told['name']}) in a group of {len(plain)}.",
+        f"View {number} as the encoder gets it in training, fused ({measurements['name']}) in a group of {len(plain)}.",
         f"Fused: values from {low:.2f} to {high:.2f} ; plain pixels are from 0 (black) to 1 (white).",
         f"Added: fused - {own:.2f} x plain, amplified {times:g} times; grey is 0.",
     )
     drawn = [Row([(tile(column[i]), name) for name, column in columns]) for i in range(len(shown))]
-    return told, sheet(title, drawn)
+    return measurements, sheet(title, drawn)
 
 
 def redrawn(
@@ -149,33 +149,33 @@ def redrawn(
     """Return the curated views of a batch, measurements, and an image of the worst violators if there are any."""
     curator = built.step.curator
     assert curator is not None
-    judged: list[Tensor] = []
+    distances: list[Tensor] = []
 
-    def listen(x: Tensor, dim: int) -> Tensor:
+    def record(x: Tensor, dim: int) -> Tensor:
         """Record the own and nearest distances of every judgement."""
         if dim == 0:
-            judged.append(x.cpu())
+            distances.append(x.cpu())
         return x
 
-    curated, done = curator(batch, listen)
+    curated, figures = curator(batch, record)
     assert curated.attempt is not None
     images = built.views(curated).images
-    (own, nearest), (own_after, nearest_after) = judged[:2], judged[-2:]
-    told: dict[str, Any] = {name.removeprefix("curate_"): value for name, value in done.items()}
-    told |= {"rule": curator.rule, "distance": curator.distance, "where": curator.where, "samples": len(own)}
+    (own, nearest), (own_after, nearest_after) = distances[:2], distances[-2:]
+    measurements: dict[str, Any] = {name.removeprefix("curate_"): value for name, value in figures.items()}
+    measurements |= {"rule": curator.rule, "distance": curator.distance, "where": curator.where, "samples": len(own)}
     bad, still = (
         violating(*pair, curator.rule, curator.margin) for pair in ((own, nearest), (own_after, nearest_after))
     )
     if not bad.any():
-        return images, told, None
+        return images, measurements, None
     worst = (own - nearest).masked_fill(~bad, -torch.inf).argsort(descending=True)[: min(count, int(bad.sum()))]
 
     chosen = worst.to(batch.index.device)
-    some, first = batch.take(chosen), built.views(batch.take(chosen))
+    subset, first = batch.take(chosen), built.views(batch.take(chosen))
     last = built.views(curated.take(chosen))
     lines = []
     for i, sample in enumerate(worst.tolist()):
-        original = _original(built, some, i)
+        original = _original(built, subset, i)
         before, after = (_grid(built, [original], views, slice(i, i + 1)) for views in (first, last))
         verdict = "still violates" if still[sample] else "kept"
         lines.append(
@@ -191,7 +191,7 @@ def redrawn(
         f"{curator.distance} distance of the model's {curator.where}; own: between the views of the image,",
         "nearest other: to the closest view of another image of the batch.",
     )
-    return images, told, sheet(title, lines)
+    return images, measurements, sheet(title, lines)
 
 
 def _original(built: RunComponents, batch: Batch, i: int) -> UInt8[Tensor, "c h w"]:
@@ -208,8 +208,8 @@ def _original(built: RunComponents, batch: Batch, i: int) -> UInt8[Tensor, "c h 
 
 def _grid(built: RunComponents, originals: Sequence[Tensor], drawn: Drawn, which: slice) -> Image.Image:
     """Draw images with their boxes and the selected views."""
-    some = Drawn(tuple(view[which] for view in drawn.images), drawn.boxes[:, which], drawn.flipped[:, which])
-    return Image.fromarray(grid(originals, some, built.views.mean, built.views.std))
+    selected = Drawn(tuple(view[which] for view in drawn.images), drawn.boxes[:, which], drawn.flipped[:, which])
+    return Image.fromarray(grid(originals, selected, built.views.mean, built.views.std))
 
 
 def _write(out: Path, pictures: dict[str, Image.Image]) -> None:

@@ -61,8 +61,8 @@ class CropStatistics:
 
 def parse_size(text: str) -> tuple[int, int]:
     """Parse height and width from "32" or "375x500"; raise ConfigError if invalid."""
-    found = re.fullmatch(r"(\d{1,9})(?:x(\d{1,9}))?", text.strip())
-    height, width = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
+    match = re.fullmatch(r"(\d{1,9})(?:x(\d{1,9}))?", text.strip())
+    height, width = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
     if not (2 <= height <= _MOST and 2 <= width <= _MOST):
         raise ConfigError(
             f"--size {text} is not the size of an image: give a side, like 32, or height x width, like 375x500, "
@@ -167,13 +167,13 @@ def _corners(boxes: Int[Tensor, "n 4"], stride: int, length: int) -> Int[Tensor,
     return plus.bincount(minlength=length) - minus.bincount(minlength=length)
 
 
-def table_rows(tallies: Sequence[CropStatistics], size: tuple[int, int]) -> list[tuple[str, ...]]:
+def table_rows(statistics: Sequence[CropStatistics], size: tuple[int, int]) -> list[tuple[str, ...]]:
     """Return the table rows: name, shares in percent, mean area, the paper's area.
 
     The paper's shares follow if known.
     """
     cells = []
-    for t in tallies:
+    for t in statistics:
         shares = (f"{share:.2%}" for share in t.shares)
         cells.append((t.name, *shares, f"{t.area:.1%}", f"{PAPER_AREA[t.name]:.0%}", f"{t.seconds:.1f}"))
         if t.name == "default" and size == PAPER_SIZE:
@@ -181,27 +181,27 @@ def table_rows(tallies: Sequence[CropStatistics], size: tuple[int, int]) -> list
     return cells
 
 
-def plot(tallies: Sequence[CropStatistics], size: tuple[int, int], pairs: int, png: Path) -> None:
+def plot(statistics: Sequence[CropStatistics], size: tuple[int, int], pairs: int, png: Path) -> None:
     """Plot for each name the heat map of coverage and the bars of the shares, as in Figure 3.
 
     The paper's shares are shown for comparison if known: default, 32 x 32 pixels.
     """
     from matplotlib.figure import Figure
 
-    several = len(tallies) > 1
-    wide, high = (2.1 * len(tallies), 4.6) if several else (7.2, 3.0)
+    several = len(statistics) > 1
+    wide, high = (2.1 * len(statistics), 4.6) if several else (7.2, 3.0)
     figure = Figure(figsize=(wide, high), layout="constrained")
-    panels = figure.subplots(*((2, len(tallies)) if several else (1, 2)), squeeze=False)
+    panels = figure.subplots(*((2, len(statistics)) if several else (1, 2)), squeeze=False)
     columns = panels.T if several else panels
-    for t, (heat, bars) in zip(tallies, columns, strict=True):
+    for t, (heat, bars) in zip(statistics, columns, strict=True):
         shown = heat.imshow(t.coverage.numpy(), cmap="viridis", vmin=0, vmax=1)
         heat.set(xticks=[], yticks=[])
         area = f"mean area {t.area:.1%}" + (f" (paper {PAPER_AREA[t.name]:.0%})" if size == PAPER_SIZE else "")
         heat.set_title(f"{t.name}\n{area}" if several else f"coverage; {area}", fontsize=8)
-        beside = t.name == "default" and size == PAPER_SIZE
-        _bars(bars, t.shares, PAPER_SHARES if beside else None, small=several)
+        compared = t.name == "default" and size == PAPER_SIZE
+        _bars(bars, t.shares, PAPER_SHARES if compared else None, small=several)
     figure.colorbar(shown, ax=panels[0, :] if several else panels[0, 0], shrink=0.8)
-    what = f"crops {tallies[0].name}, " if not several else ""
+    what = f"crops {statistics[0].name}, " if not several else ""
     figure.suptitle(f"{what}{pairs:,} pairs of {size[0]} x {size[1]} pixels", fontsize=9)
     with replacing(png) as file:
         figure.savefig(file, dpi=100, format="png", metadata=MARK)

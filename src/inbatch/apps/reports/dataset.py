@@ -61,15 +61,15 @@ def survey_data(
         raise ConfigError(f"a sample of {sample} images shows nothing: give 1 or more")
     if out is not None:
         check_place(out, data)
-    given = dict(settings or {})
-    every = splits(data, **{key: given.get(key) for key in ("image_column", "label_column")})
+    options = dict(settings or {})
+    every = splits(data, **{key: options.get(key) for key in ("image_column", "label_column")})
     chosen = every[0] if split is None else find_split(split, every) or split
-    given |= {} if chosen == every[0] else {"split": chosen}
-    recipe, source = resolve_recipe(data, {"split": chosen} | given)
+    options |= {} if chosen == every[0] else {"split": chosen}
+    recipe, source = resolve_recipe(data, {"split": chosen} | options)
     indices = _spaced(len(source), sample)
-    seen = total(_counted(chunks(source, indices), len(indices), "looked at", quiet))
+    stats = total(_counted(chunks(source, indices), len(indices), "looked at", quiet))
     counts = np.bincount(source.labels[source.labels >= 0].numpy(), minlength=len(source.classes)).tolist()
-    found: dict[str, Any] = {
+    report: dict[str, Any] = {
         "data": recipe.data,
         "split": chosen,
         "report": printable(source.report()),
@@ -80,36 +80,36 @@ def survey_data(
         "unlabelled": int((source.labels < 0).sum()),
         "imbalance": max(counts) / min(counts) if counts and min(counts) else None,
         "skipped": {one_line(kind): n for kind, n in source.skipped().items()},
-        "formats": dict(seen.kinds.most_common()),
-        "bits": {str(bits): n for bits, n in sorted(seen.bits.items())},
-        "pages": {str(pages): n for pages, n in sorted(seen.pages.items())},
-        "alpha": _alpha(source, seen),
-        "sizes": _sizes(seen),
-        "pixels": _pixels(seen),
-        "warnings": _warnings(source, seen),
-        "unreadable": [{"image": one_line(source.identity(i)), "why": one_line(why)} for i, why in seen.unreadable],
-        "duplicates": _duplicates(source, seen),
+        "formats": dict(stats.kinds.most_common()),
+        "bits": {str(bits): n for bits, n in sorted(stats.bits.items())},
+        "pages": {str(pages): n for pages, n in sorted(stats.pages.items())},
+        "alpha": _alpha(source, stats),
+        "sizes": _sizes(stats),
+        "pixels": _pixels(stats),
+        "warnings": _warnings(source, stats),
+        "unreadable": [{"image": one_line(source.identity(i)), "why": one_line(why)} for i, why in stats.unreadable],
+        "duplicates": _duplicates(source, stats),
         "splits": {chosen: len(source)},
         "leaks": {},
     }
     for other in every:
         if other != chosen:
-            found["splits"][other], found["leaks"][other] = _leak(data, other, recipe, source, seen, sample, quiet)
-    found["memory"] = _memory(recipe, source, device)
-    found["batch"], found["steps"] = recipe.batch_size, len(source) // recipe.batch_size
-    found["problems"] = _problems(source, seen, found, recipe.max_unreadable)
-    found["levels"] = _levels(seen) if recipe.levels is None else None
-    found["picture"] = None
+            report["splits"][other], report["leaks"][other] = _leak(data, other, recipe, source, stats, sample, quiet)
+    report["memory"] = _memory(recipe, source, device)
+    report["batch"], report["steps"] = recipe.batch_size, len(source) // recipe.batch_size
+    report["problems"] = _problems(source, stats, report, recipe.max_unreadable)
+    report["levels"] = _levels(stats) if recipe.levels is None else None
+    report["picture"] = None
     what = shlex.quote(recipe.data)
-    how = "".join(f" --set {shlex.quote(f'{key}={value}')}" for key, value in given.items())
+    how = "".join(f" --set {shlex.quote(f'{key}={value}')}" for key, value in options.items())
     after = [f"inbatch views {what} -o views.png{how}", f"inbatch pretrain --data {what}{how}"]
-    found["next"] = [] if found["problems"] else after
-    if out is not None and seen.numbers:
+    report["next"] = [] if report["problems"] else after
+    if out is not None and stats.numbers:
         try:
-            found["picture"] = _draw(source, seen, path_of(out, "out"))
+            report["picture"] = _draw(source, stats, path_of(out, "out"))
         except InbatchError as error:
-            raise Unwritten(str(error), found) from error
-    return found
+            raise Unwritten(str(error), report) from error
+    return report
 
 
 def _spaced(n: int, sample: int | None) -> list[int]:
@@ -123,11 +123,11 @@ def _counted(tallies: Any, n: int, what: str, quiet: bool) -> Any:
     return tallies if quiet else counted(tallies, n, what)
 
 
-def _sizes(seen: ImageStatistics) -> dict[str, Any]:
+def _sizes(stats: ImageStatistics) -> dict[str, Any]:
     """Summarise the sizes of the readable images in pixels; shorter_side: counts by power of two."""
-    if not seen.sizes:
+    if not stats.sizes:
         return {"distinct": 0}
-    sizes = np.array(seen.sizes).reshape(-1, 2)
+    sizes = np.array(stats.sizes).reshape(-1, 2)
     common = Counter(zip(*sizes.T.tolist(), strict=True))
     bins = Counter(1 << math.ceil(math.log2(side)) for side in sizes.min(1).tolist())
 
@@ -143,46 +143,46 @@ def _sizes(seen: ImageStatistics) -> dict[str, Any]:
     }
 
 
-def _pixels(seen: ImageStatistics) -> dict[str, list[float]]:
+def _pixels(stats: ImageStatistics) -> dict[str, list[float]]:
     """Summarise the pixel values by channel, 1 is white; every pixel has the same weight."""
-    mean, deviation = seen.mean_and_deviation()
-    ends = [np.ravel(x).tolist() if seen.pixels else [] for x in (seen.lowest, seen.highest)]
+    mean, deviation = stats.mean_and_deviation()
+    ends = [np.ravel(x).tolist() if stats.pixels else [] for x in (stats.lowest, stats.highest)]
     return {"mean": mean, "std": deviation, "lowest": [x / 255 for x in ends[0]], "highest": [x / 255 for x in ends[1]]}
 
 
-def _levels(seen: ImageStatistics) -> list[int] | None:
+def _levels(stats: ImageStatistics) -> list[int] | None:
     """Return the range of values that contains all pixels, as far as their upper 8 bits show.
 
     None if no image has more than 8 bits, or one is inverted: its pixels do not show the range.
     """
-    if max(seen.bits, default=8) <= 8 or seen.inverted:
+    if max(stats.bits, default=8) <= 8 or stats.inverted:
         return None
-    step = (seen.white + 1) / 256
-    return [int(step * int(np.min(seen.lowest))), math.ceil(step * (int(np.max(seen.highest)) + 1)) - 1]
+    step = (stats.white + 1) / 256
+    return [int(step * int(np.min(stats.lowest))), math.ceil(step * (int(np.max(stats.highest)) + 1)) - 1]
 
 
-def _alpha(source: Source, seen: ImageStatistics) -> dict[str, Any]:
+def _alpha(source: Source, stats: ImageStatistics) -> dict[str, Any]:
     """Summarise the images with alpha: `not_opaque` are fractions of their pixels."""
-    shares = [share for _, share in seen.transparent]
+    shares = [share for _, share in stats.transparent]
     return {
         "images": len(shares),
         "not_opaque": sum(shares) / len(shares) if shares else 0.0,
-        "files": [{"image": one_line(source.identity(i)), "not_opaque": share} for i, share in seen.transparent],
+        "files": [{"image": one_line(source.identity(i)), "not_opaque": share} for i, share in stats.transparent],
     }
 
 
-def _warnings(source: Source, seen: ImageStatistics) -> dict[str, Any]:
+def _warnings(source: Source, stats: ImageStatistics) -> dict[str, Any]:
     """Count the images that Pillow warned about, by text; numbers in a text are left out of the count."""
-    texts = Counter(text for _, told in seen.warned for text in {re.sub(r"\d+", "N", one_line(t)) for t in told})
+    texts = Counter(text for _, lines in stats.warned for text in {re.sub(r"\d+", "N", one_line(t)) for t in lines})
     return {
-        "images": len(seen.warned),
+        "images": len(stats.warned),
         "texts": dict(texts.most_common()),
-        "files": [{"image": one_line(source.identity(i)), "texts": list(map(one_line, t))} for i, t in seen.warned],
+        "files": [{"image": one_line(source.identity(i)), "texts": list(map(one_line, t))} for i, t in stats.warned],
     }
 
 
-def _duplicates(source: Source, seen: ImageStatistics) -> dict[str, Any]:
-    groups = repeated(seen)
+def _duplicates(source: Source, stats: ImageStatistics) -> dict[str, Any]:
+    groups = repeated(stats)
     return {
         "groups": len(groups),
         "images": sum(map(len, groups)),
@@ -191,17 +191,17 @@ def _duplicates(source: Source, seen: ImageStatistics) -> dict[str, Any]:
 
 
 def _leak(
-    data: Any, other: str, recipe: Recipe, source: Source, seen: ImageStatistics, sample: int | None, quiet: bool
+    data: Any, other: str, recipe: Recipe, source: Source, stats: ImageStatistics, sample: int | None, quiet: bool
 ) -> tuple[int, dict[str, Any]]:
     """Return the number of images of another split, and those that also occur in this one."""
-    there = open_data(data, other, **recipe.reading)
-    indices = _spaced(len(there), sample)
-    also = total(_counted(chunks(there, indices, pixels=False), len(indices), f"of {other} compared", quiet))
-    both = [group for group in repeated(seen, also) if {which for which, _ in group} == {0, 1}]
+    compared = open_data(data, other, **recipe.reading)
+    indices = _spaced(len(compared), sample)
+    also = total(_counted(chunks(compared, indices, pixels=False), len(indices), f"of {other} compared", quiet))
+    both = [group for group in repeated(stats, also) if {which for which, _ in group} == {0, 1}]
     pairs = [(group[0][1], next(i for which, i in group if which)) for group in both[:_FEW]]
-    return len(there), {
+    return len(compared), {
         "images": sum(which for group in both for which, _ in group),
-        "first": [[one_line(source.identity(a)), one_line(there.identity(b))] for a, b in pairs],
+        "first": [[one_line(source.identity(a)), one_line(compared.identity(b))] for a, b in pairs],
     }
 
 
@@ -213,27 +213,27 @@ def _memory(recipe: Recipe, source: Source, device: str) -> dict[str, Any]:
     return {"decoded_bytes": needed, "free_bytes": free, "resident": resides(needed, free, None), "canvas": canvas}
 
 
-def _problems(source: Source, seen: ImageStatistics, found: Mapping[str, Any], max_bad: float) -> list[str]:
+def _problems(source: Source, stats: ImageStatistics, report: Mapping[str, Any], max_bad: float) -> list[str]:
     """Return the reasons why a run could not start, as sentences."""
-    bad, looked = len(seen.unreadable), found["looked_at"]
-    if bad > max_bad * looked:
+    bad, count = len(stats.unreadable), report["looked_at"]
+    if bad > max_bad * count:
         most = f"{100 * max_bad:g}%"
-        return [f"{bad:,} of {looked:,} images cannot be read, and a run leaves out at most {most}: remove them"]
-    if looked - bad > 1 and found["duplicates"]["images"] == looked and found["duplicates"]["groups"] == 1:
-        return [f"all {looked:,} images are identical: at least two different images are needed"]
+        return [f"{bad:,} of {count:,} images cannot be read, and a run leaves out at most {most}: remove them"]
+    if count - bad > 1 and report["duplicates"]["images"] == count and report["duplicates"]["groups"] == 1:
+        return [f"all {count:,} images are identical: at least two different images are needed"]
     return (
         [] if len(source) - bad > 1 else ["there is one image: samples learn from each other, so at least 2 are needed"]
     )
 
 
-def _draw(source: Source, seen: ImageStatistics, out: Path) -> dict[str, Any]:
+def _draw(source: Source, stats: ImageStatistics, out: Path) -> dict[str, Any]:
     """Write an image file with some readable images: one row for each of some classes, or in order if unlabelled."""
-    numbers, rows = torch.tensor(seen.numbers, dtype=torch.long), [""]
+    numbers, rows = torch.tensor(stats.numbers, dtype=torch.long), [""]
     labels = source.labels[numbers]
     classes = labels[labels >= 0].unique()
     if len(classes):
-        some = classes[_spaced(len(classes), _ROWS)].tolist()
-        picked, rows = [numbers[labels == c] for c in some], [one_line(source.classes[c]) for c in some]
+        selected = classes[_spaced(len(classes), _ROWS)].tolist()
+        picked, rows = [numbers[labels == c] for c in selected], [one_line(source.classes[c]) for c in selected]
     else:
         picked = [numbers[_spaced(len(numbers), _ROWS * _COLUMNS)]]
     shown = []

@@ -11,39 +11,39 @@ _FILES = 3  # maximum number of files that are named for alpha or a warning
 _CLASSES = 12  # maximum number of classes whose names are listed with their counts
 
 
-def report_rows(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def report_rows(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Iterate over the lines of the table: label and value."""
-    n, looked = found["images"], found["looked_at"]
-    others = [f"{count:,} in {name}" for name, count in found["splits"].items() if name != found["split"]]
-    yield "images", ", ".join([f"{n:,} in {found['split']}", *others])
-    if looked < n:
-        yield "looked at", f"a sample of {looked:,}, evenly spaced: what follows is of them, classes apart"
-    yield "classes", _classes(found)
-    yield "formats", _counts(found["formats"])
-    if found["bits"]:
-        yield "bits per value", _counts(found["bits"])
-    if found["pages"]:
-        yield "pages", f"{_several(found['pages'])}: the first is read"
-    if found["alpha"]["images"]:
-        yield "alpha", _alpha(found["alpha"], found["channels"])
-    if found["skipped"]:
-        yield "skipped files", _counts(found["skipped"])
-    yield from _sizes(found["sizes"])
-    if found["pixels"]["mean"]:
-        yield "mean", _numbers(found["pixels"]["mean"])
-        yield "deviation", _numbers(found["pixels"]["std"])
-        yield "lowest, highest", f"{_numbers(found['pixels']['lowest'])}; {_numbers(found['pixels']['highest'])}"
-    same = found["duplicates"]
+    n, sampled = report["images"], report["looked_at"]
+    others = [f"{count:,} in {name}" for name, count in report["splits"].items() if name != report["split"]]
+    yield "images", ", ".join([f"{n:,} in {report['split']}", *others])
+    if sampled < n:
+        yield "looked at", f"a sample of {sampled:,}, evenly spaced: what follows is of them, classes apart"
+    yield "classes", _classes(report)
+    yield "formats", _counts(report["formats"])
+    if report["bits"]:
+        yield "bits per value", _counts(report["bits"])
+    if report["pages"]:
+        yield "pages", f"{_several(report['pages'])}: the first is read"
+    if report["alpha"]["images"]:
+        yield "alpha", _alpha(report["alpha"], report["channels"])
+    if report["skipped"]:
+        yield "skipped files", _counts(report["skipped"])
+    yield from _sizes(report["sizes"])
+    if report["pixels"]["mean"]:
+        yield "mean", _numbers(report["pixels"]["mean"])
+        yield "deviation", _numbers(report["pixels"]["std"])
+        yield "lowest, highest", f"{_numbers(report['pixels']['lowest'])}; {_numbers(report['pixels']['highest'])}"
+    same = report["duplicates"]
     yield "duplicates", _same(f"{same['images']:,} images in {same['groups']:,} groups", same["first"])
-    for other, leak in found["leaks"].items():
+    for other, leak in report["leaks"].items():
         yield (
             f"{'LEAK into' if leak['images'] else 'also in'} {other}",
             _same(f"{leak['images']:,} images", leak["first"]),
         )
-    if found["warnings"]["images"]:
-        yield "warnings", f"Pillow warned about {many(found['warnings']['images'], 'image')}"
-    yield "unreadable", f"{len(found['unreadable']):,}"
-    memory = found["memory"]
+    if report["warnings"]["images"]:
+        yield "warnings", f"Pillow warned about {many(report['warnings']['images'], 'image')}"
+    yield "unreadable", f"{len(report['unreadable']):,}"
+    memory = report["memory"]
     how = "resident" if memory["resident"] else "streamed"
     yield (
         "in a run",
@@ -52,23 +52,23 @@ def report_rows(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             f"{memory['free_bytes'] / 1e9:,.1f} GB free, limit {SHARE:.0%} of it"
         ),
     )
-    yield "an epoch", f"{many(found['steps'], 'step')} of {found['batch']:,} images"
+    yield "an epoch", f"{many(report['steps'], 'step')} of {report['batch']:,} images"
 
 
-def notes(found: Mapping[str, Any]) -> list[str]:
+def notes(report: Mapping[str, Any]) -> list[str]:
     """Return the lines below the table."""
-    bad = found["unreadable"]
+    bad = report["unreadable"]
     lines = [one["why"] for one in bad[:_FEW]]
-    if found["levels"]:
-        low, high = found["levels"]
-        bits = max(map(int, found["bits"]))
+    if report["levels"]:
+        low, high = report["levels"]
+        bits = max(map(int, report["bits"]))
         lines.append(
             f"Of {bits} bits a run keeps the upper 8; all values lie from {low} to {high}: --set levels=[{low},{high}]"
         )
-    if found["pages"]:
+    if report["pages"]:
         lines.append("The pages of a TIFF file are read as channels with --set channels=N, if all N have one size.")
-    alpha, texts = found["alpha"], found["warnings"]["texts"]
-    if alpha["not_opaque"] and found["channels"] in (1, 3):
+    alpha, texts = report["alpha"], report["warnings"]["texts"]
+    if alpha["not_opaque"] and report["channels"] in (1, 3):
         few = ", ".join(f"{_short(one['image'])} {one['not_opaque']:.0%}" for one in alpha["files"][:_FILES])
         lines.append(
             f"Not opaque and laid on white: {few}{_rest(alpha['images'])}. If alpha is data, such as near infrared, "
@@ -77,14 +77,14 @@ def notes(found: Mapping[str, Any]) -> list[str]:
     for text, n in list(texts.items())[:_FEW]:
         lines.append(f"Pillow warned about {many(n, 'image')}: {text}")
     if texts:
-        few = ", ".join(_short(one["image"]) for one in found["warnings"]["files"][:_FILES])
-        lines.append(f"Warnings were about: {few}{_rest(found['warnings']['images'])}")
+        few = ", ".join(_short(one["image"]) for one in report["warnings"]["files"][:_FILES])
+        lines.append(f"Warnings were about: {few}{_rest(report['warnings']['images'])}")
     if len(bad) > _FEW:
         lines.append(f"and {len(bad) - _FEW:,} more: --json names all")
-    if found["picture"]:
-        shown = [name for name in found["picture"]["rows"] if name]
+    if report["picture"]:
+        shown = [name for name in report["picture"]["rows"] if name]
         lines.append(
-            f"Picture: {found['picture']['out']}" + (f", a row for each of {', '.join(shown)}" if shown else "")
+            f"Picture: {report['picture']['out']}" + (f", a row for each of {', '.join(shown)}" if shown else "")
         )
     return lines
 
@@ -95,29 +95,29 @@ def _several(pages: Mapping[str, int]) -> str:
 
 
 def _alpha(alpha: Mapping[str, Any], channels: int) -> str:
-    fate = "laid on white" if channels in (1, 3) else "kept as a channel"
-    return f"{many(alpha['images'], 'image')}; {alpha['not_opaque']:.1%} of their pixels are not opaque ({fate})"
+    handling = "laid on white" if channels in (1, 3) else "kept as a channel"
+    return f"{many(alpha['images'], 'image')}; {alpha['not_opaque']:.1%} of their pixels are not opaque ({handling})"
 
 
 def _rest(count: int) -> str:
     return f" and {count - _FILES:,} more (--json names all)" if count > _FILES else ""
 
 
-def _classes(found: Mapping[str, Any]) -> str:
-    classes = sorted(found["classes"], key=lambda one: -one["images"])
+def _classes(report: Mapping[str, Any]) -> str:
+    classes = sorted(report["classes"], key=lambda one: -one["images"])
     if not classes:
         return "unlabelled"
-    told = f"{len(classes):,}"
+    text = f"{len(classes):,}"
     if len(classes) <= _CLASSES:
-        told += ": " + ", ".join(f"{_short(one['name'])} {one['images']:,}" for one in classes)
+        text += ": " + ", ".join(f"{_short(one['name'])} {one['images']:,}" for one in classes)
     else:
         most, least = classes[0], classes[-1]
-        told += (
+        text += (
             f", of {least['images']:,} ({_short(least['name'])}) to {most['images']:,} images ({_short(most['name'])})"
         )
-    if found["imbalance"] and found["imbalance"] >= 1.5:
-        told += f"; the largest is {found['imbalance']:,.1f} times the smallest"
-    return told + (f"; {found['unlabelled']:,} images have no label" if found["unlabelled"] else "")
+    if report["imbalance"] and report["imbalance"] >= 1.5:
+        text += f"; the largest is {report['imbalance']:,.1f} times the smallest"
+    return text + (f"; {report['unlabelled']:,} images have no label" if report["unlabelled"] else "")
 
 
 def _sizes(sizes: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -92,24 +92,22 @@ def chunks(source: Source, indices: Sequence[int], *, pixels: bool = True) -> It
     Pixels: also sum pixel values.
     """
     starts = range(0, len(indices), _CHUNK)
-    return thread_map(lambda at: _look(source, indices[at : at + _CHUNK], pixels), starts)
+    return thread_map(lambda at: _statistics(source, indices[at : at + _CHUNK], pixels), starts)
 
 
-def total(tallies: Iterable[ImageStatistics]) -> ImageStatistics:
+def total(parts: Iterable[ImageStatistics]) -> ImageStatistics:
     """Return the sum of several statistics."""
     whole = ImageStatistics()
-    for tally in tallies:
-        whole += tally
+    for part in parts:
+        whole += part
     return whole
 
 
-def repeated(*tallies: ImageStatistics) -> list[list[tuple[int, int]]]:
-    """Return groups of identical images, each as (index in `tallies`, image number), ordered by their first image."""
-    words = np.concatenate(
-        [np.frombuffer(t.digests, np.uint64).reshape(-1, 2) for t in tallies if t.numbers] or [_NONE]
-    )
-    whose = [(which, number) for which, t in enumerate(tallies) for number in t.numbers]
-    return [[whose[i] for i in group] for group in equal_rows(words)]
+def repeated(*parts: ImageStatistics) -> list[list[tuple[int, int]]]:
+    """Return groups of identical images, each as (index in `parts`, image number), ordered by their first image."""
+    words = np.concatenate([np.frombuffer(t.digests, np.uint64).reshape(-1, 2) for t in parts if t.numbers] or [_NONE])
+    origins = [(which, number) for which, t in enumerate(parts) for number in t.numbers]
+    return [[origins[i] for i in group] for group in equal_rows(words)]
 
 
 def equal_rows(words: np.ndarray) -> list[list[int]]:
@@ -120,8 +118,8 @@ def equal_rows(words: np.ndarray) -> list[list[int]]:
     return sorted(order[first : last + 1].tolist() for first, last in edges)
 
 
-def _look(source: Source, indices: Sequence[int], pixels: bool) -> ImageStatistics:
-    found = ImageStatistics()
+def _statistics(source: Source, indices: Sequence[int], pixels: bool) -> ImageStatistics:
+    statistics = ImageStatistics()
     for i in indices:
         try:
             with source.open(i) as picture:
@@ -129,29 +127,29 @@ def _look(source: Source, indices: Sequence[int], pixels: bool) -> ImageStatisti
                 values = picture.tensor().numpy() if pixels or not hasattr(picture, "contents") else None
                 contents = picture.contents() if hasattr(picture, "contents") else None
         except DataError as error:
-            found.unreadable.append((i, str(error)))
+            statistics.unreadable.append((i, str(error)))
             continue
-        found.numbers.append(i)
-        found.sizes.extend(map(int, picture.size))
-        found.digests += digest(contents, values)
-        found.kinds[_kind(contents)] += 1
+        statistics.numbers.append(i)
+        statistics.sizes.extend(map(int, picture.size))
+        statistics.digests += digest(contents, values)
+        statistics.kinds[_kind(contents)] += 1
         if isinstance(picture, ImageFile):
-            _note(found, i, picture, pages)
+            _add_file(statistics, i, picture, pages)
         if pixels and values is not None:
-            _add(found, values)
-    return found
+            _add_pixels(statistics, values)
+    return statistics
 
 
-def _note(found: ImageStatistics, i: int, picture: ImageFile, pages: int) -> None:
+def _add_file(statistics: ImageStatistics, i: int, picture: ImageFile, pages: int) -> None:
     """Add what only a file has: bits, pages, alpha and warnings."""
-    found.bits[picture.bits] += 1
-    found.white = max(found.white, picture.white)
-    found.inverted |= picture.inverted and picture.bits > 8
-    found.pages += Counter({pages: 1} if pages > 1 else {})
+    statistics.bits[picture.bits] += 1
+    statistics.white = max(statistics.white, picture.white)
+    statistics.inverted |= picture.inverted and picture.bits > 8
+    statistics.pages += Counter({pages: 1} if pages > 1 else {})
     if picture.transparent is not None:
-        found.transparent.append((i, picture.transparent))
+        statistics.transparent.append((i, picture.transparent))
     if picture.warnings:
-        found.warned.append((i, picture.warnings))
+        statistics.warned.append((i, picture.warnings))
 
 
 def _kind(contents: bytes | None) -> str:
@@ -162,19 +160,19 @@ def _kind(contents: bytes | None) -> str:
 
 def digest(contents: bytes | None, values: np.ndarray | None) -> bytes:
     """Return `DIGEST` bytes that identify the file, or the pixels if there is no file."""
-    said = hashlib.blake2b(contents or b"", digest_size=DIGEST)
+    hasher = hashlib.blake2b(contents or b"", digest_size=DIGEST)
     if contents is None and values is not None:
-        said.update(repr(values.shape).encode())
-        said.update(np.ascontiguousarray(values).data)
-    return said.digest()
+        hasher.update(repr(values.shape).encode())
+        hasher.update(np.ascontiguousarray(values).data)
+    return hasher.digest()
 
 
-def _add(found: ImageStatistics, values: np.ndarray) -> None:
+def _add_pixels(statistics: ImageStatistics, values: np.ndarray) -> None:
     flat = np.ascontiguousarray(values).reshape(len(values), -1)
-    found.pixels += flat.shape[1]
+    statistics.pixels += flat.shape[1]
     for block in np.array_split(flat, -(-flat.size // _BLOCK), axis=1):
         squares = np.multiply(block, block, dtype=np.uint16)
-        found.sums = found.sums + block.sum(1, dtype=np.int64).astype(object)
-        found.squares = found.squares + squares.sum(1, dtype=np.int64).astype(object)
-    found.lowest = np.minimum(found.lowest, flat.min(1))
-    found.highest = np.maximum(found.highest, flat.max(1))
+        statistics.sums = statistics.sums + block.sum(1, dtype=np.int64).astype(object)
+        statistics.squares = statistics.squares + squares.sum(1, dtype=np.int64).astype(object)
+    statistics.lowest = np.minimum(statistics.lowest, flat.min(1))
+    statistics.highest = np.maximum(statistics.highest, flat.max(1))

@@ -29,12 +29,12 @@ def mixed(built: RunComponents, group: Sequence[Tensor], step: int, count: int) 
     assert mixer is not None and built.recipe.mix is not None
     view = next(iter(compared_views(mixer, built.method, len(group))))
     rows, shares = mixed_rows(built, mixer, group, step, count)
-    told = {"name": built.recipe.mix.name, "view": view, "share": sum(shares) / len(shares)}
+    report = {"name": built.recipe.mix.name, "view": view, "share": sum(shares) / len(shares)}
     title = (
-        f"View {view} as the encoder gets it in training, mixed ({told['name']}) in a group of {len(group[view])}:",
+        f"View {view} as the encoder gets it in training, mixed ({report['name']}) in a group of {len(group[view])}:",
         "the first image, the second image, and the mixture, with their shares in pixels and target.",
     )
-    return told, sheet(title, rows)
+    return report, sheet(title, rows)
 
 
 def mixed_rows(

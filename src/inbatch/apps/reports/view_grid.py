@@ -149,10 +149,10 @@ def draw_views(
 ) -> Part:  # fmt: skip
     """Draw some images with their views into an image file; return the name and options of the views."""
     check_picture(out)
-    given = merged_settings(method, None, settings, fields)
-    data = requested_data(data, given)
+    merged = merged_settings(method, None, settings, fields)
+    data = requested_data(data, merged)
     check_place(out, data)
-    recipe, source = resolve_recipe(data, given)
+    recipe, source = resolve_recipe(data, merged)
     chosen = Subset(source, permutation(seed, 0, len(source))[:count], "drawn by the seed")
     mean, std = (0.5,) * source.channels, (0.25,) * source.channels  # undone when the grid is drawn
     views = views_of(recipe, mean, std)

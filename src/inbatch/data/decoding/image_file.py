@@ -129,8 +129,8 @@ class ImageFile:
 
     def remarks(self) -> list[str]:
         """Return keys of `REMARKS`: what the user should know about the image, after its pixels are decoded."""
-        veiled = bool(self.transparent) and self.channels in (1, 3)
-        return ["warned"] * bool(self.warnings) + ["veiled"] * veiled
+        on_white = bool(self.transparent) and self.channels in (1, 3)
+        return ["warned"] * bool(self.warnings) + ["veiled"] * on_white
 
     def contents(self) -> bytes:
         """Return the bytes of the file; raise DataError if it can no longer be read."""
@@ -209,14 +209,14 @@ class ImageFile:
     def _by_tags(self) -> tuple[int, int]:
         """Return the stored size of a TIFF to be decoded by tifffile; raise DataError if its channels differ."""
         with naming(self._name):
-            self._tiff = found = tiff.header(self._file, self.channels)
-        self.bits, self.white = found.bits, max(255, 2**found.bits - 1)
-        self._image, self.inverted = None, found.white_is_zero
-        return found.height, found.width
+            self._tiff = header = tiff.header(self._file, self.channels)
+        self.bits, self.white = header.bits, max(255, 2**header.bits - 1)
+        self._image, self.inverted = None, header.white_is_zero
+        return header.height, header.width
 
     def _open(self, head: bytes = b"") -> Image.Image:
         """Read the header with Pillow."""
-        with naming(self._name, lambda: signatures.why_not(head)), collected(self.warnings):
+        with naming(self._name, lambda: signatures.unreadable_reason(head)), collected(self.warnings):
             return open_image(self._file)
 
     def _orientation(self) -> int:
@@ -258,16 +258,16 @@ class ImageFile:
         with naming(self._name), collected(self.warnings), image:
             if scale < 0.5:  # JPEG decoding at 1/2, 1/4 and 1/8 costs almost nothing
                 image.draft(image.mode, _at_least(*self._stored, scale)[::-1])
-            image = ImageOps.exif_transpose(self._shallow(image))
+            image = ImageOps.exif_transpose(self._load_8_bits(image))
             flat, self.transparent = flattened(image)
             return from_pillow(flat if self.channels in (1, 3) else image, self.channels, self._levels)
 
-    def _shallow(self, image: Image.Image) -> Image.Image:
+    def _load_8_bits(self, image: Image.Image) -> Image.Image:
         """Load the pixels; return an image of more than 8 bits per value with 8, if Pillow would not convert it so."""
         if image.format == "PNG" and self._levels is not None:
-            image = png16.deep(image, self._open, self._levels, self.channels == 4)
+            image = png16.to_8_bits(image, self._open, self._levels, self.channels == 4)
         elif image.format == "TIFF":
-            image = tiff.deep(image, self._levels)
+            image = tiff.to_8_bits(image, self._levels)
         elif image.format == "PPM" and self.white > 255:
             image = Image.fromarray(to_bytes(netpbm.values(image, self.white), self._levels, self.white))
         image.load()

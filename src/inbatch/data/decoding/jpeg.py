@@ -56,9 +56,9 @@ def header(data: bytes) -> Header | None:
     bits, height, width, components = frame
     if bits != 8 or not height or not width or components not in (1, 3):
         return None
-    found = Header(height, width, components, notes)
-    _last = (data[: at + 2 + segment[1]], found)
-    return found
+    parsed = Header(height, width, components, notes)
+    _last = (data[: at + 2 + segment[1]], parsed)
+    return parsed
 
 
 def unusual(data: bytes) -> str | None:

@@ -30,11 +30,11 @@ def values(image: Image.Image, white: int) -> np.ndarray:
     image.fp.seek(offset)
     if decoder == "ppm_plain":
         lines = (line.partition(b"#")[0] for line in image.fp.read().splitlines())
-        found = np.fromiter(map(int, b" ".join(lines).split()), np.int64)[:count]
+        samples = np.fromiter(map(int, b" ".join(lines).split()), np.int64)[:count]
     else:
-        found = np.frombuffer(image.fp.read(2 * count), ">u2")
-    if len(found) < count:
-        raise ValueError(f"truncated: {len(found):,} of {count:,} values")
-    if found.min() < 0 or found.max() > white:
+        samples = np.frombuffer(image.fp.read(2 * count), ">u2")
+    if len(samples) < count:
+        raise ValueError(f"truncated: {len(samples):,} of {count:,} values")
+    if samples.min() < 0 or samples.max() > white:
         raise ValueError(f"it contains a value outside of 0 to {white}, the range that its header states")
-    return found.astype(np.uint16).reshape(shape)
+    return samples.astype(np.uint16).reshape(shape)

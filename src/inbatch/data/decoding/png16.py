@@ -8,14 +8,14 @@ from PIL import Image, ImageFile
 from inbatch.data.pixels import Levels, to_bytes
 
 
-def deep(image: Image.Image, again: Callable[[], Image.Image], levels: Levels, alpha: bool) -> Image.Image:
+def to_8_bits(image: Image.Image, reopen: Callable[[], Image.Image], levels: Levels, alpha: bool) -> Image.Image:
     """Convert a 16-bit colour PNG to 8 bits by the levels; return any other image unchanged.
 
     Pillow unpacks the upper byte of every value, or the lower byte if the byte order is declared reversed.
 
     Args:
         image: Opened PNG.
-        again: Function that opens the same file a second time.
+        reopen: Function that opens the same file a second time.
         levels: The two values that are mapped to 0 and 255.
         alpha: Apply the levels to alpha as well, since it is a channel of the data; else its full range is used.
 
@@ -28,7 +28,7 @@ def deep(image: Image.Image, again: Callable[[], Image.Image], levels: Levels, a
         raise ValueError("16-bit grey with transparency cannot be read by levels: save it without transparency")
     if kind not in ("RGB;16B", "RGBA;16B"):
         return image
-    with again() as lower:
+    with reopen() as lower:
         assert isinstance(lower, ImageFile.ImageFile)
         lower.tile = [tile._replace(args=kind.replace(";16B", ";16L")) for tile in lower.tile]
         lower.load()

@@ -23,7 +23,7 @@ def kind(head: bytes) -> str | None:
     return next((name for start, name in _STARTS.items() if head.startswith(start)), next(inside, None))
 
 
-def why_not(head: bytes) -> str:
+def unreadable_reason(head: bytes) -> str:
     """Return the reason why a file that starts with `head` is not read, for an error."""
     if not head:
         return "it is empty (0 bytes)"

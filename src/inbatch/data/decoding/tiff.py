@@ -63,7 +63,7 @@ class Header(NamedTuple):
         """Whether zero is white, so that the colours are inverted."""
         return self.photometric == _WHITE_IS_ZERO
 
-    def gives(self, channels: int) -> bool:
+    def supports(self, channels: int) -> bool:
         """Return whether the page gives this number of channels: its own, or grey and RGB without alpha."""
         converts = {self.colours, channels} <= {1, 3} and (self.alpha or self.colours == self.channels)
         return channels == self.channels or bool(converts)
@@ -102,7 +102,7 @@ def exact(image: Image.Image, levels: Levels | None) -> bool:
     return bits == {8} or (not planar and levels is None)
 
 
-def deep(image: Image.Image, levels: Levels | None) -> Image.Image:
+def to_8_bits(image: Image.Image, levels: Levels | None) -> Image.Image:
     """Convert a TIFF of one sample with more than 8 bits, opened by Pillow, to 8 bits; return any other unchanged."""
     if not image.mode.startswith(("I", "F")):
         return image
@@ -140,18 +140,18 @@ def header(file: bytes | str, channels: int) -> Header:
     """
     with _opened(file) as stored:
         first = _described(stored.first)
-        if first.gives(channels):
+        if first.supports(channels):
             if channels in (1, 3) and first.photometric in _OTHER_COLOURS:
                 name = _OTHER_COLOURS[first.photometric]
                 raise ValueError(f"its colours are {name} of {first.bits} bits per value: save it as RGB")
             return first
         planes = [_described(page) for page in _whole(stored)] if channels not in (1, 3) and len(stored) > 1 else []
     many, total = len(planes), len(planes) * first.channels
-    alike = all(plane == first for plane in planes)
-    if many > 1 and alike and total == channels:
+    equal = all(plane == first for plane in planes)
+    if many > 1 and equal and total == channels:
         return first._replace(channels=total, bytes=many * first.bytes, pages=many)
     has = f"it has {first.channels} channels"
-    if many > 1 and not alike:
+    if many > 1 and not equal:
         raise ValueError(f"{has}, {channels} were requested, and its {many} pages differ in size or type")
     if many > 1:
         has, first = f"{has} on each of {many} pages", first._replace(channels=total)
@@ -164,27 +164,27 @@ def count_pages(file: bytes | str) -> int:
         return 1 if len(stored) == 1 else max(1, len(_whole(stored)))
 
 
-def decode(file: bytes | str, found: Header, channels: int, levels: Levels | None) -> tuple[np.ndarray, float | None]:
+def decode(file: bytes | str, header: Header, channels: int, levels: Levels | None) -> tuple[np.ndarray, float | None]:
     """Decode a file to uint8 pixels (h, w, channels), and the fraction of them that is not opaque, None without alpha.
 
     Raises:
         ValueError: If the file is damaged, or its values have no known range.
     """
     with _opened(file) as stored:
-        planes = [_values(page) for page in (_whole(stored) if found.pages > 1 else [stored.first])]
+        planes = [_values(page) for page in (_whole(stored) if header.pages > 1 else [stored.first])]
     values = planes[0] if len(planes) == 1 else np.concatenate(planes, -1)
-    white = 2**found.bits - 1 if values.dtype.kind == "u" else 65535
-    if channels == found.channels:
-        alpha = values[..., -1:] if found.alpha and found.pages == 1 else None
-        share = None if alpha is None else float(np.mean(alpha != _opaque(alpha.dtype, found.bits)))
-        return _turned(to_bytes(values, levels, white), found), share
-    pixels = _turned(to_bytes(values[..., : found.colours], levels, white), found)
-    if found.alpha is None:
-        image, share = Image.fromarray(pixels[..., 0] if found.colours == 1 else pixels), None
+    white = 2**header.bits - 1 if values.dtype.kind == "u" else 65535
+    if channels == header.channels:
+        alpha = values[..., -1:] if header.alpha and header.pages == 1 else None
+        share = None if alpha is None else float(np.mean(alpha != _opaque(alpha.dtype, header.bits)))
+        return _turned(to_bytes(values, levels, white), header), share
+    pixels = _turned(to_bytes(values[..., : header.colours], levels, white), header)
+    if header.alpha is None:
+        image, share = Image.fromarray(pixels[..., 0] if header.colours == 1 else pixels), None
     else:
-        alpha = values[..., found.colours :]
-        covering = to_bytes(alpha, (0, _opaque(alpha.dtype, found.bits)))
-        image, share = flattened(_veiled(np.concatenate([pixels, covering], -1), found.alpha))
+        alpha = values[..., header.colours :]
+        covering = to_bytes(alpha, (0, _opaque(alpha.dtype, header.bits)))
+        image, share = flattened(_with_alpha(np.concatenate([pixels, covering], -1), header.alpha))
     return from_pillow(image, channels, None), share
 
 
@@ -238,16 +238,16 @@ def _opaque(dtype: np.dtype, bits: int) -> float:
     return 1.0 if dtype.kind == "f" else 255 if bits < 8 else 2 ** (bits - (dtype.kind == "i")) - 1
 
 
-def _turned(pixels: np.ndarray, found: Header) -> np.ndarray:
+def _turned(pixels: np.ndarray, header: Header) -> np.ndarray:
     """Turn the colours of a page on which zero is white, so that 0 is black; extra samples have no colour."""
-    if not found.white_is_zero:
+    if not header.white_is_zero:
         return pixels
-    of_page = pixels.reshape(*pixels.shape[:2], found.pages, -1).copy()
-    of_page[..., : found.colours] = 255 - of_page[..., : found.colours]
+    of_page = pixels.reshape(*pixels.shape[:2], header.pages, -1).copy()
+    of_page[..., : header.colours] = 255 - of_page[..., : header.colours]
     return of_page.reshape(pixels.shape)
 
 
-def _veiled(pixels: np.ndarray, alpha: int) -> Image.Image:
+def _with_alpha(pixels: np.ndarray, alpha: int) -> Image.Image:
     """Return a Pillow image of pixels (h, w, 2 or 4) whose last channel is alpha."""
     mode = "LA" if pixels.shape[2] == 2 else "RGBA"
     stored = mode[:-1] + "a" if alpha == _ASSOCIATED else mode
@@ -277,8 +277,8 @@ def _opened(file: bytes | str) -> Iterator[Any]:
     except ImportError as e:
         raise ValueError('TIFF files of this kind need tifffile: python -m pip install "inbatch[tiff]"') from e
     try:
-        given = io.BytesIO(file) if isinstance(file, bytes) else file
-        with tifffile.TiffFile(given, **_SPECIAL) as opened:
+        source = io.BytesIO(file) if isinstance(file, bytes) else file
+        with tifffile.TiffFile(source, **_SPECIAL) as opened:
             yield opened.pages
     except Exception as e:  # a damaged file can raise any exception
         if "imagecodecs" in str(e):

@@ -46,17 +46,19 @@ def find_cifar(data: object, reading: Reading) -> dict[str, Callable[[], Source]
     """Find the splits of a folder with CIFAR files, or of a folder that contains such a folder under its own name."""
     if not isinstance(data, str | os.PathLike) or not (root := Path(data)).is_dir():
         return None
-    found = [
+    matches = [
         (folder, kind)
         for kind in KINDS.values()
         for folder in (root, root / kind.folder)
         if (folder / kind.train[0]).is_file() and (folder / kind.meta).is_file()
     ]
-    if len(found) > 1:
-        raise DataError(f"{str(root)!r} holds both {' and '.join(kind.folder for _, kind in found)}: name one of them")
-    if not found:
+    if len(matches) > 1:
+        raise DataError(
+            f"{str(root)!r} holds both {' and '.join(kind.folder for _, kind in matches)}: name one of them"
+        )
+    if not matches:
         return None
-    folder, kind = found[0]
+    folder, kind = matches[0]
     tested = (folder / kind.test[0]).is_file()
     return {split: partial(open_split, folder, kind, split, reading) for split in ("train", *(["test"] * tested))}
 

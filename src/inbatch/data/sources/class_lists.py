@@ -55,23 +55,23 @@ def _listed(file: str, source: Source) -> tuple[str, ...]:
     except (OSError, ValueError) as e:
         raise DataError(f"the list of classes {file!r} cannot be read: {getattr(e, 'strerror', None) or e}") from e
     known, unknown = set(source.classes), []
-    found: dict[str, int] = {}
+    line_numbers: dict[str, int] = {}
     for number, line in enumerate(map(str.strip, lines), 1):
         name = line if line in known else re.split(r"[\s,]", line, maxsplit=1)[0]
         if not line or (name not in known and line.startswith("#")):
             continue
         if name not in known:
             unknown.append(f"{line!r} (line {number})")
-        elif name in found:
+        elif name in line_numbers:
             raise DataError(
-                f"{file!r} lists the class {name!r} twice, in lines {found[name]} and {number}: leave one out"
+                f"{file!r} lists the class {name!r} twice, in lines {line_numbers[name]} and {number}: leave one out"
             )
-        found[name] = number
+        line_numbers[name] = number
     if unknown:
         raise DataError(
             f"{source.name} lacks classes that {file!r} lists: {listed(unknown)}; its classes are "
             f"{listed(source.classes)}"
         )
-    if not found:
+    if not line_numbers:
         raise DataError(f"the list of classes {file!r} is empty: write a class on each line")
-    return tuple(found)
+    return tuple(line_numbers)

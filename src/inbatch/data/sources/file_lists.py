@@ -160,15 +160,15 @@ def _header(cells: list[str], reading: Reading) -> dict[str, int]:
     """Return the positions of the columns that are used, empty if this is not a header that has them."""
     names = [cell.strip().lower() for cell in cells]
     requested = {"path": reading.image_column, "label": reading.label_column, "group": reading.group_column}
-    found: dict[str, int] = {}
+    positions: dict[str, int] = {}
     for what, usual in COLUMNS.items():
         column = requested.get(what)
         words = usual if column is None else (column.strip().lower(),)
         if column != NO_LABELS and (at := next((i for i, name in enumerate(names) if name in words), None)) is not None:
-            found[what] = at
+            positions[what] = at
         elif column not in (None, NO_LABELS):
             return {}
-    return found if "path" in found else {}
+    return positions if "path" in positions else {}
 
 
 def _check_no_header(file: Path, first: list[str], second: list[str]) -> None:
@@ -240,12 +240,12 @@ def _checked(row: Row, file: Path) -> str:
     wrong = None
     if not row.path or "\0" in row.path:
         wrong = "not the name of a file"
-    elif os.pardir in row.path and _leaves(row.path):
+    elif os.pardir in row.path and _is_outside(row.path):
         wrong = "outside the list's folder; give absolute paths to files elsewhere"
     if wrong:
         raise DataError(f"{str(file)!r}, line {row.line}: '{printable_name(row.path)}' is {wrong}")
     return row.path
 
 
-def _leaves(path: str) -> bool:
+def _is_outside(path: str) -> bool:
     return not os.path.isabs(path) and os.path.normpath(path).split(os.sep)[0] == os.pardir

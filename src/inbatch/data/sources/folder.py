@@ -78,14 +78,14 @@ class FolderSource(Source):
         return os.path.abspath(self._path(i))
 
     def fingerprint(self) -> str | None:
-        said = hashlib.sha256(os.path.realpath(self.root).encode(errors="surrogateescape"))
+        digest = hashlib.sha256(os.path.realpath(self.root).encode(errors="surrogateescape"))
         for i, path in enumerate(self.scan.paths):
             try:
                 status = os.stat(self._path(i))
             except OSError:  # removed since the scan; opening the image reports it
                 return None
-            said.update(stat_fingerprint(path, status))
-        return said.hexdigest()
+            digest.update(stat_fingerprint(path, status))
+        return digest.hexdigest()
 
     def skipped(self) -> dict[str, int]:
         return {path_text(os.fsencode(kind)): count for kind, count in self.scan.skipped.most_common()}
@@ -201,7 +201,7 @@ _NO_NAME = re.compile(r"""[%/\\<>:"|?*\x00-\x1f\x7f]|^[. ]|[. ]$|^(?=(?:con|prn|
 
 def _folder_name(name: str) -> str:
     """Convert a class name to a folder name of at most 240 bytes; longer names stay distinct by a hash."""
-    safe = _NO_NAME.sub(lambda found: f"%{ord(found[0]):02X}", name) or "%"
+    safe = _NO_NAME.sub(lambda match: f"%{ord(match[0]):02X}", name) or "%"
     kept = safe.encode(errors="backslashreplace")
     if len(kept) <= 240:
         return safe

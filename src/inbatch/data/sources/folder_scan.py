@@ -29,7 +29,7 @@ WORTH = 2.0
 """Minimum time in seconds for reading folders before a scan is cached."""
 
 _EVERY = 30.0  # seconds of reading between intermediate saves, from which an interrupted scan continues
-_SETTLED = 2 * 10**9  # nanoseconds; a folder may change again within one tick of its file system's clock
+_STABLE_AGE = 2 * 10**9  # nanoseconds; a folder may change again within one tick of its file system's clock
 _FORMAT = 2
 RUN_FILES = {b"run.json", b"recipe.json"}
 """Files by which a run directory is recognised; the pictures in one of an older version have no mark."""
@@ -175,8 +175,8 @@ def _read(folder: bytes, status: os.stat_result, inner: bool) -> Listing:
                 own |= RUN_FILES & {entry.name}
     if inner and own == RUN_FILES:
         images, folders, skipped = [], [], Counter({RUNS: 1})
-    settled = max(status.st_mtime_ns, status.st_ctime_ns) < time.time_ns() - _SETTLED
-    stamp = _stamp(status) if settled and not broken else None
+    stable = max(status.st_mtime_ns, status.st_ctime_ns) < time.time_ns() - _STABLE_AGE
+    stamp = _stamp(status) if stable and not broken else None
     return Listing(stamp, b"\0".join(sorted(images)), b"\0".join(sorted(folders)), dict(sorted(skipped.items())))
 
 
@@ -243,14 +243,14 @@ def _store(place: Path, listings: dict[bytes, Listing], name: str) -> None:
             skipped[str(row)] = one.skipped
 
     def write(folder: Path) -> None:
-        said = 0
+        checksum = 0
         with open(folder / "names.bin", "xb") as file:
             for prefix, one in kept:
                 for part in (prefix, one.images, one.folders):
                     file.write(part)
-                    said = zlib.crc32(part, said)
+                    checksum = zlib.crc32(part, checksum)
         (folder / "folders.i64").write_bytes(numbers.tobytes())
-        note = {"name": name, "names": said, "folders": zlib.crc32(numbers), "skipped": skipped}
+        note = {"name": name, "names": checksum, "folders": zlib.crc32(numbers), "skipped": skipped}
         (folder / "entry.json").write_text(to_json(note), "utf-8", errors="backslashreplace")
 
     cache.write_entry(place, needed + numbers.itemsize * len(numbers), write, replace=True)
@@ -261,7 +261,7 @@ def _load(place: Path) -> dict[bytes, Listing]:
     try:
         if not place.is_dir():
             return {}
-        found = _listings(place)
+        listings = _listings(place)
     except PermissionError:
         return {}
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
@@ -269,7 +269,7 @@ def _load(place: Path) -> dict[bytes, Listing]:
         return {}
     with suppress(OSError):
         os.utime(place / "entry.json")
-    return found
+    return listings
 
 
 def _listings(place: Path) -> dict[bytes, Listing]:
@@ -277,13 +277,13 @@ def _listings(place: Path) -> dict[bytes, Listing]:
     numbers, text = array("q", (place / "folders.i64").read_bytes()), (place / "names.bin").read_bytes()
     if note["names"] != zlib.crc32(text) or note["folders"] != zlib.crc32(numbers):
         raise ValueError("a checksum differs")
-    found, at, names = {}, 0, memoryview(text)
+    listings, at, names = {}, 0, memoryview(text)
     skipped = {int(row): {str(k): int(n) for k, n in kinds.items()} for row, kinds in note["skipped"].items()}
     for row in range(0, len(numbers), 7):
         a, b, c, d, *lengths = numbers[row : row + 7]
         ends = [at := at + length for length in lengths]
         prefix, images = bytes(names[ends[0] - lengths[0] : ends[0]]), names[ends[0] : ends[1]]
-        found[prefix] = Listing((a, b, c, d), images, names[ends[1] : ends[2]], skipped.get(row // 7, {}))
+        listings[prefix] = Listing((a, b, c, d), images, names[ends[1] : ends[2]], skipped.get(row // 7, {}))
     if at != len(text):
         raise ValueError("the names end elsewhere")
-    return found
+    return listings

@@ -70,11 +70,11 @@ def _undivided(root: Path, name: str, others: list[str], loose: int) -> Layout:
     """Return the folder as one split, with a class or photographs of trains; DataError for every other case."""
     if name.lower() == "train" and not _has_folders_of_images(root / name):
         return Layout(root, notes=(f"the folder {name!r} is not taken as a split",))
-    beside = listed([*map(repr, others)], 3) if others else many(loose, "image")
-    way = f"pass --data {root / name}" if _split(name) == "train" else f"move the other images into {root / 'train'}"
+    rest = listed([*map(repr, others)], 3) if others else many(loose, "image")
+    hint = f"pass --data {root / name}" if _split(name) == "train" else f"move the other images into {root / 'train'}"
     raise DataError(
-        f"{str(root)!r} holds the folder {name!r} next to {beside}: it may be a split or a class. If it is a split, "
-        f"{way}; if it is a class, rename it, or pass --data '{root / '**'}'"
+        f"{str(root)!r} holds the folder {name!r} next to {rest}: it may be a split or a class. If it is a split, "
+        f"{hint}; if it is a class, rename it, or pass --data '{root / '**'}'"
     )
 
 
@@ -132,13 +132,13 @@ def _without_doubling(root: Path, name: str) -> str:
 
 def _only_with_images(root: Path, folders: list[str]) -> str | None:
     """Return the only folder that holds images, None if there are none or several."""
-    found = None
+    only = None
     for name in folders:
         if holds_images(root / name):
-            if found is not None:
+            if only is not None:
                 return None
-            found = name
-    return found
+            only = name
+    return only
 
 
 def _has_folders_of_images(folder: Path) -> bool:

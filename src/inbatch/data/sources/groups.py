@@ -38,10 +38,10 @@ def group_numbers(codes: Sequence[int] | np.ndarray, values: Sequence[Any], what
 
 def groups_of_values(values: Sequence[Any], what: str) -> Int[Tensor, "n"]:
     """Return the groups of a sequence of whole numbers or names; see `group_numbers`."""
-    found = Distinct()
+    groups = Distinct()
     for value in values:
-        found.append(value)
-    return group_numbers(found.codes, found.values, what)
+        groups.append(value)
+    return group_numbers(groups.codes, groups.values, what)
 
 
 def groups_of_array(values: Any, n: int, what: str) -> Int[Tensor, "n"]:

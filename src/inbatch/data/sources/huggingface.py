@@ -67,12 +67,12 @@ class HubSource(Source):
             self.groups = group_numbers(codes, values, f"The groups {group!r} of {name!r}")
 
     def open(self, i: int) -> ImageFile:
-        found = self._row(i)
-        if found["bytes"] is not None:
-            return ImageFile(found["bytes"], lambda: self.identity(i), self.channels, self.levels)
-        if not found["path"]:
+        row = self._row(i)
+        if row["bytes"] is not None:
+            return ImageFile(row["bytes"], lambda: self.identity(i), self.channels, self.levels)
+        if not row["path"]:
             raise DataError(f"{self.identity(i)!r} of {self.name!r} holds no image")
-        return ImageFile(self._file(found["path"]), lambda: self.identity(i), self.channels, self.levels)
+        return ImageFile(self._file(row["path"]), lambda: self.identity(i), self.channels, self.levels)
 
     def identity(self, i: int) -> str:
         row = self.rows.data.column(self.column)[i]  # does not copy the image bytes
@@ -86,11 +86,11 @@ class HubSource(Source):
         chunks = self.rows.data.column(self.column).chunks
         if not self.rows.cache_files or any(chunk.field("bytes").null_count for chunk in chunks):
             return None  # in memory, or the pixels are in separate files
-        said = hashlib.sha256(self.column.encode())
+        digest = hashlib.sha256(self.column.encode())
         for file in self.rows.cache_files:
             name = os.path.realpath(file["filename"])
-            said.update(stat_fingerprint(name.encode(), os.stat(name)))
-        return said.hexdigest()
+            digest.update(stat_fingerprint(name.encode(), os.stat(name)))
+        return digest.hexdigest()
 
     def _row(self, i: int) -> dict[str, Any]:
         return self.rows.data.column(self.column)[i].as_py() or {"bytes": None, "path": None}
@@ -258,12 +258,12 @@ def _labels(rows: Any, column: str, what: str = "The labels of the train split",
 
 def _json(file: Path) -> dict[str, Any]:
     try:
-        found = json.loads(file.read_text("utf-8"))
+        content = json.loads(file.read_text("utf-8"))
     except (OSError, ValueError) as e:
         raise DataError(f"{str(file)!r} cannot be read: {e}{_AGAIN}") from e
-    if not isinstance(found, dict):
+    if not isinstance(content, dict):
         raise DataError(f"{str(file)!r} is damaged: it is not a JSON object{_AGAIN}")
-    return found
+    return content
 
 
 def _datasets() -> Any:

@@ -71,10 +71,10 @@ class ParquetSource(Source):
         super().__init__(name, file_channels(reading.channels), labels.numbers, labels.classes)
         self.ids, self.label_note = labels.ids, labels.note
         if reading.group_column is not None:
-            found = join_codes([table.groups for table in tables if table.groups is not None])
-            self.groups = group_numbers(*found, f"The groups of {name!r}")
+            codes, values = join_codes([table.groups for table in tables if table.groups is not None])
+            self.groups = group_numbers(codes, values, f"The groups of {name!r}")
         self._starts, self._groups = starts, groups
-        self._forget()
+        self._reset()
 
     def open(self, i: int) -> ImageFile:
         return self.unpack(i, self._rows(i)[i])
@@ -98,13 +98,13 @@ class ParquetSource(Source):
         return self._rows(i).path(i)
 
     def fingerprint(self) -> str | None:
-        said = hashlib.sha256("".join(column for column in self._columns if column != "image").encode())
+        digest = hashlib.sha256("".join(column for column in self._columns if column != "image").encode())
         try:
             for part in map_shards(lambda name: shard_state(name) + _footer(name), self.files):
-                said.update(part)
+                digest.update(part)
         except (OSError, ValueError, DataError):  # reading a row reports the problem
             return None
-        return said.hexdigest()
+        return digest.hexdigest()
 
     def signature(self) -> str:
         """Compute the signature from the file footers instead of the image names.
@@ -120,7 +120,7 @@ class ParquetSource(Source):
             return last
         which = self._group(i)
         if self._process != os.getpid():  # a forked worker must not share the parent's open files
-            self._forget()
+            self._reset()
         with self._lock:
             if which in self._cache:
                 self._cache.move_to_end(which)
@@ -164,7 +164,7 @@ class ParquetSource(Source):
                     "file again"
                 ) from e
 
-    def _forget(self) -> None:
+    def _reset(self) -> None:
         self._process, self._lock = os.getpid(), threading.Lock()
         self._opened: dict[int, Any] = {}
         self._cache: OrderedDict[int, _Rows] = OrderedDict()
@@ -175,7 +175,7 @@ class ParquetSource(Source):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._forget()
+        self._reset()
 
 
 class _Rows:

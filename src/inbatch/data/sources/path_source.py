@@ -47,14 +47,14 @@ class PathsSource(Source):
         return os.path.abspath(self._path(i))
 
     def fingerprint(self) -> str | None:
-        said = hashlib.sha256(os.fsencode(os.path.realpath(self.root)))
+        digest = hashlib.sha256(os.fsencode(os.path.realpath(self.root)))
         for i in range(len(self)):
             try:
                 status = os.stat(self._path(i))
             except OSError:  # opening the image reports it
                 return None
-            said.update(stat_fingerprint(self._paths[i], status))
-        return said.hexdigest()
+            digest.update(stat_fingerprint(self._paths[i], status))
+        return digest.hexdigest()
 
     def _path(self, i: int) -> str:
         return os.path.join(self.root, os.fsdecode(self._paths[i]))

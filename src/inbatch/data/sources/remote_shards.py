@@ -17,11 +17,11 @@ def find_remote(data: object, reading: Reading) -> dict[str, Callable[[], Source
     """
     if not isinstance(data, str) or not is_url(data):
         return None
-    found = [Url(one) for one in ranges(data)] if has_range(data) else files(data)
-    by_ending = {ending: [one for one in found if _ending(one) == ending] for ending in PACKED}
-    kinds = {ending: some for ending, some in by_ending.items() if some}
+    urls = [Url(one) for one in ranges(data)] if has_range(data) else files(data)
+    by_ending = {ending: [one for one in urls if _ending(one) == ending] for ending in PACKED}
+    kinds = {ending: group for ending, group in by_ending.items() if group}
     if not kinds:
-        others = f", only {listed([_name(one) for one in found], 3)}" if found else ""
+        others = f", only {listed([_name(one) for one in urls], 3)}" if urls else ""
         raise DataError(f"{public(data)!r} names no .tar or .parquet file{others}: correct the URL")
     if len(kinds) > 1:
         raise DataError(f"{public(data)!r} names .tar and .parquet files: choose one kind by a pattern (*.tar)")

@@ -44,10 +44,10 @@ def cached_entries(shown: str, key: str, column: str | None, read: Callable[[], 
     if root is None or not cache.limit():
         return list(read())
     place = root / hashlib.sha256(json.dumps(["shard", _FORMAT, key, column]).encode()).hexdigest()
-    if (found := _load(place)) is None:
-        found = list(read())
-        _store(place, found, shown)
-    return found
+    if (entries := _load(place)) is None:
+        entries = list(read())
+        _store(place, entries, shown)
+    return entries
 
 
 def _store(place: Path, entries: list[Entry], name: str) -> None:
@@ -70,7 +70,7 @@ def _load(place: Path) -> list[Entry] | None:
         text = (place / "members.json").read_bytes()
         if json.loads((place / "entry.json").read_text("utf-8"))["members"] != zlib.crc32(text):
             raise ValueError("a checksum differs")
-        found = [Entry(name, start, size, _unpacked(label)) for name, start, size, label in json.loads(text)]
+        entries = [Entry(name, start, size, _unpacked(label)) for name, start, size, label in json.loads(text)]
     except PermissionError:
         return None
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
@@ -78,7 +78,7 @@ def _load(place: Path) -> list[Entry] | None:
         return None
     with suppress(OSError):
         os.utime(place / "entry.json")
-    return found
+    return entries
 
 
 def _packed(label: Any) -> Any:

@@ -49,14 +49,14 @@ class Shards:
         return where if split == "train" else f"{where} ({self.names[split]})"
 
 
-def shards_in(folder: Path, suffix: str, beside_images: bool = True) -> list[Path]:
-    """Return the files with an ending in a folder, in order; if not `beside_images`, none if it also holds an image."""
+def shards_in(folder: Path, suffix: str, allow_images: bool = True) -> list[Path]:
+    """Return the files with an ending in a folder, in order; if not `allow_images`, none if it also holds an image."""
     files = []
     try:
         with os.scandir(folder) as entries:
             for entry in entries:
                 ending = os.path.splitext(entry.name)[1].lower()
-                if not beside_images and os.fsencode(ending) in EXTENSIONS:
+                if not allow_images and os.fsencode(ending) in EXTENSIONS:
                     return []
                 if ending == suffix and not entry.name.startswith(".") and is_kind(entry.is_file):
                     files.append(folder / entry.name)
@@ -79,16 +79,16 @@ def shards_below(root: Path, suffix: str, nested: bool = True) -> Shards | None:
     folders = sub_folders(root)
     if len(folders) > _MOST_FOLDERS:
         folders = [name for name in folders if name == "data"]
-    found = {name: files for name in folders if (files := shards_in(root / name, suffix, beside_images=False))}
-    if not found:
+    by_folder = {name: files for name in folders if (files := shards_in(root / name, suffix, allow_images=False))}
+    if not by_folder:
         return shards_below(root / folders[0], suffix, nested=False) if nested and len(folders) == 1 else None
-    if all(map(split_within, found)):
-        return _grouped([(word_within(name) or "", files) for name, files in found.items()], root)
-    if len(found) == 1:
-        return divided(next(iter(found.values())), root / next(iter(found)))
+    if all(map(split_within, by_folder)):
+        return _grouped([(word_within(name) or "", files) for name, files in by_folder.items()], root)
+    if len(by_folder) == 1:
+        return divided(next(iter(by_folder.values())), root / next(iter(by_folder)))
     raise DataError(
-        f"{str(root)!r} holds {suffix} files in several folders ({', '.join(list(found)[:5])}): "
-        f"name one or several of them as the data (--data {root / next(iter(found))})"
+        f"{str(root)!r} holds {suffix} files in several folders ({', '.join(list(by_folder)[:5])}): "
+        f"name one or several of them as the data (--data {root / next(iter(by_folder))})"
     )
 
 

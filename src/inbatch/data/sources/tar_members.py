@@ -53,8 +53,8 @@ def _entries(place: str, column: str | None) -> Iterator[Entry]:
                 yield from _read_entries(file, column)
             except damage as e:  # tarfile can raise any exception on damaged headers
                 reason = getattr(e, "strerror", None) or e
-                again = "; copy or download it again" if isinstance(e, tarfile.TarError) else ""
-                raise DataError(f"{str(place)!r} cannot be read as a tar file: {reason}{again}") from e
+                hint = "; copy or download it again" if isinstance(e, tarfile.TarError) else ""
+                raise DataError(f"{str(place)!r} cannot be read as a tar file: {reason}{hint}") from e
     except OSError as e:
         raise DataError(f"{str(place)!r} cannot be read as a tar file: {e.strerror or e}") from e
 

@@ -101,21 +101,21 @@ def find_torchvision(data: object, reading: Reading) -> dict[str, Callable[[], S
 def _open(name: str, split: str, root: Path, reading: Reading) -> Source:
     """Open one split of a data set; download it first if requested and missing."""
     try:
-        made = _made(name, split, root)
+        dataset = _load(name, split, root)
     except Exception as e:  # a damaged file can raise any exception
-        there, fetched = (root / SETS[name].place).exists(), SETS[name].fetched
+        exists, fetched = (root / SETS[name].place).exists(), SETS[name].fetched
         if not (reading.download and fetched):
             how = (
                 "`inbatch pretrain --download` (download=True) fetches it"
                 if fetched
                 else "it must be downloaded manually"
             )
-            said = "" if "download=True" in str(e) else f" ({e})"
-            wrong = f"whole{said}: remove {str(root / SETS[name].place)!r}, and" if there else "there:"
+            detail = "" if "download=True" in str(e) else f" ({e})"
+            wrong = f"whole{detail}: remove {str(root / SETS[name].place)!r}, and" if exists else "there:"
             raise DataError(f"{PREFIX}{name} ({split}) was looked for in {str(root)!r} and is not {wrong} {how}") from e
         _fetch(name, split, root)
         return _open(name, split, root, Reading(reading.channels, reading.levels))
-    source = made if isinstance(made, Source) else _source(made, f"{PREFIX}{name} ({split})", root, reading)
+    source = dataset if isinstance(dataset, Source) else _source(dataset, f"{PREFIX}{name} ({split})", root, reading)
     if reading.channels not in (None, source.channels):
         raise DataError(
             f"{source.name} has {source.channels} channels, {reading.channels} were requested "
@@ -124,7 +124,7 @@ def _open(name: str, split: str, root: Path, reading: Reading) -> Source:
     return source
 
 
-def _made(name: str, split: str, root: Path, download: bool = False) -> Any:
+def _load(name: str, split: str, root: Path, download: bool = False) -> Any:
     """Return the torchvision object, or for CIFAR the source of `cifar`."""
     known = SETS[name]
     if not download and not (root / known.place).exists():
@@ -146,9 +146,9 @@ def _fetch(name: str, split: str, root: Path) -> None:
         root.mkdir(parents=True, exist_ok=True)
         with one_process_at_a_time(root / ".inbatch.lock"), contextlib.redirect_stdout(sys.stderr):
             try:
-                _made(name, split, root)  # another process may have finished first
+                _load(name, split, root)  # another process may have finished first
             except Exception:
-                _made(name, split, root, download=True)
+                _load(name, split, root, download=True)
     except Exception as e:
         raise DataError(
             f"{PREFIX}{name} could not be fetched into {str(root)!r}: {' '.join(str(e).split())}; repeat the command "
@@ -156,37 +156,39 @@ def _fetch(name: str, split: str, root: Path) -> None:
         ) from e
 
 
-def _source(made: Any, name: str, root: Path, reading: Reading) -> Source:
+def _source(dataset: Any, name: str, root: Path, reading: Reading) -> Source:
     """Wrap a torchvision object as a source: arrays unchanged, files by their paths."""
-    if getattr(made, "data", None) is not None:
-        images = torch.as_tensor(made.data)
+    if getattr(dataset, "data", None) is not None:
+        images = torch.as_tensor(dataset.data)
         images = images[:, None] if images.ndim == 3 else images
-        labels, classes = _labels(made, getattr(made, "targets", None), name)
+        labels, classes = _labels(dataset, getattr(dataset, "targets", None), name)
         return ArraySource(images, labels, classes, name)
-    files = sorted(_files(made))  # torchvision's order may be that of the file system
-    labels, classes = _labels(made, [label for _, label in files], name)
+    files = sorted(_files(dataset))  # torchvision's order may be that of the file system
+    labels, classes = _labels(dataset, [label for _, label in files], name)
     paths = (path.removeprefix(f"{root}{os.sep}") for path, _ in files)
     return PathsSource(name, root, paths, labels, classes, reading)
 
 
-def _files(made: Any) -> list[tuple[str, int]]:
+def _files(dataset: Any) -> list[tuple[str, int]]:
     """Return the paths and labels from the attributes of the torchvision object."""
-    if hasattr(made, "categories"):  # Caltech's numbers are converted to names when an image is opened
-        folder = Path(made.root, "101_ObjectCategories")
-        names = [folder / made.categories[y] / f"image_{i:04d}.jpg" for y, i in zip(made.y, made.index, strict=True)]
-        return [(str(path), y) for path, y in zip(names, made.y, strict=True)]
-    pairs = getattr(made, "samples", None) or getattr(made, "_samples", None)
+    if hasattr(dataset, "categories"):  # Caltech's numbers are converted to names when an image is opened
+        folder = Path(dataset.root, "101_ObjectCategories")
+        names = [
+            folder / dataset.categories[y] / f"image_{i:04d}.jpg" for y, i in zip(dataset.y, dataset.index, strict=True)
+        ]
+        return [(str(path), y) for path, y in zip(names, dataset.y, strict=True)]
+    pairs = getattr(dataset, "samples", None) or getattr(dataset, "_samples", None)
     if pairs is None:
-        paths = made._images if hasattr(made, "_images") else made._image_files
-        pairs = zip(paths, made._labels, strict=True)
+        paths = dataset._images if hasattr(dataset, "_images") else dataset._image_files
+        pairs = zip(paths, dataset._labels, strict=True)
     return [(str(path), int(label)) for path, label in pairs]
 
 
-def _labels(made: Any, given: Any, name: str) -> tuple[Tensor, tuple[str, ...]]:
+def _labels(dataset: Any, targets: Any, name: str) -> tuple[Tensor, tuple[str, ...]]:
     """Return labels (N,) and class names; the names are numbers if torchvision has none."""
-    values = np.asarray(made.labels if given is None else given)
+    values = np.asarray(dataset.labels if targets is None else targets)
     values = values[:, 0] if values.ndim == 2 else values  # QMNIST's other columns describe the writer
-    classes = getattr(made, "classes", None) or getattr(made, "categories", None) or range(int(values.max()) + 1)
+    classes = getattr(dataset, "classes", None) or getattr(dataset, "categories", None) or range(int(values.max()) + 1)
     names = [str(c if isinstance(c, str | int) else c[0]) for c in classes]
     labels = from_array(values, len(values), f"The labels of {name}", names)
     return labels.numbers, labels.classes or tuple(names)

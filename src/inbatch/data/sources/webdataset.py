@@ -104,21 +104,21 @@ class TarSource(Source):
         return f"{os.path.basename(self._shard(i))}:{self._member(i)}"
 
     def fingerprint(self) -> str | None:
-        said = hashlib.sha256(self._column.encode())
+        digest = hashlib.sha256(self._column.encode())
         try:
             for shard in self.shards:
-                said.update(shard_state(shard))
+                digest.update(shard_state(shard))
         except (OSError, DataError):  # opening an image reports it
             return None
-        return said.hexdigest()
+        return digest.hexdigest()
 
     def skipped(self) -> dict[str, int]:
         return dict(self._skipped.most_common())
 
     def report(self) -> str:
         where = many(len(self.shards), "tar file")
-        found = f"{self.name}: {many(len(self), 'image')} in {where}{self._left_out()}{self._rule}"
-        return "; ".join(filter(None, (found, self.labelling(), self.note)))
+        contents = f"{self.name}: {many(len(self), 'image')} in {where}{self._left_out()}{self._rule}"
+        return "; ".join(filter(None, (contents, self.labelling(), self.note)))
 
     def _member(self, i: int) -> str:
         return self._names[i].decode("utf-8", "backslashreplace")

@@ -68,7 +68,7 @@ class Jitter(Operation):
         self.p, self.hue = p, hue
         self.strengths = (brightness, contrast, saturation)
 
-    def settle(self, u: Float[Tensor, "n 6"]) -> tuple[Tensor, ...]:
+    def settings_of(self, u: Float[Tensor, "n 6"]) -> tuple[Tensor, ...]:
         """Convert uniform draws to the settings of each image.
 
         Returns:
@@ -109,7 +109,7 @@ class Grey(Operation):
     def __init__(self, p: float) -> None:
         self.p = p
 
-    def settle(self, u: Float[Tensor, "n 1"]) -> tuple[Tensor]:
+    def settings_of(self, u: Float[Tensor, "n 1"]) -> tuple[Tensor]:
         return (u[:, 0] < self.p,)
 
     def __call__(self, x: Image, on: Tensor) -> Image:
@@ -124,7 +124,7 @@ class Solarise(Operation):
     def __init__(self, p: float, threshold: float) -> None:
         self.p, self.threshold = p, threshold
 
-    def settle(self, u: Float[Tensor, "n 1"]) -> tuple[Tensor]:
+    def settings_of(self, u: Float[Tensor, "n 1"]) -> tuple[Tensor]:
         return (u[:, 0] < self.p,)
 
     def __call__(self, x: Image, on: Tensor) -> Image:
@@ -139,7 +139,7 @@ class Exposure(Operation):
     def __init__(self, gain: tuple[float, float], offset: tuple[float, float]) -> None:
         self.gain, self.offset = gain, offset
 
-    def settle(self, u: Float[Tensor, "n 2"]) -> tuple[Tensor, ...]:
+    def settings_of(self, u: Float[Tensor, "n 2"]) -> tuple[Tensor, ...]:
         gain, offset = uniform_in(u[:, 0], *self.gain), uniform_in(u[:, 1], *self.offset)
         return torch.ones_like(gain, dtype=torch.bool), gain, offset
 
@@ -155,7 +155,7 @@ class Noise(Operation):
     def __init__(self, deviation: float) -> None:
         self.deviation = deviation
 
-    def settle(self, u: Float[Tensor, "n 2"]) -> tuple[Tensor, Tensor]:
+    def settings_of(self, u: Float[Tensor, "n 2"]) -> tuple[Tensor, Tensor]:
         """Return kind, and a 48-bit key per image from which its pixels' noise is drawn."""
         high, low = (u * 2**24).long().unbind(1)
         return torch.ones_like(high, dtype=torch.bool), high << 24 | low

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
-from inbatch.data.views.operation import can_ask
+from inbatch.data.views.operation import can_branch
 from inbatch.data.views.view import Interpolation, Range
 
 TRIES = 10
@@ -45,9 +45,9 @@ def random_boxes(
     top = (u[:, -2:-1] * (height - h + 1)).long()
     left = (u[:, -1:] * (width - w + 1)).long()
 
-    given = width.double() / height
-    w_back = torch.where(given > ratio[1], (height.double() * ratio[1]).round().long(), width)
-    h_back = torch.where(given < ratio[0], (width.double() / ratio[0]).round().long(), height)
+    aspect = width.double() / height
+    w_back = torch.where(aspect > ratio[1], (height.double() * ratio[1]).round().long(), width)
+    h_back = torch.where(aspect < ratio[0], (width.double() / ratio[0]).round().long(), height)
     back = torch.cat([(height - h_back) // 2, (width - w_back) // 2, h_back, w_back], 1)
     return torch.where(fits.any(1, keepdim=True), torch.cat([top, left, h, w], 1), back)
 
@@ -91,7 +91,7 @@ def resample(
     how: Interpolation,
 ) -> Float[Tensor, "n c size size"]:
     """Return box i of image source[i], resized with antialiasing, mirrored if `flip`, with values in [0, 1]."""
-    if can_ask(images) and images[0, 0].numel() > _LARGE:
+    if can_branch(images) and images[0, 0].numel() > _LARGE:
         return _one_by_one(images, source, boxes, flip, size, how)
     top, left, height, width = boxes.unbind(1)
     down = weights(top, height, images.shape[2], size, how)

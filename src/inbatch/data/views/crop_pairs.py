@@ -136,25 +136,25 @@ def arrange(name: str, views: Sequence[Any]) -> tuple[tuple[Any, ...], CropPairs
     """
     if name not in CROPS:
         raise ConfigError(f"There are no crops {name!r}. Choose one of {', '.join(CROPS)}.")
-    asked, views = CROPS[name], tuple(views)
-    if asked == Geometry():
+    geometry, views = CROPS[name], tuple(views)
+    if geometry == Geometry():
         return views, None
     if any(view.scale is None for view in views):
         raise ConfigError(
             f"The crops {name!r} need views that are cut at random, and these are not (scale is None, as in the views "
             "digits and plain). Leave out --crops, or choose other views (simclr, mocov2, ...)."
         )
-    if asked.configurations and len(views) != 2:
+    if geometry.configurations and len(views) != 2:
         raise ConfigError(
             f"The crops {name!r} are a pair, but there are {len(views)} views of every image. Choose views that are "
             "two (simclr, mocov2, byol, ...), or the crops default, big or small."
         )
-    if asked.scale is not None:
-        views = tuple(replace(view, scale=asked.scale) for view in views)
-    if not asked.configurations:
+    if geometry.scale is not None:
+        views = tuple(replace(view, scale=geometry.scale) for view in views)
+    if not geometry.configurations:
         return views, None
     first, second = views
-    return views, CropPairs(asked.configurations, (first.scale, second.scale), (first.ratio, second.ratio))
+    return views, CropPairs(geometry.configurations, (first.scale, second.scale), (first.ratio, second.ratio))
 
 
 def sizes(
@@ -195,8 +195,8 @@ def chances(
 
 def _shares(extent: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return, along one axis, the probabilities of a gap and of the shorter strictly inside the longer; and a - b."""
-    room, longer = (extent - a - b).clamp_(min=0), a - b
-    gap = (room + 1).mul_(room).div_(extent - a + 1).div_(extent - b + 1)
+    slack, longer = (extent - a - b).clamp_(min=0), a - b
+    gap = (slack + 1).mul_(slack).div_(extent - a + 1).div_(extent - b + 1)
     return gap, (longer.abs() - 1).clamp_(min=0).div_(extent + 1 - torch.minimum(a, b)), longer
 
 
@@ -251,14 +251,14 @@ def _place(
     of offsets, so a number within the relation becomes a number among all positions by skipping what lies in between.
     """
     last1, last2 = extent - a, extent - b
-    meet, part = _before(-b, last1, last2), _before(a + 1, last1, last2)
+    overlap_start, overlap_end = _before(-b, last1, last2), _before(a + 1, last1, last2)
     low, high = _inside(a, b)
-    enter, leave = _before(low, last1, last2), _before(high, last1, last2)
+    inside_start, inside_end = _before(low, last1, last2), _before(high, last1, last2)
     count = torch.stack(relations(extent, a, b)).gather(0, kind[None])[0]
     number = (u * count).long()
-    gap = number + (part - meet) * (number >= meet)
-    cross = number + meet + (leave - enter) * (number + meet >= enter)
-    number = torch.where(kind == _GAP, gap, torch.where(kind == _CROSS, cross, number + enter))
+    gap = number + (overlap_end - overlap_start) * (number >= overlap_start)
+    cross = number + overlap_start + (inside_end - inside_start) * (number + overlap_start >= inside_start)
+    number = torch.where(kind == _GAP, gap, torch.where(kind == _CROSS, cross, number + inside_start))
     offset = _offset(number, last1, last2)
     start = number - _before(offset, last1, last2) + (-offset).clamp(min=0)
     return start, start + offset

@@ -45,7 +45,7 @@ class Blur(Operation):
     def __init__(self, p: float, sigma: tuple[float, float], taps: int) -> None:
         self.p, self.sigma, self.taps = p, sigma, taps
 
-    def settle(self, u: Float[Tensor, "n 2"]) -> tuple[Tensor, Tensor]:
+    def settings_of(self, u: Float[Tensor, "n 2"]) -> tuple[Tensor, Tensor]:
         return u[:, 0] < self.p, uniform_in(u[:, 1], *self.sigma)
 
     def __call__(self, x: Image, on: Tensor, sigma: Tensor) -> Image:
@@ -63,14 +63,14 @@ class Affine(Operation):
         self.zoom, self.aspect, self.shift, self.padding = zoom, math.log(aspect), shift, padding
         self.rotation, self.shear = math.radians(rotation), math.radians(shear)
 
-    def settle(self, u: Float[Tensor, "n 6"]) -> tuple[Tensor, Tensor]:
+    def settings_of(self, u: Float[Tensor, "n 6"]) -> tuple[Tensor, Tensor]:
         """Return kind, and the inverse map (n, 2, 3); zoom and aspect are uniform in their logarithm."""
         zoom = torch.exp(uniform_in(u[:, 0], math.log(self.zoom[0]), math.log(self.zoom[1])))
         stretch = torch.exp(uniform_in(u[:, 1], -self.aspect, self.aspect) / 2)
         turn = uniform_in(u[:, 2], -self.rotation, self.rotation)
-        lean = torch.tan(uniform_in(u[:, 3], -self.shear, self.shear))
+        shear = torch.tan(uniform_in(u[:, 3], -self.shear, self.shear))
         shift = uniform_in(u[:, 4:], -2 * self.shift, 2 * self.shift)  # a side is 2 units long
-        inverse = inverse_map(zoom * stretch, zoom / stretch, turn, lean, shift)
+        inverse = inverse_map(zoom * stretch, zoom / stretch, turn, shear, shift)
         return torch.ones_like(turn, dtype=torch.bool), inverse
 
     def __call__(self, x: Image, on: Tensor, inverse: Tensor) -> Image:
@@ -78,14 +78,14 @@ class Affine(Operation):
 
 
 def inverse_map(
-    wider: PerImage, taller: PerImage, turn: PerImage, lean: PerImage, shift: Float[Tensor, "n 2"]
+    wider: PerImage, taller: PerImage, turn: PerImage, shear: PerImage, shift: Float[Tensor, "n 2"]
 ) -> Float[Tensor, "n 2 3"]:
-    """Return the inverse of y = R(turn) [[1, -lean], [0, 1]] diag(wider, taller) x + shift.
+    """Return the inverse of y = R(turn) [[1, -shear], [0, 1]] diag(wider, taller) x + shift.
 
-    Turn in radians, lean a slope.
+    Turn in radians, shear a slope.
     """
     cos, sin = torch.cos(turn), torch.sin(turn)
     rows = torch.stack(
-        [(cos - lean * sin) / wider, (sin + lean * cos) / wider, -sin / taller, cos / taller], 1
+        [(cos - shear * sin) / wider, (sin + shear * cos) / wider, -sin / taller, cos / taller], 1
     ).unflatten(1, (2, 2))
     return torch.cat([rows, -rows @ shift[:, :, None]], 2)

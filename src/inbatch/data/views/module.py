@@ -84,8 +84,8 @@ class ViewTransform(nn.Module):
         size = torch.tensor([part.shape[1:] for part in parts], device=parts[0].device)
         height, width = size.amax(0).tolist()
         pixels = parts[0].new_zeros(len(parts), parts[0].shape[0], height, width)
-        for room, part in zip(pixels, parts, strict=True):
-            room[:, : part.shape[1], : part.shape[2]] = part
+        for canvas, part in zip(pixels, parts, strict=True):
+            canvas[:, : part.shape[1], : part.shape[2]] = part
         return pixels, size
 
     def _one(self, image: Any) -> Tensor:
@@ -123,8 +123,8 @@ def views(
     """
     check_whole("channels", channels, 1)
     mean, std = (
-        (usual if channels == 3 else (other,) * channels) if given is None else _numbers(given)
-        for given, usual, other in zip((mean, std), _COLOUR, (0.5, 0.25), strict=True)
+        (usual if channels == 3 else (other,) * channels) if values is None else _numbers(values)
+        for values, usual, other in zip((mean, std), _COLOUR, (0.5, 0.25), strict=True)
     )
     if not len(mean) == len(std) == channels or not np.isfinite([mean, std]).all() or not min(std) > 0:
         raise ConfigError(f"mean and std hold a number per channel, {channels}, std above 0; got {mean} and {std}")

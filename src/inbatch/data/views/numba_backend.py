@@ -15,9 +15,9 @@ from inbatch.data.views.operation import Operation
 from inbatch.data.views.view import View
 from inbatch.errors import DataError
 
-_KNOWN = (Jitter, Grey, Blur, Solarise)
+_SUPPORTED = (Jitter, Grey, Blur, Solarise)
 """Operations that the kernel applies after crop and flip, in this order."""
-_APART = 2**16
+_MIN_THREADED = 2**16
 """Minimum number of output values for which threads pay off."""
 _PIECES = 4
 """Pieces per thread, since some images take longer than others."""
@@ -33,15 +33,15 @@ def available() -> bool:
     return True
 
 
-def knows(steps: Sequence[Operation]) -> bool:
+def supports(steps: Sequence[Operation]) -> bool:
     """Return whether the kernel supports all these operations."""
-    return all(isinstance(step, _KNOWN) for step in steps)
+    return all(isinstance(step, _SUPPORTED) for step in steps)
 
 
 def draw_views(
     view: View,
     steps: Sequence[Operation],
-    settled: Sequence[tuple[Tensor, ...]],
+    settings: Sequence[tuple[Tensor, ...]],
     pixels: UInt8[Tensor, "m c h w"],
     source: Int[Tensor, "n"] | None,
     boxes: Int[Tensor, "n 4"],
@@ -56,7 +56,7 @@ def draw_views(
     Args:
         view: Parameters of the view.
         steps: Operations after crop and flip.
-        settled: Settings of each step.
+        settings: Settings of each step.
         pixels: Images, or ready crops.
         source: Image numbers; None if `pixels` are ready crops.
         boxes: Top, left, height and width in pixels.
@@ -76,22 +76,22 @@ def draw_views(
         pixels, source = pixels.index_select(0, source), torch.arange(n)
     _check(pixels, source, boxes)
     off, none = torch.zeros(n, dtype=torch.bool), torch.zeros(n, dtype=torch.long)
-    does = {type(step): drawn for step, drawn in zip(steps, settled, strict=True)}
-    kind, factors, turns, order = does.get(Jitter, (none, torch.ones(n, 3), torch.zeros(n), none.expand(3, n).T))
-    (grey,), (solarised,) = does.get(Grey, (off,)), does.get(Solarise, (off,))
-    blurred, sigma = does.get(Blur, (off, torch.ones(n)))
+    by_step = {type(step): drawn for step, drawn in zip(steps, settings, strict=True)}
+    kind, factors, turns, order = by_step.get(Jitter, (none, torch.ones(n, 3), torch.zeros(n), none.expand(3, n).T))
+    (grey,), (solarised,) = by_step.get(Grey, (off,)), by_step.get(Solarise, (off,))
+    blurred, sigma = by_step.get(Blur, (off, torch.ones(n)))
     luma = torch.tensor(LUMINANCE if channels == 3 else [1 / channels] * channels)
 
     out = torch.empty(n, channels, view.size, view.size)
     per_image = (source, boxes, flip, kind, factors, turns, order, grey, blurred, sigma, solarised)
     shift, scale = (torch.tensor(x, dtype=torch.float32) for x in (mean, std))
     arrays = [x.contiguous().numpy() for x in (pixels, *per_image, luma, shift, scale)]
-    plain = view.threshold, view.taps if Blur in does else 0, view.interpolation == "bicubic"
+    plain = view.threshold, view.taps if Blur in by_step else 0, view.interpolation == "bicubic"
 
     def work(start: int) -> None:
         numba_kernel.draw(*arrays, *plain, start, min(start + piece, n), out.numpy())
 
-    threads = torch.get_num_threads() if out.numel() >= _APART else 1
+    threads = torch.get_num_threads() if out.numel() >= _MIN_THREADED else 1
     piece = max(1, n if threads == 1 else -(-n // (threads * _PIECES)))
     starts = range(0, n, piece)
     list(map(work, starts) if threads == 1 else _pool(os.getpid(), threads).map(work, starts))

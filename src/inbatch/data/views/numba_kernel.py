@@ -23,7 +23,7 @@ from inbatch.runtime.files import one_process_at_a_time
 _OPTIONS: dict[str, Any] = dict(
     nogil=True,
     error_model="numpy",  # otherwise every division would be a branch
-    fastmath={"contract", "nsz", "nnan", "ninf", "reassoc", "arcp"},  # no value here is ever NaN or infinite
+    fastmath={"contract", "nsz", "nnan", "ninf", "reassoc", "arcp"},  # no value lines is ever NaN or infinite
 )
 _inner = numba.njit(**_OPTIONS)
 
@@ -90,8 +90,8 @@ def _weighted_sum(lanes):
         vector, element = ir.VectorType(ir.FloatType(), lanes), ir.IntType(32)
         unset, spread = ir.Constant(vector, ir.Undefined), ir.Constant(ir.VectorType(element, lanes), [0] * lanes)
 
-        def generate(context, builder, signature, given):
-            out, to, x, start, step, weights, first, taps = given
+        def generate(context, builder, signature, arguments):
+            out, to, x, start, step, weights, first, taps = arguments
 
             def at(place, array, position, kind=None):
                 data = context.make_array(signature.args[place])(context, builder, array).data
@@ -289,19 +289,19 @@ def _plan(kind, factors, turns, order, todo):
 
     Returns their number, and the position of the contrast, which needs the whole image (-1: none).
     """
-    count, wait = 0, -1
+    count, contrast = 0, -1
     if kind == 0:
-        return count, wait
+        return count, contrast
     for k in range(4):
         if k == kind - 1 and turns != _ZERO:
             todo[count] = _HUE
             count += 1
         if k < 3 and factors[order[k]] != _ONE:
             if order[k] == _CONTRAST:
-                wait = count
+                contrast = count
             todo[count] = order[k]
             count += 1
-    return count, wait
+    return count, contrast
 
 
 # Blur
@@ -382,7 +382,7 @@ def _draw(
     for n in range(start, stop):
         image, flip = pixels[source[n]], mirrored[n]
         top, left, height, width = boxes[n, 0], boxes[n, 1], boxes[n, 2], boxes[n, 3]
-        count, wait = _plan(kind[n], factors[n], turns[n], order[n], todo)
+        count, contrast = _plan(kind[n], factors[n], turns[n], order[n], todo)
         limit = threshold if solarised[n] else _TWO
         resize = height != size or width != size
         row_taps, column_taps = 0, 0
@@ -391,12 +391,12 @@ def _draw(
             column_taps = _weights(width, size, cubic, _BYTE, flip, first_column, along)
 
         light = 0.0  # mean luminance, needed by contrast
-        for sweep in range(1 if wait < 0 else 2):
-            last = wait < 0 or sweep == 1
+        for stage in range(1 if contrast < 0 else 2):
+            last = contrast < 0 or stage == 1
             for y in range(0, size, rows):
                 end = min(y + rows, size)
                 a, b = edge + y * size, edge + end * size
-                for c in range(channels if sweep == 0 else 0):
+                for c in range(channels if stage == 0 else 0):
                     plane = planes[c]
                     if resize:
                         _resize(
@@ -408,7 +408,7 @@ def _draw(
                         for z in range(y, end):
                             into = plane[edge + z * size : edge + (z + 1) * size]
                             _copy(image[c, top + z, left : left + width], flip, into)
-                for k in range(0 if sweep == 0 else wait, count if last else wait):
+                for k in range(0 if stage == 0 else contrast, count if last else contrast):
                     if todo[k] == _HUE:
                         _rotate_hue(planes[0, a:b], planes[1, a:b], planes[2, a:b], turns[n])
                     elif todo[k] == _SATURATION:
@@ -436,23 +436,23 @@ def _draw(
             plane = planes[c]
             for k in range(1, used + 1):  # rows and columns are reflected about the outermost
                 top_row, bottom_row = edge, edge + (size - 1) * size
-                for here, there in (
+                for inner, outer in (
                     (top_row + k * size, top_row - k * size),
                     (bottom_row - k * size, bottom_row + k * size),
                 ):
-                    _scale(plane[here : here + size], _ONE, plane[there : there + size])
+                    _scale(plane[inner : inner + size], _ONE, plane[outer : outer + size])
             for y in range(0, size, rows):
-                here = min(rows, size - y)
-                _convolve(plane, edge + y * size, size, kernel, used, middle[: here * size])
-                for j in range(here):
+                lines = min(rows, size - y)
+                _convolve(plane, edge + y * size, size, kernel, used, middle[: lines * size])
+                for j in range(lines):
                     line = padded[pad + j * pitch : 2 * pad + size + j * pitch]
                     _scale(middle[j * size : (j + 1) * size], _ONE, line[:size])
                     for k in range(1, used + 1):
                         padded[pad + j * pitch - k] = line[k]
                         line[size - 1 + k] = line[size - 1 - k]
                 # The rows are stored in one line; the values computed between them are discarded.
-                _convolve(padded, pad, 1, kernel, used, blurry[: here * pitch - 2 * pad])
-                for j in range(here):
+                _convolve(padded, pad, 1, kernel, used, blurry[: lines * pitch - 2 * pad])
+                for j in range(lines):
                     _finish(blurry[j * pitch : j * pitch + size], limit, mean[c], std[c], out[n, c, y + j])
 
 

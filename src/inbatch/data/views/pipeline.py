@@ -84,8 +84,8 @@ class Views:
         if pairs is not None and len(self.views) != 2:
             raise ConfigError(f"Pairs of crops need two views of every image, not {len(self.views)}.")
         # equal adjacent views are drawn in one pass
-        alike = groupby(range(len(self.views)), key=lambda number: self.views[number])
-        self._alike = [(view, list(numbers), operations(view)) for view, numbers in alike]
+        groups = groupby(range(len(self.views)), key=lambda number: self.views[number])
+        self._groups = [(view, list(numbers), operations(view)) for view, numbers in groups]
         self._compiled: Callable[..., Drawn] | None = None
 
     whole = False
@@ -121,15 +121,15 @@ class Views:
         Raises:
             DataError: If the images do not fit the views.
         """
-        given, cut = self._checked(batch)
+        inputs, cut = self._checked(batch)
         index, at, size = batch.index, batch.at if cut is None else None, batch.size
         if cut is None:
             at = torch.arange(len(batch), device=index.device) if at is None else at
-            height, width = given[0].shape[2:]
+            height, width = inputs[0].shape[2:]
             size = torch.stack([torch.full_like(index, x) for x in (height, width)], 1) if size is None else size
         heads = self._heads(batch.seed, batch.epoch, 0 if batch.attempt is None else batch.attempt, index.device)
-        draw = self._draw if self._compiled is None or operation.can_ask(index) else self._compiled
-        return draw(heads, index, size, at, given, cut)
+        draw = self._draw if self._compiled is None or operation.can_branch(index) else self._compiled
+        return draw(heads, index, size, at, inputs, cut)
 
     def _heads(self, seed: int, epoch: int, attempt: int | Tensor, device: torch.device) -> Tensor:
         """Return the keys of the random numbers of every view and of the pairs, (V + 1, 1 or b).
@@ -145,7 +145,7 @@ class Views:
         alone = torch.cat(
             [
                 _boxes(view, u[numbers[0] : numbers[-1] + 1].flatten(0, 1), size.repeat(len(numbers), 1))
-                for view, numbers, _ in self._alike
+                for view, numbers, _ in self._groups
             ]
         ).unflatten(0, (len(self), len(index)))
         if self.pairs is None:
@@ -154,7 +154,7 @@ class Views:
         return torch.where(paired[..., 2:3] > 0, paired, alone)
 
     def _draw(
-        self, heads: Tensor, index: Tensor, size: Tensor | None, at: Tensor | None, given: list[Tensor],
+        self, heads: Tensor, index: Tensor, size: Tensor | None, at: Tensor | None, inputs: list[Tensor],
         cut: Tensor | None,
     ) -> Drawn:  # fmt: skip
         """Draw views from images of `size` at positions `at` of given[0], or from crops `given` with boxes `cut`."""
@@ -165,13 +165,13 @@ class Views:
         else:
             placed = cut
         images, flipped = [], []
-        for view, numbers, steps in self._alike:
+        for view, numbers, steps in self._groups:
             u, where = (x[numbers[0] : numbers[-1] + 1].flatten(0, 1) for x in (drawn, placed))
             flip = u[:, crop.DRAWS] < view.flip
             if at is None:
-                pixels, source = torch.cat([given[number] for number in numbers]), None
+                pixels, source = torch.cat([inputs[number] for number in numbers]), None
             else:
-                pixels, source = given[0], at.repeat(len(numbers))
+                pixels, source = inputs[0], at.repeat(len(numbers))
             images += self._render(view, steps, u, pixels, source, where, flip).split(count)
             flipped.append(flip)
         return Drawn(tuple(images), placed, torch.cat(flipped).unflatten(0, (len(self), count)))
@@ -188,14 +188,14 @@ class Views:
     ) -> Tensor:
         """Draw n views from images `source` of `pixels`, or from ready crops (source None), and apply every step."""
         todo = [step for step, _ in steps]
-        settled = [step.settle(u[:, columns]) for step, columns in steps]
+        settings = [step.settings_of(u[:, columns]) for step, columns in steps]
 
         def work(take: Callable[[Tensor], Tensor]) -> Tensor:
             if source is None:
                 x = crop.mirror(take(pixels).float().div_(255), take(flip))
             else:
                 x = crop.resample(pixels, take(source), take(boxes), take(flip), view.size, view.interpolation)
-            for step, drawn in zip(todo, settled, strict=True):
+            for step, drawn in zip(todo, settings, strict=True):
                 kind, *parameters = map(take, drawn)
                 if not idle(kind):
                     x = step(x, kind, *parameters)
@@ -203,35 +203,35 @@ class Views:
                 channel.sub_(mean).div_(std)
             return x
 
-        if not operation.can_ask(u):
+        if not operation.can_branch(u):
             return work(lambda t: t)
-        if self.fused is None and numba_backend.knows(todo) and numba_backend.available():
-            return numba_backend.draw_views(view, todo, settled, pixels, source, boxes, flip, self.mean, self.std)
+        if self.fused is None and numba_backend.supports(todo) and numba_backend.available():
+            return numba_backend.draw_views(view, todo, settings, pixels, source, boxes, flip, self.mean, self.std)
         # A core's cache holds a few images. Images are sorted by treatment, so that whole pieces skip an operation.
-        want = torch.zeros(len(u), dtype=torch.long)
-        for kind, *_ in settled:
-            want = want * 8 + kind
+        treatment = torch.zeros(len(u), dtype=torch.long)
+        for kind, *_ in settings:
+            treatment = treatment * 8 + kind
         out = torch.empty(len(u), len(self.mean), view.size, view.size)
         piece = max(1, _CACHE * torch.get_num_threads() // out[0].numel())
-        for some in want.argsort(stable=True).split(piece):
-            out.index_copy_(0, some, work(partial(torch.index_select, dim=0, index=some)))
+        for rows in treatment.argsort(stable=True).split(piece):
+            out.index_copy_(0, rows, work(partial(torch.index_select, dim=0, index=rows)))
         return out
 
     def _checked(self, batch: Batch) -> tuple[list[Tensor], Tensor | None]:
         """Return the batch's images (one tensor) and None, or its crops (one tensor per view) and their boxes."""
         crops, channels = batch.crops, len(self.mean)
-        given = [x for x in ([batch.images] if crops is None else crops) if x is not None]
-        if not given or any(x.dtype != torch.uint8 or x.ndim != 4 or x.shape[1] != channels for x in given):
+        inputs = [x for x in ([batch.images] if crops is None else crops) if x is not None]
+        if not inputs or any(x.dtype != torch.uint8 or x.ndim != 4 or x.shape[1] != channels for x in inputs):
             raise DataError(
                 f"Views are drawn from uint8 images of {channels} channel(s) (B, C, H, W), but the batch holds "
-                f"{[(x.dtype, tuple(x.shape)) for x in given]}. Open the data with this number of channels."
+                f"{[(x.dtype, tuple(x.shape)) for x in inputs]}. Open the data with this number of channels."
             )
         if crops is None:
-            return given, None
+            return inputs, None
         sides = [view.size for view in self.views]
-        if [tuple(x.shape[2:]) for x in given] != [(side, side) for side in sides] or batch.boxes is None:
+        if [tuple(x.shape[2:]) for x in inputs] != [(side, side) for side in sides] or batch.boxes is None:
             raise DataError(
-                f"The workers' crops are {[tuple(x.shape[2:]) for x in given]} pixels, the views {sides} square "
+                f"The workers' crops are {[tuple(x.shape[2:]) for x in inputs]} pixels, the views {sides} square "
                 "(with boxes). Load with the views that are drawn."
             )
         if batch.attempt is not None:
@@ -239,7 +239,7 @@ class Views:
                 "Views cannot be drawn again from crops that the workers have cut: keep the images "
                 "on the device (cache_on_device=true)."
             )
-        return given, batch.boxes
+        return inputs, batch.boxes
 
 
 def _boxes(view: View, u: Tensor, size: Tensor) -> Tensor:

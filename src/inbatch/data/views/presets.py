@@ -223,10 +223,10 @@ def make_views(name: str, options: Mapping[str, Any], channels: int) -> tuple[Vi
     Of views by the user's own transforms only the sides are of use (`own_views.TransformedViews` draws them).
     """
     if name in PRESETS:
-        made = PRESETS[name](**options)
+        views = PRESETS[name](**options)
     else:
         own = own_views(name, options)
         if not all(isinstance(view, View) for view in own):
             return placeholders(options["sizes"])
-        made = own
-    return made if channels == 3 else tuple(view.without_colour() for view in made)
+        views = own
+    return views if channels == 3 else tuple(view.without_colour() for view in views)

@@ -129,9 +129,9 @@ def explore_features(
     groups = None if sprite is None else _groups(sprite, facts, seconds)
     names = _names([str(features), *([str(other)] if other is not None else [])])
     shown = page_data(first, facts, names, name, groups)
-    beside = _write(out, first, shown, sprite, pictures)
+    folder = _write(out, first, shown, sprite, pictures)
     seconds["total"] = time.perf_counter() - began
-    return _described(out, collections, facts, sprite, groups, beside) | {
+    return _described(out, collections, facts, sprite, groups, folder) | {
         "projection": name, "projection_reason": why, "index": index, "seed": seed,
         "seconds": {what: round(value, 2) for what, value in seconds.items()},
     }  # fmt: skip
@@ -200,21 +200,21 @@ def _write(
     out: Path, first: Collection, data: dict[str, Any], sprite: Sprite | None, pictures: Pictures
 ) -> Path | None:
     """Write the page and, if they are too large for it, its thumbnails; return their folder."""
-    beside, addresses = None, None
+    folder, addresses = None, None
     if sprite is not None and sprite.size > pictures.inside * 1e6:
-        beside = out.with_name(f"{out.stem}_files")
-        _check_place(beside, first)
+        folder = out.with_name(f"{out.stem}_files")
+        _check_place(folder, first)
         for number, sheet in enumerate(sprite.sheets):
-            with replacing(beside / f"sheet-{number}.webp") as file:
+            with replacing(folder / f"sheet-{number}.webp") as file:
                 file.write(sheet)
-        folder = quote(os.fsencode(beside.name))
-        addresses = [f"{folder}/sheet-{number}.webp" for number in range(len(sprite.sheets))]
+        address = quote(os.fsencode(folder.name))
+        addresses = [f"{address}/sheet-{number}.webp" for number in range(len(sprite.sheets))]
     data["sprite"] = None if sprite is None else sprite_json(sprite, addresses)
     count, title = many(len(first), "image"), " and ".join(one_line(entry["name"]) for entry in data["maps"])
     page = render_page(f"{title}: {count}", f"Map of {count}.", data)
     with replacing(out) as file:
         file.write(page.encode(errors="backslashreplace"))
-    return beside
+    return folder
 
 
 def _check_place(folder: Path, first: Collection) -> None:
@@ -224,7 +224,7 @@ def _check_place(folder: Path, first: Collection) -> None:
 
 def _described(
     out: Path, collections: list[Collection], facts: list[Facts], sprite: Sprite | None, groups: Tensor | None,
-    beside: Path | None,
+    folder: Path | None,
 ) -> dict[str, Any]:  # fmt: skip
     """Return the description of the page for JSON."""
     first = collections[0]
@@ -240,7 +240,7 @@ def _described(
         },
         "thumbnails": sprite and {
             "side": sprite.tile, "sheets": len(sprite.sheets), "bytes": sprite.size, "unreadable": sprite.missing,
-            "folder": beside and str(beside),
+            "folder": folder and str(folder),
         },
         "features": [dict(collection.origin) for collection in collections],
         "unreadable": list(first.unreadable),

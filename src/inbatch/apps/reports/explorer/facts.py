@@ -112,9 +112,9 @@ def near_duplicates(sprite: Sprite, neighbours: Sequence[Int[Tensor, "n k"]]) ->
     readable = torch.tensor([digest is not None for digest in sprite.digests])
     own = torch.arange(len(readable))
     near = [
-        torch.stack([own.repeat(k), some.T[:k].flatten()], 1)
-        for some in neighbours
-        if (k := min(_CANDIDATES, some.shape[1]))
+        torch.stack([own.repeat(k), indices.T[:k].flatten()], 1)
+        for indices in neighbours
+        if (k := min(_CANDIDATES, indices.shape[1]))
     ]
     pairs = torch.cat([torch.zeros(0, 2, dtype=torch.long), *near])
     pairs, _ = unique_pairs(pairs[readable[pairs].all(1)], torch.zeros(int(readable[pairs].all(1).sum())))

@@ -65,12 +65,12 @@ def render_page(title: str, summary: str, data: dict[str, Any]) -> str:
     if "</script" in script.lower() or "</style" in style.lower():
         raise ValueError("a resource of the page would end its own element: build web/explorer again")
     sprite = data.get("sprite") or {"sheets": []}
-    beside = "" if all(sheet.startswith("data:") for sheet in sprite["sheets"]) else " 'self' file:"
+    local_files = "" if all(sheet.startswith("data:") for sheet in sprite["sheets"]) else " 'self' file:"
     # regl compiles its drawing commands with `new Function`, which needs 'unsafe-eval'; no other script can run.
     style_hash = digest(style)
     policy = (
         f"default-src 'none'; script-src 'sha256-{digest(script)}' 'unsafe-eval'; style-src 'sha256-{style_hash}'; "
-        f"img-src data: blob:{beside}; base-uri 'none'; form-action 'none'"
+        f"img-src data: blob:{local_files}; base-uri 'none'; form-action 'none'"
     )
     template = Environment(autoescape=True).from_string(resource("page.html"))
     return template.render(

@@ -154,13 +154,13 @@ def _lines(file: Path) -> list[dict[str, Any]]:
             texts = log.read().decode("utf-8", errors="replace").splitlines()
     except OSError:
         return []
-    found = []
+    entries = []
     for text in texts:
         with suppress(ValueError, RecursionError):
             line = json.loads(text)
             if isinstance(line, dict) and _number(line.get("step")):
-                found.append(line)
-    return sorted(found, key=lambda line: line["step"])
+                entries.append(line)
+    return sorted(entries, key=lambda line: line["step"])
 
 
 def _thinned(curve: list[dict[str, Any]]) -> list[dict[str, Any]]:
