@@ -18,7 +18,7 @@ from inbatch.apps.console import print_table, say
 from inbatch.runtime.text import printable
 
 
-def told(value: dict[str, Any]) -> str:
+def one_line(value: dict[str, Any]) -> str:
     """Format an expectation or a result as one line."""
     return "; ".join(
         f"{key} {' / '.join(f'“{word}”' for word in item) if isinstance(item, tuple) else item}"
@@ -28,14 +28,14 @@ def told(value: dict[str, Any]) -> str:
 
 def differs(expected: dict[str, Any], seen: dict[str, Any]) -> dict[str, Any]:
     """Return the results that have an expectation; of the output, only the expected words that it contains."""
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for key, item in expected.items():
         if key == "says":
-            said = " ".join(str(seen["says"]).split())
-            found[key] = tuple(word for word in item if word in said) or f"only “…{said[-300:]}”"
+            output = " ".join(str(seen["says"]).split())
+            results[key] = tuple(word for word in item if word in output) or f"only “…{output[-300:]}”"
         else:
-            found[key] = seen.get(key)
-    return found
+            results[key] = seen.get(key)
+    return results
 
 
 def done(injection: Injection) -> tuple[bool, str, float]:
@@ -44,7 +44,7 @@ def done(injection: Injection) -> tuple[bool, str, float]:
     with tempfile.TemporaryDirectory(prefix="inbatch-injection-", ignore_cleanup_errors=True) as folder:
         try:
             seen = differs(injection.expected, injection.act(Path(folder)))
-            fine, text = seen == injection.expected, told(seen)
+            fine, text = seen == injection.expected, one_line(seen)
         except Exception as error:
             fine, text = False, f"{type(error).__name__}: {error}"
         text = text.replace(folder, "DIR")
@@ -76,13 +76,13 @@ def main() -> int:
         fine, seen, seconds = done(injection)
         wrong += not fine
         say(f"{injection.number:2} {'as expected' if fine else 'DIFFERS'}: {injection.fault} ({seconds:.0f} s)")
-        seen = "as expected" if fine and seen == told(injection.expected) else ("" if fine else "DIFFERS: ") + seen
+        seen = "as expected" if fine and seen == one_line(injection.expected) else ("" if fine else "DIFFERS: ") + seen
         rows.append(
             (
                 str(injection.number),
                 injection.fault,
                 injection.injected,
-                told(injection.expected),
+                one_line(injection.expected),
                 seen,
                 f"{seconds:.0f}",
             )

@@ -206,9 +206,9 @@ def state_dropped(folder: Path) -> dict[str, Any]:
     named = []
     for key in keys:
         hurt = copied(out, folder / key)
-        found = checkpoint.load(hurt / "checkpoints")
-        del found.state[key]
-        checkpoint.save(hurt / "checkpoints", found.state, step=found.step)
+        loaded = checkpoint.load(hurt / "checkpoints")
+        del loaded.state[key]
+        checkpoint.save(hurt / "checkpoints", loaded.state, step=loaded.step)
         (hurt / "checkpoints" / "previous.pt").unlink()
         ended = resumed(hurt)
         if ended.code == 1 and f"missing {key}" in ended.err and "Traceback" not in ended.err:

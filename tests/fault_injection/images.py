@@ -116,11 +116,14 @@ def hostile_names(folder: Path) -> dict[str, Any]:
     for i, name in enumerate(names):
         pictures(data / name, 30, 24 + i)
     out = folder / "run"
-    said = [run(pretrain(out, data=[*images(data), "--set", "knn_k=5"])), run(["evaluate", str(out)])]
-    said += [run(["inspect", str(out)]), run(["pretrain", "--resume", str(out), "--json"])]
-    said += [run(["embed", str(out), str(data), "-o", str(folder / "f.npz")])]
-    text = "".join(one.out + one.err for one in said)
-    return {"exits": [one.code for one in said], "escapes in the messages": text.count("\x1b") + text.count("\u202e")}
+    results = [run(pretrain(out, data=[*images(data), "--set", "knn_k=5"])), run(["evaluate", str(out)])]
+    results += [run(["inspect", str(out)]), run(["pretrain", "--resume", str(out), "--json"])]
+    results += [run(["embed", str(out), str(data), "-o", str(folder / "f.npz")])]
+    text = "".join(result.out + result.err for result in results)
+    return {
+        "exits": [result.code for result in results],
+        "escapes in the messages": text.count("\x1b") + text.count("\u202e"),
+    }
 
 
 def listed_outside(folder: Path) -> dict[str, Any]:

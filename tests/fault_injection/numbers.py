@@ -56,8 +56,8 @@ def not_finite(value: str, folder: Path) -> dict[str, Any]:
     out = folder / "run"
     program = [TORCHRUN[0], *script(folder, "nan", NAN.replace("{value}", value))]
     ended = run(pretrain(out, epochs=4), by=program)
-    found = ended.seen | {"status": report(out)["status"], "captured": (out / "nan_capture").is_dir()}
-    return found | {"replayed": run(["replay", str(out)]).code}
+    results = ended.seen | {"status": report(out)["status"], "captured": (out / "nan_capture").is_dir()}
+    return results | {"replayed": run(["replay", str(out)]).code}
 
 
 def diverged(folder: Path) -> dict[str, Any]:

@@ -131,14 +131,14 @@ def until(true: Callable[[], bool], otherwise: str, seconds: float = WAIT, tick:
 
 def processes(out: Path) -> list[int]:
     """Return the processes whose command line names the run directory: the run, launcher, ranks and data workers."""
-    found = []
+    pids = []
     for file in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             if str(out).encode() in file.read_bytes().split(b"\0"):
-                found.append(int(file.parent.name))
+                pids.append(int(file.parent.name))
         except OSError:  # it has ended meanwhile
             continue
-    return found
+    return pids
 
 
 def orphans(out: Path, seconds: float = 30) -> int:
@@ -151,14 +151,14 @@ def orphans(out: Path, seconds: float = 30) -> int:
 
 def below(pid: int) -> list[int]:
     """Return the child processes of a process."""
-    found = []
+    children = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             if int(stat.read_text().rpartition(")")[2].split()[1]) == pid:
-                found.append(int(stat.parent.name))
+                children.append(int(stat.parent.name))
         except OSError:
             continue
-    return found
+    return children
 
 
 def report(out: Path) -> dict[str, Any]:

@@ -51,8 +51,8 @@ def whole(out: Path) -> str:
         step = checkpoint.load(out / "checkpoints").step
     except InbatchError as error:
         return str(error)
-    said = report(out)["last_step"]
-    return "of the last step" if step == said > 0 else f"of step {step}, not {said}"
+    last_step = report(out)["last_step"]
+    return "of the last step" if step == last_step > 0 else f"of step {step}, not {last_step}"
 
 
 def asked(number: int, to: str, folder: Path) -> dict[str, Any]:
@@ -136,8 +136,8 @@ def restarted(at: int, folder: Path) -> dict[str, Any]:
     what = f"open({str(once)!r} + os.environ['RANK'], 'w').close(); os._exit(9)"
     by = [*TORCHRUN, "--max-restarts", "1", *script(folder, "dies", AT.format(at=at, when=when, what=what))]
     ended = run(pretrain(out, "--resume", "auto", epochs=4), by=by)
-    found = steps(out) if ended.code == 0 else []
-    return ended.seen | {"status": report(out)["status"], "steps logged": found}
+    logged = steps(out) if ended.code == 0 else []
+    return ended.seen | {"status": report(out)["status"], "steps logged": logged}
 
 
 PREEMPTED = {"status": "preempted", "checkpoint": "of the last step", "processes left": 0}

@@ -57,10 +57,10 @@ def on_terminal(width: int, term: str, more: dict[str, str], folder: Path) -> di
         pass
     os.close(ours)
     code = end(process).code
-    said = text.decode(errors="replace")
-    colours = any(f"\x1b[{number}" in said for number in ("31", "32", "33", "34", "35", "36", "38", "9"))
-    found = {"exit": code, "traceback": "Traceback" in said, "says": said}
-    return found | {"escapes": "\x1b" in said, "colours": colours}
+    output = text.decode(errors="replace")
+    colours = any(f"\x1b[{number}" in output for number in ("31", "32", "33", "34", "35", "36", "38", "9"))
+    results = {"exit": code, "traceback": "Traceback" in output, "says": output}
+    return results | {"escapes": "\x1b" in output, "colours": colours}
 
 
 def no_terminal(folder: Path) -> dict[str, Any]:

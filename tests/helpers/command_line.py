@@ -15,6 +15,6 @@ def run(line: str) -> Result:
 
 
 def one_object(text: str) -> dict[str, Any]:
-    found = json.loads(text)
-    assert isinstance(found, dict)
-    return found
+    content = json.loads(text)
+    assert isinstance(content, dict)
+    return content

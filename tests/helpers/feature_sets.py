@@ -35,11 +35,11 @@ def pictures(n=21, sizes=((20, 20),), channels=1):
 
 def encoder(channels=1):
     """Return a small encoder in training mode whose data statistics differ from those of the test images."""
-    made = create_encoder("tiny", size=20, channels=channels).train()
-    for norm in (m for m in made.modules() if isinstance(m, nn.BatchNorm2d)):
+    model = create_encoder("tiny", size=20, channels=channels).train()
+    for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
         norm.momentum = 1.0
-    made(3 * torch.randn(16, channels, 20, 20) + 1)
-    return made
+    model(3 * torch.randn(16, channels, 20, 20) + 1)
+    return model
 
 
 def clouds(n, classes=4, width=8, spread=1.0, seed=0, name="clouds"):

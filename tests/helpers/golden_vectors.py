@@ -32,9 +32,9 @@ class Case:
     def leaf(self, name: str) -> Tensor:
         return self[name].clone().requires_grad_()
 
-    def check(self, found: Tensor, name: str, step: int | None = None) -> None:
+    def check(self, actual: Tensor, name: str, step: int | None = None) -> None:
         expected = self.arrays[name] if step is None else self.arrays[name][step]
-        np.testing.assert_allclose(found.detach().numpy(), expected, **self.tolerance, err_msg=name)
+        np.testing.assert_allclose(actual.detach().numpy(), expected, **self.tolerance, err_msg=name)
 
 
 @functools.cache

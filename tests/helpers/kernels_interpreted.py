@@ -24,18 +24,18 @@ EPS = torch.finfo(torch.float32).eps
 def cases() -> Iterator[Case]:
     def case(
         n: int, m: int, d: int, others: bool = False, temperature: float = 0.07, products: str = "float32",
-        some: tuple[int, int] | None = None, weights: str = "",
+        span: tuple[int, int] | None = None, weights: str = "",
     ) -> Case:  # fmt: skip
-        name = f"{n}x{m}x{d} exclude_self={others} T={temperature} {products} rows={some or 'all'} {weights}".strip()
-        return name, n, m, d, others, temperature, products, some, weights
+        name = f"{n}x{m}x{d} exclude_self={others} T={temperature} {products} rows={span or 'all'} {weights}".strip()
+        return name, n, m, d, others, temperature, products, span, weights
 
     for others in (False, True):
         for n, m, d in [(1, 1, 3), (5, 5, 16), (64, 64, 40), (130, 130, 128)]:
             for temperature in (0.07, 0.003):
                 yield case(n, m, d, others, temperature)
-        yield case(130, 130, 40, others, some=(63, 130))
-        yield case(5, 130, 16, others, some=(2, 3))
-        yield case(130, 5, 3, others, some=(1, 100))
+        yield case(130, 130, 40, others, span=(63, 130))
+        yield case(5, 130, 16, others, span=(2, 3))
+        yield case(130, 5, 3, others, span=(1, 100))
         for products in ("tf32x3", "bf16"):
             yield case(130, 64, 40, others, products=products)
             yield case(64, 130, 128, others, 0.003, products)
@@ -46,10 +46,10 @@ def cases() -> Iterator[Case]:
         yield case(5, 130, 256, others, products="bf16")
         for weights in ("w=0", "w=0.25", "w=3", "w=0 classes"):
             yield case(70, 130, 40, others, weights=weights)
-        yield case(66, 1100, 16, others, products="bf16", some=(3, 66), weights="w=0 classes")
+        yield case(66, 1100, 16, others, products="bf16", span=(3, 66), weights="w=0 classes")
         yield case(64, 64, 3, others, 0.003, weights="w=0")
     yield case(9, 9, 16, weights="w=0 one group")
-    yield case(5, 130, 16, some=(2, 2))
+    yield case(5, 130, 16, span=(2, 2))
     yield case(5, 0, 16)
 
 
@@ -89,8 +89,8 @@ def errors(case: Case, device: str = "cpu", symmetric: bool = False) -> dict[str
     rows, so that only the softmax's rounding remains: 2^-9 of the magnitudes added (2^-7 in the interpreter, which
     truncates), and none in the log-sum-exp.
     """
-    _, n, m, d, others, temperature, products, some, words = case
-    start, stop = some or (0, n)
+    _, n, m, d, others, temperature, products, span, words = case
+    start, stop = span or (0, n)
     scale, q = 1 / temperature, rows(n, d, 1, device)
     k = q if symmetric else rows(m, d, 2, device)
     wide = [(x.bfloat16() if products == "bf16" else x).double() for x in (q, k)]
@@ -110,35 +110,35 @@ def errors(case: Case, device: str = "cpu", symmetric: bool = False) -> dict[str
     cut = 2**-9 if q.is_cuda else 2**-7
     share = logits + (cut if products == "bf16" else 0)
 
-    def compare(found: Tensor | None, expected: Tensor, allowed: Tensor | float) -> float:
-        assert found is not None and found.shape == expected.shape and found.dtype == torch.float32
-        off = ((found - expected).abs() / allowed).masked_fill(found == expected, 0)
+    def compare(actual: Tensor | None, expected: Tensor, allowed: Tensor | float) -> float:
+        assert actual is not None and actual.shape == expected.shape and actual.dtype == torch.float32
+        off = ((actual - expected).abs() / allowed).masked_fill(actual == expected, 0)
         return float(off.max()) if off.numel() else 0.0
 
-    def back(weights: Tensor, b: Tensor, found: Tensor) -> float:
+    def back(weights: Tensor, b: Tensor, actual: Tensor) -> float:
         terms = scale * weights.abs()[start:stop] @ b.abs()
-        return compare(found, (scale * weights @ b)[start:stop], share * terms + 1e-30)
+        return compare(actual, (scale * weights @ b)[start:stop], share * terms + 1e-30)
 
     lse, none = triton_logsumexp.forward(q, k, scale, others, start, stop, False, products, weights)
     again, mean = triton_logsumexp.forward(q, k, scale, others, start, stop, True, products, weights)
     assert none is None and torch.equal(again, lse)
-    given = (scale, others, start, stop)
+    settings = (scale, others, start, stop)
     of_q, of_k = (lse_q.float(), grad_q), (lse_k.float(), grad_k)
-    told = {
+    deviations = {
         "lse": compare(lse, lse_q[start:stop], logits),
         "mean": compare(mean, (by_q @ wide[1])[start:stop], share * (by_q @ wide[1].abs())[start:stop] + 1e-30),
         "queries": back(
             grad_q[:, None] * by_q, wide[1],
-            triton_logsumexp.backward(q, k, *given, *of_q, None, None, products, weights)
+            triton_logsumexp.backward(q, k, *settings, *of_q, None, None, products, weights)
         ),
         "both": back(
             grad_q[:, None] * by_q + by_k * grad_k, wide[1],
-            triton_logsumexp.backward(q, k, *given, *of_q, *of_k, products, weights)
+            triton_logsumexp.backward(q, k, *settings, *of_q, *of_k, products, weights)
         ),
     }  # fmt: skip
-    start, stop = (0, m) if some is None else (min(start, m), min(stop, m))
-    found = triton_logsumexp.backward(k, q, scale, others, start, stop, None, None, *of_q, products, flipped)
-    return told | {"keys": back((grad_q[:, None] * by_q).T, wide[0], found)}
+    start, stop = (0, m) if span is None else (min(start, m), min(stop, m))
+    gradient = triton_logsumexp.backward(k, q, scale, others, start, stop, None, None, *of_q, products, flipped)
+    return deviations | {"keys": back((grad_q[:, None] * by_q).T, wide[0], gradient)}
 
 
 def logistic_errors(
@@ -166,24 +166,24 @@ def logistic_errors(
     rounded = allowed + ((2**-9 if q.is_cuda else 2**-7) if products == "bf16" else 0)
     flip = [None if x is None else x.flipped for x in (of_positives, weights)]
 
-    def worst(found: Tensor | None, expected: Tensor, tolerance: Tensor) -> float:
-        assert found is not None and found.shape == expected.shape and found.dtype == torch.float32
-        off = ((found - expected).abs() / (tolerance + 1e-30)).masked_fill(found == expected, 0)
+    def worst(actual: Tensor | None, expected: Tensor, tolerance: Tensor) -> float:
+        assert actual is not None and actual.shape == expected.shape and actual.dtype == torch.float32
+        off = ((actual - expected).abs() / (tolerance + 1e-30)).masked_fill(actual == expected, 0)
         return float(off.max()) if off.numel() else 0.0
 
-    told, bounds = [], [(0, n), (n // 3, n - n // 4)]
+    deviations, bounds = [], [(0, n), (n // 3, n - n // 4)]
     for start, stop in bounds:
         every = of_positives, positive == "diagonal", weights, (True, True, True), products
         loss, dq, db = triton_sigmoid.row_sums(q, k, bias, None, start, stop, *every)
         part = slice(start, stop)
-        told.append(worst(loss, losses.sum(1)[part], allowed * (losses + slopes.abs()).sum(1)[part]))
-        told.append(worst(db, slopes.sum(1)[part], allowed * 2 * slopes.abs().sum(1)[part]))
-        told.append(worst(dq, (slopes @ wide[1])[part], 2 * rounded * (slopes.abs() @ wide[1].abs())[part]))
+        deviations.append(worst(loss, losses.sum(1)[part], allowed * (losses + slopes.abs()).sum(1)[part]))
+        deviations.append(worst(db, slopes.sum(1)[part], allowed * 2 * slopes.abs().sum(1)[part]))
+        deviations.append(worst(dq, (slopes @ wide[1])[part], 2 * rounded * (slopes.abs() @ wide[1].abs())[part]))
     every = flip[0], positive == "diagonal", flip[1], (False, True, False), products
     none, dk, nothing = triton_sigmoid.row_sums(k, q, None, bias, 0, m, *every)
     assert none is nothing is None
-    told.append(worst(dk, slopes.T @ wide[0], 2 * rounded * (slopes.T.abs() @ wide[0].abs())))
-    return max(told) if all(x == x for x in told) else math.nan
+    deviations.append(worst(dk, slopes.T @ wide[0], 2 * rounded * (slopes.T.abs() @ wide[0].abs())))
+    return max(deviations) if all(x == x for x in deviations) else math.nan
 
 
 def sigmoids(device: str = "cpu") -> dict[str, float]:
@@ -199,7 +199,7 @@ def sigmoids(device: str = "cpu") -> dict[str, float]:
 def through_tiled() -> dict[str, float]:
     """Compare the kernels within `tiled` with the literal version and with torch's tiles, alone and over two ranks."""
     u, k = rows(40, 16, 1), rows(70, 16, 2)
-    told = {}
+    deviations = {}
     twice = SameGroup(torch.arange(40) % 6, torch.arange(70) % 6, 0.5, torch.arange(40) % 4, torch.arange(70) % 4)
     own = torch.arange(40) % 6
     for name, q, keys, others, learn, weights in (
@@ -218,21 +218,21 @@ def through_tiled() -> dict[str, float]:
                 assert value.grad_fn is not None and ("Tiled" in type(value.grad_fn).__name__) == (mode == "always")
                 value.square().sum().backward()
             answers.append([value.detach(), *(x.grad for x in ((a,) if b is a else (a, b)) if x.grad is not None)])
-        told[name] = max(_error(answers[1], answers[0]), _error(answers[1], answers[2]))
+        deviations[name] = max(_error(answers[1], answers[0]), _error(answers[1], answers[2]))
 
         plans = [logsumexp.LogSumExpConfig(rank=rank, world=2) for rank in range(2)]
         pairs, keys_of = (10.0, others, weights), None if keys is q else keys
         parts = [exponentials.kernel_sums(q, keys_of, *pairs, False, plan)[0] for plan in plans]
         lse = parts[0] + parts[1]
         needs = (*learn, False)[:2]
-        given = q, keys_of, lse, 2 * lse, *pairs, needs
-        shares = [[x for x in exponentials.kernel_gradients(*given, plan) if x is not None] for plan in plans]
-        told[f"{name}, two ranks"] = _error([lse, *(a + b for a, b in zip(*shares, strict=True))], answers[0])
-    return told | _sigmoids_through_tiled(u, k, twice)
+        inputs = q, keys_of, lse, 2 * lse, *pairs, needs
+        shares = [[x for x in exponentials.kernel_gradients(*inputs, plan) if x is not None] for plan in plans]
+        deviations[f"{name}, two ranks"] = _error([lse, *(a + b for a, b in zip(*shares, strict=True))], answers[0])
+    return deviations | _sigmoids_through_tiled(u, k, twice)
 
 
 def _sigmoids_through_tiled(u: Tensor, k: Tensor, weights: SameGroup) -> dict[str, float]:
-    told, bias = {}, rows(1, 40, 3)[0]
+    deviations, bias = {}, rows(1, 40, 3)[0]
     groups = SameGroup(weights.q_ids, weights.k_ids)
     for name, positive, w in (("sigmoid", None, None), ("sigmoid, groups", groups, weights)):
         answers = []
@@ -241,13 +241,13 @@ def _sigmoids_through_tiled(u: Tensor, k: Tensor, weights: SameGroup) -> dict[st
             with _torch_only(not kernels), logsumexp.using(mode=mode):
                 value = sigmoid_sums.sigmoid_sum(*leaves, positive=positive, weights=w)
                 answers.append([value.detach(), *torch.autograd.grad(3 * value, leaves)])
-        told[name] = max(_error(answers[1], answers[0]), _error(answers[1], answers[2]))
+        deviations[name] = max(_error(answers[1], answers[0]), _error(answers[1], answers[2]))
         plans = [logsumexp.LogSumExpConfig(rank=rank, world=2) for rank in range(2)]
-        given = u, k, bias, positive, w
-        shares = [sigmoid_sums._sums(*given, plan, (True, True, True)) for plan in plans]
+        inputs = u, k, bias, positive, w
+        shares = [sigmoid_sums._sums(*inputs, plan, (True, True, True)) for plan in plans]
         whole = [a + b for a, b in zip(*shares, strict=True) if a is not None and b is not None]
-        told[f"{name}, two ranks"] = _error([whole[0].sum(), *(3 * x for x in whole[1:])], answers[0])
-    return told
+        deviations[f"{name}, two ranks"] = _error([whole[0].sum(), *(3 * x for x in whole[1:])], answers[0])
+    return deviations
 
 
 def _torch_only(yes: bool):  # type: ignore[no-untyped-def]
@@ -255,15 +255,15 @@ def _torch_only(yes: bool):  # type: ignore[no-untyped-def]
     return patch.object(triton_logsumexp, "usable", lambda *_: False) if yes else logsumexp.using()
 
 
-def _error(found: list[Tensor], expected: list[Tensor]) -> float:
-    return max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, expected, strict=True))
+def _error(actual: list[Tensor], expected: list[Tensor]) -> float:
+    return max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(actual, expected, strict=True))
 
 
 def types() -> dict[str, float]:
     """Check that half-precision and strided rows give the results of the same rows in float32."""
     q, k = rows(5, 32, 1)[:, ::2], rows(16, 33, 2).T[:16].T
     k = k[:, :16]
-    told = {}
+    deviations = {}
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         a, b = q.to(dtype), k.to(dtype)
         assert triton_logsumexp.usable(a, b)
@@ -272,8 +272,8 @@ def types() -> dict[str, float]:
             a.float().contiguous(), b.float().contiguous(), 10.0, False, 0, 5, True
         )
         assert mean is not None and expected is not None
-        told[str(dtype)] = float((lse - other).abs().max() + (mean - expected).abs().max())
-    return told
+        deviations[str(dtype)] = float((lse - other).abs().max() + (mean - expected).abs().max())
+    return deviations
 
 
 def refused() -> dict[str, bool]:
@@ -289,11 +289,17 @@ def refused() -> dict[str, bool]:
 
 if __name__ == "__main__":
     wanted = sys.argv[1:]  # names of cases; all if there are none
-    told = {case[0]: errors(case) for case in cases() if not wanted or case[0] in wanted}
+    deviations = {case[0]: errors(case) for case in cases() if not wanted or case[0] in wanted}
     for n in (1, 5, 130):
         for temperature in (0.07, 0.003):
             name = f"symmetric {n} T={temperature}"
             if not wanted or name in wanted:
-                told[name] = errors((name, n, n, 16, True, temperature, "float32", None, "w=0.5"), symmetric=True)
-    found = {"cases": told, "types": types(), "refused": refused(), "tiled": through_tiled(), "sigmoids": sigmoids()}
-    print(json.dumps(found))
+                deviations[name] = errors((name, n, n, 16, True, temperature, "float32", None, "w=0.5"), symmetric=True)
+    report = {
+        "cases": deviations,
+        "types": types(),
+        "refused": refused(),
+        "tiled": through_tiled(),
+        "sigmoids": sigmoids(),
+    }
+    print(json.dumps(report))

@@ -41,7 +41,7 @@ class MixedBatch:
         x = self.views[view]
         places = torch.arange(len(x)).view(self.groups, -1)
         draw = self.mixer.draw(fold(self.key, view), places, (x.shape[-2], x.shape[-1]))
-        made, positive, weight = [], [], []
+        images, positive, weight = [], [], []
         for g, members in enumerate(places.tolist()):
             for m, partner in enumerate(draw.partner[g].tolist()):
                 share = draw.share[g, m]
@@ -50,11 +50,11 @@ class MixedBatch:
                     top, left, bottom, right = draw.box[g, m].tolist()
                     image = x[members[m]].clone()
                     image[:, top:bottom, left:right] = x[members[partner]][:, top:bottom, left:right]
-                made.append(image)
+                images.append(image)
                 positive.append((members[m], members[partner]))
                 weight.append((share, 1 - share))
         how = self.mixer.candidates, self.mixer.temperature
-        return torch.stack(made), Mixture(torch.tensor(positive).T, torch.tensor(weight, dtype=x.dtype).T, *how)
+        return torch.stack(images), Mixture(torch.tensor(positive).T, torch.tensor(weight, dtype=x.dtype).T, *how)
 
     def loss(self, rows: Rows, target: Rows, batch: Batch) -> Tensor:
         """Return the loss of a step."""

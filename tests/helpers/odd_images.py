@@ -103,7 +103,7 @@ def animals() -> list[Animal]:
     frames = {"save_all": True, "append_images": [other, other]}
     cmyk = rgb.convert("CMYK")
     photo = Image.fromarray(grey(RAMP))
-    found = [
+    files = [
         Animal("truncated.jpg", jpeg[: len(jpeg) // 2], None, why="truncated"),
         Animal("truncated.png", encoded(rgb, "PNG")[:-80], None, why="truncated"),
         Animal("truncated.webp", encoded(rgb, "WEBP", lossless=True)[:-9], None, why="cannot be read"),
@@ -155,10 +155,10 @@ def animals() -> list[Animal]:
     for orientation in range(1, 9):
         for kind, near in (("JPEG", 12), ("PNG", 0), ("WEBP", 0), ("TIFF", 0)):
             options = {"quality": 98} if kind == "JPEG" else {"lossless": True} if kind == "WEBP" else {}
-            found.append(
+            files.append(
                 Animal(f"turned {orientation}.{kind.lower()}", turned(kind, orientation, **options), grey(RAMP), near)
             )
-    return found
+    return files
 
 
 def ycck(image: Image.Image) -> bytes:
@@ -177,23 +177,23 @@ STRANGE = [b"with space.png", b"new\nline.png", b"quote'\".png", "emoji \U0001f6
 """Names that a file system accepts and a user may not expect."""
 
 
-def fill(root: Path, some: list[Animal]) -> list[Animal]:
-    for animal in some:
+def fill(root: Path, files: list[Animal]) -> list[Animal]:
+    for animal in files:
         (root / animal.name).write_bytes(animal.file)
-    return some
+    return files
 
 
 def name_strangely(root: Path) -> list[bytes]:
     """Write a file of each unusual name that this file system accepts; red of its first pixel is its number."""
-    made = []
+    names = []
     for number, name in enumerate(STRANGE):
         try:
             with open(os.path.join(os.fsencode(root), name), "wb") as file:
                 file.write(encoded(np.full((8, 8, 3), number, np.uint8), "PNG"))
         except OSError:
             continue
-        made.append(name)
-    return made
+        names.append(name)
+    return names
 
 
 def no_files(root: Path) -> dict[str, Callable[[], None]]:
@@ -203,8 +203,8 @@ def no_files(root: Path) -> dict[str, Callable[[], None]]:
         before = os.getcwd()
         os.chdir(root)  # a socket's path must be short
         try:
-            with socket.socket(socket.AF_UNIX) as made:
-                made.bind("socket.png")
+            with socket.socket(socket.AF_UNIX) as listener:
+                listener.bind("socket.png")
         finally:
             os.chdir(before)
 

@@ -69,14 +69,14 @@ def on_ranks(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
         ]
         for child in children:
             child.start()
-        found = {}
+        results = {}
         for _ in children:
             rank, value, error = answers.get(timeout=120)
             if error:
                 for child in children:
                     child.kill()
                 raise AssertionError(f"rank {rank}:\n{error}")
-            found[rank] = value
+            results[rank] = value
         for child in children:
             child.join(30)
-    return [found[r] for r in range(world)]
+    return [results[r] for r in range(world)]

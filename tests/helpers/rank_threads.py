@@ -56,12 +56,12 @@ class ThreadPeers:
 
 def on_threads(world: int, function: Callable[..., Any], *args: Any, **plan: Any) -> list[Any]:
     """Return the result of `function(rank, *args)` of each of `world` threads with their own rows."""
-    board, found, errors = Board(world), [None] * world, []
+    board, results, errors = Board(world), [None] * world, []
 
     def run(rank: int) -> None:
         try:
             with using(peers=ThreadPeers(board, rank, world), **plan):
-                found[rank] = function(rank, *args)
+                results[rank] = function(rank, *args)
         except BaseException as error:
             errors.append(error)
             board.barrier.abort()
@@ -76,4 +76,4 @@ def on_threads(world: int, function: Callable[..., Any], *args: Any, **plan: Any
         if not isinstance(error, threading.BrokenBarrierError):
             raise error
     assert not errors, errors
-    return found
+    return results

@@ -236,14 +236,14 @@ def curator(
         with model.evaluating():
             return torch.stack([model.features(view) for view in images(batch)])
 
-    made = (
+    result = (
         Curator(rounds=2, budget=None, rule="strict", distance="euclidean", model="live")
         if "strict" in plugs
         else Curator()
     )
-    made.prepare(network, embed, 1, snapshot, snapshot is not None)
-    made.starts = 0
-    return made.double()
+    result.prepare(network, embed, 1, snapshot, snapshot is not None)
+    result.starts = 0
+    return result.double()
 
 
 def similar(
@@ -292,18 +292,18 @@ def train(
     snapshot = copy.deepcopy(network) if shard else None
     for module in filter(None, (network, target, snapshot) if shard else ()):
         sharding.shard(module.encoder, blocks(module.encoder), torch.device("cpu"))
-    given: list[tuple[Tensor, ...]] = []
+    all_images: list[tuple[Tensor, ...]] = []
     views = views_of(variant)
 
     def drawn(batch: Batch) -> tuple[Tensor, ...]:
         """Return the given images of these samples, or their last redraw."""
-        made = [view[batch.index % n] for view in given[-1]]
+        images = [view[batch.index % n] for view in all_images[-1]]
         if batch.attempt is not None:
             for i in batch.attempt.nonzero()[:, 0].tolist():
                 again = redraw(batch.take(slice(i, i + 1)), int(batch.attempt[i]), views)
-                for view, fresh in zip(made, again, strict=True):
+                for view, fresh in zip(images, again, strict=True):
                     view[i] = fresh[0]
-        return tuple(made)
+        return tuple(images)
 
     step = Step(
         method=method, network=network, call=distributed.wrap(network), target=target, views=drawn, count=views,
@@ -314,7 +314,7 @@ def train(
     )  # fmt: skip
     losses = []
     for s, (batch, images) in enumerate(batches(n, steps, views_of(variant))):
-        given.append(images)
+        all_images.append(images)
         own = Batch(distributed.local_shard(batch.index), distributed.local_shard(batch.label))
         losses.append(step(replace(own, group=groups_of(own)), s)["loss"].item())
     return state(method, network, target) | {"loss": losses}
@@ -469,7 +469,7 @@ def _in_groups(network: Network, images: list[Tensor], views: list[int], groups:
     norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     start = [copy.deepcopy(m.state_dict()) for m in norms]
     left: list[list[dict[str, Tensor]]] = []
-    made = []
+    outputs = []
     for g, group in enumerate(grad_cache.cut(images, groups)):
         twins = copy.deepcopy(norms)  # one set of running statistics per group; parameters are shared below
         for norm, twin, old in zip(norms, twins, start, strict=True):
@@ -477,10 +477,10 @@ def _in_groups(network: Network, images: list[Tensor], views: list[int], groups:
             norm.running_mean, norm.running_var = twin.running_mean, twin.running_var
             norm.num_batches_tracked = twin.num_batches_tracked
         torch.manual_seed(fold(3, step, grad, g, 0))
-        made.append(network(group, views))
+        outputs.append(network(group, views))
         left.append([m.state_dict() for m in twins])
     for i, norm in enumerate(norms):
         norm.running_mean = sum(states[i]["running_mean"] for states in left) / groups
         norm.running_var = sum(states[i]["running_var"] for states in left) / groups
         norm.num_batches_tracked = left[0][i]["num_batches_tracked"]
-    return {k: torch.cat([part[k] for part in made], 1) for k in made[0]}
+    return {k: torch.cat([part[k] for part in outputs], 1) for k in outputs[0]}

@@ -16,12 +16,12 @@ CALLS = {
 
 def ways_out() -> list[str]:
     """Return the attempts that sitecustomize.py did not stop."""
-    found = []
+    attempts = []
     for name, call in CALLS.items():
         try:
             exec(call, {"socket": socket})
         except OSError as error:
-            found += [] if "a test tried to reach" in str(error) else [f"{name}: {error}"]
+            attempts += [] if "a test tried to reach" in str(error) else [f"{name}: {error}"]
         else:
-            found.append(f"{name}: no error")
-    return found
+            attempts.append(f"{name}: no error")
+    return attempts

@@ -29,24 +29,24 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGKILL)
 
 def processes() -> dict[int, tuple[int, str]]:
     """Return process id -> parent and state."""
-    found = {}
+    table = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
             state, parent = path.read_text().rpartition(")")[2].split()[:2]
         except OSError:
             continue
-        found[int(path.parent.name)] = int(parent), state
-    return found
+        table[int(path.parent.name)] = int(parent), state
+    return table
 
 
 def below(pid: int) -> set[int]:
     """Return the running descendants of a process."""
     known = processes()
-    found, new = set[int](), {pid}
+    descendants, new = set[int](), {pid}
     while new:
-        new = {child for child, (parent, state) in known.items() if parent in new and state not in "ZX"} - found
-        found |= new
-    return found
+        new = {child for child, (parent, state) in known.items() if parent in new and state not in "ZX"} - descendants
+        descendants |= new
+    return descendants
 
 
 def until(true: Callable[[], Any], seconds: float) -> bool:

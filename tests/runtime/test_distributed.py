@@ -62,8 +62,8 @@ def test_two_ranks_evaluate_as_one_process(tmp_path: Path) -> None:
     torch.set_num_threads(1)
     alone = evaluated(str(tmp_path / "one"))
     torch.set_num_threads(threads)
-    for found in on_ranks(2, evaluated, str(tmp_path / "two")):
-        assert found == alone
+    for figures in on_ranks(2, evaluated, str(tmp_path / "two")):
+        assert figures == alone
 
 
 def stopped_while_the_ranks_evaluate(out: str) -> tuple[str, int]:
@@ -112,8 +112,8 @@ def disagree(out: str) -> str:
 @pytest.mark.slow
 def test_ranks_that_disagree_are_refused(tmp_path: Path) -> None:
     """Fault 8: each rank gets another seed."""
-    for found in on_ranks(2, disagree, str(tmp_path / "run")):
-        assert "rank 1 has a different one from rank 0" in found
+    for message in on_ranks(2, disagree, str(tmp_path / "run")):
+        assert "rank 1 has a different one from rank 0" in message
 
 
 def test_too_few_processes_are_an_error(tmp_path: Path) -> None:

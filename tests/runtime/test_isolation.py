@@ -99,7 +99,7 @@ def test_public_functions_neither_depend_on_the_callers_state_nor_change_it(tmp_
     run, images = tmp_path / "run", torch.randint(0, 256, (40, 1, 32, 32), dtype=torch.uint8)
     labels = torch.arange(40) % 2
     digits = open_data("digits-canvas", subset=40)
-    some = Embeddings(torch.randn(40, 8), labels, tuple(map(str, range(40))), "some", "random")
+    embeddings = Embeddings(torch.randn(40, 8), labels, tuple(map(str, range(40))), "some", "random")
     loaded: list[Any] = []
     calls: dict[str, Callable[[], Any]] = {
         "pretrain": lambda: tiny("simclr", run, subset=32, epochs=1, overwrite=True),
@@ -113,10 +113,10 @@ def test_public_functions_neither_depend_on_the_callers_state_nor_change_it(tmp_
         "draw_views": lambda: inbatch.draw_views(images, tmp_path / "views.png", count=2).name,
         "survey_data": lambda: inbatch.survey_data((images, labels))["images"],
         "inspect_run": lambda: inbatch.inspect_run(run, count=2)["step"],
-        "knn": lambda: knn(some, some, 5),
-        "linear_probe": lambda: linear_probe(some, some),
-        "clustering": lambda: clustering(some, n_init=1),
-        "evaluate": lambda: evaluate(None, some, some, protocols=["knn", "few"], k=5, draws=1),
+        "knn": lambda: knn(embeddings, embeddings, 5),
+        "linear_probe": lambda: linear_probe(embeddings, embeddings),
+        "clustering": lambda: clustering(embeddings, n_init=1),
+        "evaluate": lambda: evaluate(None, embeddings, embeddings, protocols=["knn", "few"], k=5, draws=1),
         "embed": lambda: embed(loaded[-1], digits).vectors,
         "raw_pixels": lambda: raw_pixels(digits).vectors,
         "finetune": lambda: finetune(loaded[-1], digits, digits, Finetune(epochs=1, batch=20, steps=2))["top1"],

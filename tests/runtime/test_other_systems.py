@@ -87,9 +87,9 @@ def test_posix_modules_are_imported_only_if_they_exist() -> None:
 
 
 def test_the_runtime_works_without_posix(tmp_path: Path) -> None:
-    with elsewhere("inbatch.runtime") as found:
+    with elsewhere("inbatch.runtime") as modules:
         memory, signals, files, resources, load, child = (
-            found[f"inbatch.runtime.{name}"]
+            modules[f"inbatch.runtime.{name}"]
             for name in ("memory", "signals", "files", "resources", "cpu_load", "child_processes")
         )
         cpu = torch.device("cpu")

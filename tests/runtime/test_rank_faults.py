@@ -38,20 +38,20 @@ TIMEOUT = 4.0
 
 def at_once(*calls: Callable[[], Any]) -> list[Any]:
     """Run the calls at the same time; return what each returned or raised."""
-    found: list[Any] = [None] * len(calls)
+    results: list[Any] = [None] * len(calls)
 
     def run(i: int) -> None:
         try:
-            found[i] = calls[i]()
+            results[i] = calls[i]()
         except InbatchError as error:
-            found[i] = error
+            results[i] = error
 
     threads = [threading.Thread(target=run, args=(i,)) for i in range(len(calls))]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    return found
+    return results
 
 
 def rolls(world: int, timeout: float = 5.0) -> list[RankStore]:
@@ -67,8 +67,8 @@ def test_ranks_that_agree_continue_and_can_compare_again() -> None:
 
 def test_differing_settings_are_named_on_every_rank() -> None:
     together = rolls(3)
-    found = at_once(*(lambda r=r: r.meet({"batch_size": "64", "seed": "12"[r.rank == 2]}) for r in together))
-    for error in found:
+    errors = at_once(*(lambda r=r: r.meet({"batch_size": "64", "seed": "12"[r.rank == 2]}) for r in together))
+    for error in errors:
         assert isinstance(error, ConfigError)
         assert "disagree about the seed: rank 2 has a different one from rank 0 (2, not 1)" in str(error)
     facts = [dict.fromkeys("fedcba", str(number)) for number in range(2)]
@@ -108,9 +108,9 @@ def test_ranks_that_start_again_share_nothing_with_those_before() -> None:
     first = at_once(*(lambda r=r: fresh(store, r, 3, 0.5) for r in range(2)))
     assert "ranks 2 did not join" in str(first[0]) and isinstance(first[1], str)
     for _ in range(2):
-        told = at_once(*(lambda r=r: fresh(store, r, 3, 10) for r in range(3)))
-        assert len(set(told)) == 1 and told[0] != first[1]
-        first = told
+        prefixes = at_once(*(lambda r=r: fresh(store, r, 3, 10) for r in range(3)))
+        assert len(set(prefixes)) == 1 and prefixes[0] != first[1]
+        first = prefixes
 
 
 def test_rank_with_progress_is_awaited_and_one_without_is_named() -> None:
@@ -122,8 +122,8 @@ def test_rank_with_progress_is_awaited_and_one_without_is_named() -> None:
             time.sleep(0.1)
             roll.advance("parts", finished=part == 7)
 
-    found = at_once(lambda: first.follow("parts", [1, 2]), lambda: works(second, 8), lambda: works(third, 8))
-    assert found == [None] * 3
+    results = at_once(lambda: first.follow("parts", [1, 2]), lambda: works(second, 8), lambda: works(third, 8))
+    assert results == [None] * 3
     first, second, third = rolls(3, timeout=0.4)
     began = time.monotonic()
     error = at_once(lambda: first.follow("parts", [1, 2]), lambda: works(second, 8), lambda: works(third, 2))[0]
@@ -242,20 +242,20 @@ def ends(world: int, fault: str, bad: int, heard: int, ring: bool = False) -> di
 @pytest.mark.parametrize(("fault", "bad"), [("dies", 1), ("is killed", 0), ("hangs", 2)])
 def test_a_lost_rank_is_named_by_all_others(fault: str, bad: int) -> None:
     """Fault 7, four ranks: not all of them wait for the lost rank directly."""
-    found = ends(4, fault, bad, heard=3)
-    assert sorted(found) == [r for r in range(4) if r != bad]
-    speakers = [rank for rank, (_, _, speaks, _) in found.items() if speaks]
-    assert speakers == [min(found)]
-    for kind, sentence, _, _ in found.values():
+    endings = ends(4, fault, bad, heard=3)
+    assert sorted(endings) == [r for r in range(4) if r != bad]
+    speakers = [rank for rank, (_, _, speaks, _) in endings.items() if speaks]
+    assert speakers == [min(endings)]
+    for kind, sentence, _, _ in endings.values():
         assert kind == "RankError" and f"lost rank {bad}:" in sentence, sentence
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", ["dies in a step", "hangs in a step", "dies in a save", "hangs in a save"])
 def test_a_rank_lost_in_a_sharded_step_or_save_is_named(fault: str) -> None:
-    found = ends(3, fault, 1, heard=2)
-    assert sorted(found) == [0, 2]
-    for kind, sentence, _, _ in found.values():
+    endings = ends(3, fault, 1, heard=2)
+    assert sorted(endings) == [0, 2]
+    for kind, sentence, _, _ in endings.values():
         assert kind == "RankError" and "lost rank 1:" in sentence, sentence
 
 
@@ -266,17 +266,17 @@ def test_a_rank_that_cannot_write_its_shards_is_named() -> None:
 
 
 @pytest.mark.parametrize(
-    ("fault", "kind", "told"),
+    ("fault", "kind", "sentence"),
     [
         ("cannot read", "DataError", "rank 1: cat.jpg cannot be read"),
         ("has a bug", "RankError", "rank 1: RuntimeError: shapes do not fit"),
     ],
 )
-def test_an_error_of_one_rank_is_repeated_by_the_others(fault: str, kind: str, told: str) -> None:
-    found = ends(3, fault, 1, heard=3)
+def test_an_error_of_one_rank_is_repeated_by_the_others(fault: str, kind: str, sentence: str) -> None:
+    endings = ends(3, fault, 1, heard=3)
     for rank in (0, 2):
-        assert found[rank][:2] == [kind, told]
-    assert found[1][1] in told and not found[1][1].startswith("rank 1")
+        assert endings[rank][:2] == [kind, sentence]
+    assert endings[1][1] in sentence and not endings[1][1].startswith("rank 1")
 
 
 def missing(folder: str) -> tuple[str, str, float]:
@@ -335,8 +335,8 @@ def relabelled() -> str:
 
 @pytest.mark.slow
 def test_different_labels_on_one_rank_are_refused() -> None:
-    for found in on_ranks(2, relabelled):
-        assert "disagree about the names or labels of the images: rank 1 has a different one from rank 0" in found
+    for message in on_ranks(2, relabelled):
+        assert "disagree about the names or labels of the images: rank 1 has a different one from rank 0" in message
 
 
 def killed(out: str, step: int) -> Any:
@@ -374,14 +374,14 @@ def test_another_rank_writes_the_report_if_rank_0_dies(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("fault", "bad"), [("dies", 1), ("hangs", 2)])
 def test_a_rank_that_is_lost_while_rows_pass_is_named_by_all_others(fault: str, bad: int) -> None:
-    found = ends(4, fault, bad, heard=3, ring=True)
-    assert sorted(found) == [r for r in range(4) if r != bad]
-    for kind, sentence, _, _ in found.values():
+    endings = ends(4, fault, bad, heard=3, ring=True)
+    assert sorted(endings) == [r for r in range(4) if r != bad]
+    for kind, sentence, _, _ in endings.values():
         assert kind == "RankError" and f"lost rank {bad}:" in sentence, sentence
 
 
 @pytest.mark.slow
 def test_a_rank_with_other_rows_is_named_before_rows_pass() -> None:
-    found = ends(3, "differs", 2, heard=3, ring=True)
-    for kind, sentence, *_ in found.values():
+    endings = ends(3, "differs", 2, heard=3, ring=True)
+    for kind, sentence, *_ in endings.values():
         assert kind == "ConfigError" and "rank 2 torch.float32 of shape (8, 9)" in sentence, sentence

@@ -23,8 +23,8 @@ def tree(root: Path, files: dict[str, str]) -> Path:
 
 
 def group(path: str, limit: str, used: int, cached: int) -> dict[str, str]:
-    told = {"memory.max": limit, "memory.current": f"{used}", "memory.stat": f"anon 5\ninactive_file {cached}\n"}
-    return {f"sys/fs/cgroup{path}/{name}": text + "\n" for name, text in told.items()}
+    texts = {"memory.max": limit, "memory.current": f"{used}", "memory.stat": f"anon 5\ninactive_file {cached}\n"}
+    return {f"sys/fs/cgroup{path}/{name}": text + "\n" for name, text in texts.items()}
 
 
 def test_limits_of_version_2(tmp_path: Path) -> None:
@@ -40,8 +40,8 @@ def test_limits_of_a_container_are_read_from_the_root_group(tmp_path: Path) -> N
 
 
 def test_limits_of_version_1(tmp_path: Path) -> None:
-    told = {"limit_in_bytes": "1000", "usage_in_bytes": "900", "stat": "inactive_file 1\ntotal_inactive_file 300"}
-    files = {f"sys/fs/cgroup/memory/slurm/job/memory.{name}": text for name, text in told.items()}
+    texts = {"limit_in_bytes": "1000", "usage_in_bytes": "900", "stat": "inactive_file 1\ntotal_inactive_file 300"}
+    files = {f"sys/fs/cgroup/memory/slurm/job/memory.{name}": text for name, text in texts.items()}
     files |= {"proc/self/cgroup": "9:cpuset:/x\n4:memory:/slurm/job\n0::/\n"}
     assert limited_bytes(tree(tmp_path, files)) == [400]
 
@@ -64,8 +64,8 @@ def test_cores_of_a_quota(tmp_path: Path) -> None:
 def test_cores_of_a_quota_of_version_1(tmp_path: Path) -> None:
     files = {"proc/self/cgroup": "3:cpu,cpuacct:/box\n1:cpuset:/\n"}
     for folder in ("cpu", "cpu,cpuacct"):  # mounted alone or together with cpuacct
-        told = {f"cpu.cfs_{name}_us": text for name, text in (("quota", "400000\n"), ("period", "100000\n"))}
-        place = tree(tmp_path / folder, files | {f"sys/fs/cgroup/{folder}/box/{k}": v for k, v in told.items()})
+        texts = {f"cpu.cfs_{name}_us": text for name, text in (("quota", "400000\n"), ("period", "100000\n"))}
+        place = tree(tmp_path / folder, files | {f"sys/fs/cgroup/{folder}/box/{k}": v for k, v in texts.items()})
         assert cores(place) == 4
 
 

@@ -39,11 +39,13 @@ def compared(variant: str, groups: int, options: Mapping[str, Any]) -> float:
 def all_compared(cases: list[tuple[str, int, dict[str, Any]]]) -> dict[str, float]:
     """Return the differences of some cases, and those of the units of a ViT from its blocks and its bytes."""
     torch.manual_seed(0)
-    found = {f"{variant} {groups} {options}": compared(variant, groups, options) for variant, groups, options in cases}
+    differences = {
+        f"{variant} {groups} {options}": compared(variant, groups, options) for variant, groups, options in cases
+    }
     encoder = vit()
     sharding.shard(encoder, blocks(encoder), torch.device("cpu"))
     sizes, numbers = sharding.unit_sizes(encoder), sum(p.numel() for p in encoder.parameters())
-    return found | {"units": abs(len(sizes) - 3), "bytes": abs(sum(sizes) - 4 * numbers)}
+    return differences | {"units": abs(len(sizes) - 3), "bytes": abs(sum(sizes) - 4 * numbers)}
 
 
 CASES: list[tuple[str, int, dict[str, Any]]] = [

@@ -72,16 +72,16 @@ def test_old_handlers_come_back():
 
 
 def test_outside_the_main_thread_nothing_is_changed():
-    before, found = [signal.getsignal(n) for n in SIGNALS], []
+    before, results = [signal.getsignal(n) for n in SIGNALS], []
 
     def work():
         with stop_on_signals() as stop:
-            found.append((stop, [signal.getsignal(n) for n in SIGNALS]))
+            results.append((stop, [signal.getsignal(n) for n in SIGNALS]))
 
     thread = threading.Thread(target=work)
     thread.start()
     thread.join()
-    stop, during = found[0]
+    stop, during = results[0]
     assert isinstance(stop, Stop) and stop.requested is None and during == before
 
 

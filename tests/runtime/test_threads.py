@@ -103,10 +103,14 @@ def test_the_number_follows_the_load(beside: list[float]) -> None:
     beside[:] = [0.1, 1.0, 0.9, 0.0, 1.0]
     used: list[int] = []
     with Threads(CPU, used) as chosen:
-        said, counts = zip(*((chosen.decide(), torch.get_num_threads()) for _ in range(5)), strict=True)
+        sentences, counts = zip(*((chosen.decide(), torch.get_num_threads()) for _ in range(5)), strict=True)
     assert counts == (2, 1, 1, 2, 1) and used == [2, 1]
-    assert [bool(sentence) for sentence in said] == [False, True, False, False, False], "said once"
-    assert "1.0 of 2 cores busy" in said[1] and "1 instead of 2 threads" in said[1] and "OMP_NUM_THREADS=2" in said[1]
+    assert [bool(sentence) for sentence in sentences] == [False, True, False, False, False], "said once"
+    assert (
+        "1.0 of 2 cores busy" in sentences[1]
+        and "1 instead of 2 threads" in sentences[1]
+        and "OMP_NUM_THREADS=2" in sentences[1]
+    )
     assert torch.get_num_threads() == 2, "as before the run"
 
 

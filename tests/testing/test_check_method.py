@@ -119,9 +119,9 @@ def test_a_statistic_of_local_rows_differs_between_real_ranks(monkeypatch: pytes
     import torch
 
     def states(trial: Trial) -> list[dict[str, torch.Tensor]]:
-        found = on_ranks(2, rank_states, trial)
+        results = on_ranks(2, rank_states, trial)
         exact = {n: x.dtype for n, x in trial.train(trial.parts()).items()}
-        return [{name: torch.tensor(x, dtype=exact[name]) for name, x in state.items()} for state in found]
+        return [{name: torch.tensor(x, dtype=exact[name]) for name, x in state.items()} for state in results]
 
     monkeypatch.setattr(ranks, "_on_ranks", states)
     finding = ranks.ranks(Trial(wrong.LocalStatistic))
