@@ -47,8 +47,8 @@ CONTESTANTS: dict[str, dict[str, Any]] = {
 def examine(device: str = "auto") -> list[Finding]:
     """Return the available capabilities and those in use; only the CPU load is measured."""
     on = device_for(device)
-    found = [_threads(on), _busy(on), _memory(), *_gpu(on), _precision(on), _products(), _allocator(), _denormals()]
-    return [*found, _views(), _jpeg(), _shared_memory(), _cache(), *_extras()]
+    findings = [_threads(on), _busy(on), _memory(), *_gpu(on), _precision(on), _products(), _allocator(), _denormals()]
+    return [*findings, _views(), _jpeg(), _shared_memory(), _cache(), *_extras()]
 
 
 def measure(quick: bool = False, until: float = math.inf) -> dict[str, Any]:
@@ -82,10 +82,10 @@ def measure(quick: bool = False, until: float = math.inf) -> dict[str, Any]:
     mine = job | {"module": "inbatch.apps.bench.tower", "make": "tower", "batch": batch, "waits": True}
     bf16 = precision_for("auto", torch.device("cpu")) == torch.bfloat16
     chosen = {who: settings for who, settings in CONTESTANTS.items() if bf16 or not settings["bf16"]}
-    field = [Implementation(who, mine | settings, limit=LIMIT, until=until) for who, settings in chosen.items()]
-    race = BenchmarkRounds("encoder", "views/s", field).run(1 if quick else 3, reached, show_missing=True)
-    found = {"environment": environment(torch.device("cpu")), "ceilings": reached, "threads": threads, "batch": batch}
-    return found | {"tower": race["contestants"]}
+    implementations = [Implementation(who, mine | settings, limit=LIMIT, until=until) for who, settings in chosen.items()]
+    comparison = BenchmarkRounds("encoder", "views/s", implementations).run(1 if quick else 3, reached, show_missing=True)
+    result = {"environment": environment(torch.device("cpu")), "ceilings": reached, "threads": threads, "batch": batch}
+    return result | {"tower": comparison["contestants"]}
 
 
 def batch_for(rate: float) -> int:
@@ -138,12 +138,12 @@ def _extras() -> list[Finding]:
     ]
 
 
-def measurement_rows(found: dict[str, Any]) -> list[tuple[str, str, str]]:
+def measurement_rows(result: dict[str, Any]) -> list[tuple[str, str, str]]:
     """Return the rows of `measure`'s result: measurement, rate, and ratio to torch's default settings."""
-    reached = found["ceilings"]
+    reached = result["ceilings"]
     lines = [("products and copies", reached["failed"], "")] if "failed" in reached else _reached(**reached)
-    base = next(iter(found["tower"].values())).get("rate")
-    for who, row in found["tower"].items():
+    base = next(iter(result["tower"].values())).get("rate")
+    for who, row in result["tower"].items():
         if "rate" not in row or base is None:
             lines.append((who, row.get("failed", ""), ""))
         else:

@@ -40,14 +40,14 @@ def files(job: dict[str, Any]) -> list[bytes]:
     return [blob[begin:end] for begin, end in itertools.pairwise([0, *ends])]
 
 
-def in_turn(items: list[Any], some: int, do: Callable[[Any], Any], units: int = 1) -> Callable[[], int]:
+def in_turn(items: list[Any], count: int, do: Callable[[Any], Any], units: int = 1) -> Callable[[], int]:
     """Return a function that applies `do` to the next `some` items, cyclically."""
     endless: Iterator[Any] = itertools.cycle(items)
 
     def call() -> int:
-        for item in itertools.islice(endless, some):
+        for item in itertools.islice(endless, count):
             do(item)
-        return some * units
+        return count * units
 
     return call
 
@@ -141,20 +141,20 @@ def embeddings(job: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def neighbours(job: dict[str, Any]) -> Work:
     """Run k-NN by matrix products and top-k, in blocks of queries."""
     bank, labels, queries, true = (x.to(job["device"]) for x in embeddings(job))
-    told = {"top1": 0.0}
+    properties = {"top1": 0.0}
 
     def call() -> int:
         right = 0
         keys = F.normalize(bank)
-        for some, label in zip(F.normalize(queries).split(256), true.split(256), strict=True):
-            near = (some @ keys.T).topk(job["k"])
-            votes = torch.zeros(len(some), job["classes"], device=some.device)
+        for block, label in zip(F.normalize(queries).split(256), true.split(256), strict=True):
+            near = (block @ keys.T).topk(job["k"])
+            votes = torch.zeros(len(block), job["classes"], device=block.device)
             votes.scatter_add_(1, labels[near.indices], (near.values / 0.1).exp())
             right += int((votes.argmax(1) == label).sum())
-        told["top1"] = right / len(true)
+        properties["top1"] = right / len(true)
         return 1
 
-    return call, told
+    return call, properties
 
 
 def probe(job: dict[str, Any]) -> Work:
@@ -163,15 +163,15 @@ def probe(job: dict[str, Any]) -> Work:
     from sklearn.preprocessing import StandardScaler
 
     bank, labels, queries, true = (x.numpy() for x in embeddings(job))
-    told = {"top1": 0.0}
+    properties = {"top1": 0.0}
 
     def call() -> int:
         scale = StandardScaler().fit(bank)
         model = LogisticRegression(max_iter=200).fit(scale.transform(bank), labels)
-        told["top1"] = float(model.score(scale.transform(queries), true))
+        properties["top1"] = float(model.score(scale.transform(queries), true))
         return 1
 
-    return call, told
+    return call, properties
 
 
 def clusters(job: dict[str, Any]) -> Work:
@@ -180,14 +180,14 @@ def clusters(job: dict[str, Any]) -> Work:
     from sklearn.metrics import normalized_mutual_info_score
 
     _, _, queries, true = embeddings(job)
-    rows, told = F.normalize(queries).numpy(), {"nmi": 0.0}
+    rows, properties = F.normalize(queries).numpy(), {"nmi": 0.0}
 
     def call() -> int:
-        found = KMeans(job["classes"], n_init=10, random_state=0).fit_predict(rows)
-        told["nmi"] = float(normalized_mutual_info_score(true.numpy(), found))
+        assignment = KMeans(job["classes"], n_init=10, random_state=0).fit_predict(rows)
+        properties["nmi"] = float(normalized_mutual_info_score(true.numpy(), assignment))
         return 1
 
-    return call, told
+    return call, properties
 
 
 def cifar_stem(backbone: Any, padding: int = 1) -> nn.Module:

@@ -114,8 +114,8 @@ class Implementation:
         if code == -9:  # the system's memory limit
             return {"failed": "out of memory"}
         self.errors.seek(0)
-        said = self.errors.read().strip().splitlines() or [f"ended with {code}"]
-        return {"failed": said[-1]}
+        lines = self.errors.read().strip().splitlines() or [f"ended with {code}"]
+        return {"failed": lines[-1]}
 
     def _stop(self) -> None:
         """Kill a late process, in a thread separate from the waiting one."""
@@ -170,7 +170,7 @@ class BenchmarkRounds:
                 bytes.
             show_missing: Also list libraries that are not installed.
         """
-        found: dict[str, Any] = {}
+        results: dict[str, Any] = {}
         with ending():
             try:
                 for one in self.contestants:
@@ -189,9 +189,9 @@ class BenchmarkRounds:
                 rows = {one.who: one.end() for one in self.contestants}
         for who, row in rows.items():
             if show_missing or not row.get("failed", "").startswith("not installed"):
-                found[who] = row | shared(row, ceilings)
+                results[who] = row | shared(row, ceilings)
         threads = sorted({one.job["threads"] for one in self.contestants})
-        return {"title": self.title, "unit": self.unit, "threads": threads, "contestants": found}
+        return {"title": self.title, "unit": self.unit, "threads": threads, "contestants": results}
 
 
 def shared(row: Mapping[str, Any], ceilings: Mapping[str, Any]) -> dict[str, Any]:

@@ -44,8 +44,8 @@ def tower(job: dict[str, Any]) -> tuple[Callable[[], int], dict[str, Any]]:
         encoder.zero_grad(set_to_none=True)
         for view in images:
             with torch.autocast("cpu", torch.bfloat16, enabled=job["bf16"]):
-                made = encoder(view)
-            made.float().square().mean().backward()
+                embedding = encoder(view)
+            embedding.float().square().mean().backward()
         return 2 * job["batch"]
 
     return step, {}

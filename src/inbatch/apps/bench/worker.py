@@ -29,12 +29,12 @@ BRIEF = 0.1
 """Seconds; shorter calls are warmed up at the start of a round, since caches and clock rates drop during a pause."""
 
 
-def contest(job: dict[str, Any], tell: Callable[[dict[str, Any]], None]) -> None:
+def contest(job: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> None:
     """Prepare the workload, then run one round of it for every line on stdin."""
     import torch
 
     torch.set_num_threads(job["threads"])
-    call, told = getattr(importlib.import_module(job["module"]), job["make"])(job)
+    call, properties = getattr(importlib.import_module(job["module"]), job["make"])(job)
     if job.get("waits"):  # other processes import at the same time
         sys.stdin.readline()
     asynchronous = job["device"].startswith("cuda")
@@ -58,7 +58,7 @@ def contest(job: dict[str, Any], tell: Callable[[dict[str, Any]], None]) -> None
         with contextlib.suppress(PackageNotFoundError):
             versions[name] = version(name)
     signal_workers("SIGSTOP")
-    tell(told | {"first_seconds": first, "calls": calls, "versions": versions})
+    send(properties | {"first_seconds": first, "calls": calls, "versions": versions})
     try:
         for _ in sys.stdin:
             signal_workers("SIGCONT")
@@ -66,7 +66,7 @@ def contest(job: dict[str, Any], tell: Callable[[dict[str, Any]], None]) -> None
                 timed(1)
             seconds, units = timed(calls)
             signal_workers("SIGSTOP")
-            tell({"seconds": seconds, "units": units})
+            send({"seconds": seconds, "units": units})
     finally:  # a stopped process cannot exit
         signal_workers("SIGCONT")
 
