@@ -89,7 +89,7 @@ class Timed:
         self.built, self.device = built, built.loader.device
         self.batches = list(built.loader.epoch(EPOCH))
         self.seconds: list[float] = []
-        self.told: list[dict[str, float]] = []
+        self.curation: list[dict[str, float]] = []
         self.peak = 0
 
     def step(self, number: int, kept: bool) -> None:
@@ -103,7 +103,7 @@ class Timed:
         seconds = time.perf_counter() - begin
         if kept:
             self.seconds.append(seconds)
-            self.told.append({name: float(x) for name, x in losses.items() if name.startswith("curate_")})
+            self.curation.append({name: float(x) for name, x in losses.items() if name.startswith("curate_")})
             if self.device.type == "cuda":
                 self.peak = max(self.peak, torch.cuda.max_memory_allocated(self.device) - before)
 
@@ -126,7 +126,7 @@ def measure(args: argparse.Namespace, size: int) -> dict[str, dict[str, Any]]:
     for number in range(args.warm + args.repeat):
         for entry in timed.values():
             entry.step(number, number >= args.warm)
-    rows = {name: told(entry) for name, entry in timed.items()}
+    rows = {name: figures(entry) for name, entry in timed.items()}
     for name, row in rows.items():
         for key, other in (("ratio", PLAIN), ("ratio_to_groups", AGAINST.get(name))):
             if other in rows:
@@ -138,7 +138,7 @@ def measure(args: argparse.Namespace, size: int) -> dict[str, dict[str, Any]]:
     return rows
 
 
-def told(entry: Timed) -> dict[str, Any]:
+def figures(entry: Timed) -> dict[str, Any]:
     """Return the figures of an entry."""
     quarters = statistics.quantiles(entry.seconds, n=4) if len(entry.seconds) > 1 else [entry.seconds[0]] * 3
     row: dict[str, Any] = {"seconds": statistics.median(entry.seconds), "quartiles": [quarters[0], quarters[2]]}
@@ -146,9 +146,9 @@ def told(entry: Timed) -> dict[str, Any]:
     row["kept_bytes"] = memory["activations_of_a_group"] + memory["curator"]
     if entry.device.type == "cuda":
         row["peak_bytes"] = entry.peak
-    if entry.told[0]:
+    if entry.curation[0]:
         names = ("rounds", "redrawn", "violating_before", "violating")
-        row["curate"] = {name: statistics.mean(t[f"curate_{name}"] for t in entry.told) for name in names}
+        row["curate"] = {name: statistics.mean(t[f"curate_{name}"] for t in entry.curation) for name in names}
     row["context"] = entry.built.context
     return row
 

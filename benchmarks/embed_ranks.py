@@ -55,7 +55,7 @@ def case(rank: int, world: int, folder: Path, port: int) -> None:
         "cpu_seconds": time.process_time() - used,
         "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
-    (folder / f"told-{rank}").write_text(json.dumps(figures))
+    (folder / f"rank-{rank}.json").write_text(json.dumps(figures))
     dist.barrier()
     dist.destroy_process_group()
 
@@ -67,7 +67,7 @@ def measured(world: int, folder: Path) -> dict[str, Any]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     torch.multiprocessing.start_processes(case, args=(world, folder, port), nprocs=world, start_method="spawn")
-    figures = [json.loads((folder / f"told-{rank}").read_text()) for rank in range(world)]
+    figures = [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(world)]
     return {
         "ranks": world,
         "images": figures[0]["images"],

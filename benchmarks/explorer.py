@@ -135,7 +135,9 @@ def main() -> None:
             result = measure(address, tuple(args.size), args.seconds)
             size = page.stat().st_size / 1e6
             print(
-                json.dumps({"points": count, "megabytes": round(size, 1), "load": os.getloadavg()[0]} | result, indent=1)
+                json.dumps(
+                    {"points": count, "megabytes": round(size, 1), "load": os.getloadavg()[0]} | result, indent=1
+                )
             )
 
 

@@ -39,11 +39,11 @@ WAYS: dict[str, dict[str, Any]] = {
 TOLERANCE = {"kernels, bf16": 1e-2}
 """Relative error in the norm that is allowed; 2e-5 otherwise: a few roundings of float32, magnified by 1 / T."""
 
-Given = tuple[Tensor, Tensor | None, Tensor]
+Inputs = tuple[Tensor, Tensor | None, Tensor]
 """Rows, the queue if there is one, and the gradient of the log-sum-exps."""
 
 
-def given(n: int, queue: int, dim: int, device: torch.device) -> Given:
+def draw_inputs(n: int, queue: int, dim: int, device: torch.device) -> Inputs:
     """Draw unit rows around centres, so that a softmax is neither flat nor one-hot."""
     g = torch.Generator(device).manual_seed(0)
     centres = torch.randn(64, dim, generator=g, device=device)
@@ -93,7 +93,7 @@ def off(computed: Tensor, expected: Tensor) -> float:
     return float((computed.double() - expected).norm() / expected.norm())
 
 
-def check(ways: Sequence[str], what: Given) -> dict[str, dict[str, Any]]:
+def check(ways: Sequence[str], what: Inputs) -> dict[str, dict[str, Any]]:
     """Return the errors of every implementation against float64; out_of_memory if it needs too much."""
     expected = reference(*what)
     rows: dict[str, dict[str, Any]] = {}
@@ -118,7 +118,7 @@ def seconds(call: Callable[[], object]) -> float:
     return begin.elapsed_time(end) / 1e3
 
 
-def measure(what: Given, repeat: int) -> dict[str, dict[str, Any]]:
+def measure(what: Inputs, repeat: int) -> dict[str, dict[str, Any]]:
     """Measure errors, seconds and bytes of every implementation on the same rows."""
     rows = check(list(WAYS), what)
     ways = [way for way in WAYS if "out_of_memory" not in rows[way]]
@@ -183,7 +183,7 @@ def main(words: Sequence[str] | None = None) -> int:
     right = True
     for n in args.rows:
         for name, queue in (("rows meet themselves", 0), ("rows against a queue", args.queue)):
-            rows = measure(given(n, queue, args.dim, device), args.repeat)
+            rows = measure(draw_inputs(n, queue, args.dim, device), args.repeat)
             result["cases"].setdefault(name, {})[str(n)] = rows
             right &= all(row.get("right", True) for row in rows.values())
             say(f"{name}, N = {n:,}{f', M = {queue:,}' if queue else ''}, D = {args.dim}, forward and backward")

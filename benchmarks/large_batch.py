@@ -34,7 +34,7 @@ TOLERANCE = 1e-6
 """Tolerance of the loss against the literal one: float32 against float64."""
 
 
-def made(args: argparse.Namespace, method: str, batch: int) -> RunComponents:
+def prepare_run(args: argparse.Namespace, method: str, batch: int) -> RunComponents:
     """Return a run with the preset for CIFAR-10, ready for its first step."""
     words = {"batch_size": batch, "context": args.context, "preset": "cifar", "encoder": args.encoder, "epochs": 10}
     return prepare(args.data, method, device=args.device, **words)
@@ -55,7 +55,7 @@ def literal(z: Tensor, temperature: float) -> float:
 
 def steps(args: argparse.Namespace) -> dict[str, Any]:
     """Measure steps of one large batch."""
-    built = made(args, "simclr", args.batch)
+    built = prepare_run(args, "simclr", args.batch)
     rows: list[Tensor] = []
     compute = built.method.loss
 
@@ -82,7 +82,7 @@ def steps(args: argparse.Namespace) -> dict[str, Any]:
 def cost(args: argparse.Namespace, method: str) -> dict[str, Any]:
     """Return the seconds per image in groups, relative to those of one group."""
     many = args.context * args.groups
-    built = {size: made(args, method, size) for size in (args.context, many)}
+    built = {size: prepare_run(args, method, size) for size in (args.context, many)}
     batches = {size: next(iter(one.loader.epoch(0, stop=1))) for size, one in built.items()}
     seconds: dict[int, list[float]] = {size: [] for size in built}
     for number in range(1 + args.repeat):

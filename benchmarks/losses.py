@@ -47,9 +47,10 @@ ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "results" / "losses.json"
 PLOT = ROOT / "docs" / "losses.png"
 
-spec = importlib.util.spec_from_file_location("children", ROOT / "src" / "inbatch" / "runtime" / "child_processes.py")
-children = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(children)
+CHILD_PROCESSES = ROOT / "src" / "inbatch" / "runtime" / "child_processes.py"
+spec = importlib.util.spec_from_file_location("child_processes", CHILD_PROCESSES)
+child_processes = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(child_processes)
 
 OURS = {
     "inbatch": {"mode": "auto"},
@@ -266,7 +267,7 @@ class Measured:
 
         return logsumexp.using(**self.plan)
 
-    def told(self) -> dict[str, float]:
+    def figures(self) -> dict[str, float]:
         """Return the value and the norm of the gradient of the last call."""
         squares = (float(leaf.grad.double().square().sum()) for leaf in self.leaves if leaf.grad is not None)
         return {"value": float(self.value), "gradient": math.sqrt(sum(squares))}
@@ -315,7 +316,7 @@ def within(seconds: int, call: Callable[[], Any]) -> Any:
         signal.alarm(0)
 
 
-def contest(job: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> None:
+def serve(job: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> None:
     """Measure one implementation: value and memory of a call, then, per line on stdin, the seconds of some calls."""
     import torch
 
@@ -328,7 +329,7 @@ def contest(job: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> None
     begin = time.perf_counter()
     extra = within(limit, measured.memory)
     first = time.perf_counter() - begin
-    send({"versions": versions(job["who"]), "first": first, "memory_bytes": extra} | measured.told())
+    send({"versions": versions(job["who"]), "first": first, "memory_bytes": extra} | measured.figures())
     for _ in sys.stdin:
         if first < 0.1:
             measured.call()  # after a pause caches are cold and clocks are low
@@ -383,13 +384,13 @@ def one(job: dict[str, Any]) -> None:
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 
-    def tell(answer: dict[str, Any]) -> None:
+    def send(answer: dict[str, Any]) -> None:
         print(json.dumps(answer), file=out, flush=True)
 
     if "ceiling" in job:
-        return tell(ceiling(job["threads"]))
+        return send(ceiling(job["threads"]))
     if importlib.util.find_spec(PEERS.get(job["who"], "json")) is None:
-        return tell({"failed": "not installed"})
+        return send({"failed": "not installed"})
     if sys.platform == "linux":
         import resource
 
@@ -397,22 +398,22 @@ def one(job: dict[str, Any]) -> None:
     try:
         if job["allocator"] == "kept":
             keep_freed_memory()
-        contest(job, tell)
+        serve(job, send)
     except (ImportError, OSError) as error:
-        tell({"failed": str(error)})
+        send({"failed": str(error)})
     except (RuntimeError, MemoryError) as error:
         asked = re.search(r"tried to allocate (\d+) bytes", str(error))
         if not asked and not isinstance(error, MemoryError) and "alloc" not in str(error):
             raise
         failed = {"failed": "out of memory", "versions": versions(job["who"])}
-        tell(failed | ({"asked_bytes": int(asked[1])} if asked else {}))
+        send(failed | ({"asked_bytes": int(asked[1])} if asked else {}))
 
 
 # In the main process
 
 
 @dataclass
-class Contestant:
+class Implementation:
     """Handle of a process that computes a loss, used by the main process to control it."""
 
     job: dict[str, Any]
@@ -420,20 +421,20 @@ class Contestant:
     row: dict[str, Any] = field(default_factory=dict)
     rounds: list[list[float]] = field(default_factory=list)
 
-    def start(self) -> "Contestant":
+    def start(self) -> "Implementation":
         threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(self.job["threads"]))
         self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed in end()
-        self.process = children.start(
+        self.process = child_processes.start(
             [self.python, __file__, "--one", json.dumps(self.job)], env=os.environ | threads,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors,
         )  # fmt: skip
         return self
 
-    def meet(self) -> None:
+    def warm_up(self) -> None:
         """Wait until it is ready or has failed."""
         self.row = self._answer()
 
-    def go(self) -> None:
+    def run_round(self) -> None:
         """Run one round of calls."""
         if "failed" in self.row:
             return
@@ -491,34 +492,38 @@ def measure(loss: str, rows: int, threads: int, args: argparse.Namespace) -> Blo
     shared = {"loss": loss, "rows": rows, "threads": threads, "memory": args.memory_bytes}
     shared |= {key: getattr(args, key) for key in ("queue", "dim", "limit")}
     implementations = [
-        Contestant(shared | {"who": who, "allocator": allocator}, args.peers_python if who in PEERS else sys.executable)
+        Implementation(
+            shared | {"who": who, "allocator": allocator}, args.peers_python if who in PEERS else sys.executable
+        )
         for allocator in args.allocators for who in LOSSES[loss].who if who in args.who
         if who != "inbatch, tiles" or held <= SMALL  # with more pairs "inbatch" uses tiles itself
     ]  # fmt: skip
     block: Block = {}
 
-    def end(implementation: Contestant) -> None:
+    def end(implementation: Implementation) -> None:
         block.setdefault(implementation.job["who"], {})[implementation.job["allocator"]] = implementation.end()
 
     if held <= SMALL:
         started = [implementation.start() for implementation in implementations]
         for implementation in started:
-            implementation.meet()
+            implementation.warm_up()
         for _ in range(args.repeat):
             for implementation in started:
                 if not implementation.rounds or median(implementation.rounds[0]) < BRIEF:
-                    implementation.go()
+                    implementation.run_round()
         for implementation in started:
             end(implementation)
         return block
     for implementation in implementations:
         if sys.platform != "linux" and implementation.job["who"] not in OURS and 12 * held > args.memory_bytes:
             # No memory limit applies here: every implementation holds at least three matrices.
-            block.setdefault(implementation.job["who"], {})[implementation.job["allocator"]] = {"failed": "not started: too large"}
+            block.setdefault(implementation.job["who"], {})[implementation.job["allocator"]] = {
+                "failed": "not started: too large"
+            }
             continue
-        implementation.start().meet()
+        implementation.start().warm_up()
         if implementation.row.get("first", math.inf) < PATIENCE:
-            implementation.go()
+            implementation.run_round()
         end(implementation)
     return block
 
@@ -696,7 +701,7 @@ def measure_ceiling(threads: int) -> dict[str, float]:
     """Return the machine's rate, and its load average before the measurement."""
     load = {"load": os.getloadavg()[0]} if hasattr(os, "getloadavg") else {}
     call = [sys.executable, __file__, "--one", json.dumps({"ceiling": True, "threads": threads})]
-    out, _ = children.start(call, stdout=subprocess.PIPE).communicate()
+    out, _ = child_processes.start(call, stdout=subprocess.PIPE).communicate()
     return load | json.loads(out)
 
 
@@ -723,7 +728,7 @@ def main(words: Sequence[str] | None = None) -> dict[int, dict[str, Any]]:
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args(words)
     if args.one:
-        children.end_with_parent()
+        child_processes.end_with_parent()
         one(json.loads(args.one))
         return {}
 

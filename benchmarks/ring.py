@@ -156,7 +156,11 @@ def statistics_case(rank: int, world: int, folder: str) -> None:
             value = loss(leaf)["loss"]
             value.backward()
         assert leaf.grad is not None
-        figures[name] = {"sent": peers.sent / leaf.element_size(), "loss": value.detach(), "gradient": leaf.grad / world}
+        figures[name] = {
+            "sent": peers.sent / leaf.element_size(),
+            "loss": value.detach(),
+            "gradient": leaf.grad / world,
+        }
     torch.save(figures, f"{folder}/{rank}")
     dist.barrier()
     dist.destroy_process_group()

@@ -55,7 +55,9 @@ def paper(world: int, batch: int, encoder: str, products: int = 6) -> dict[str, 
     }
     estimate["encoder_seconds"] = estimate["encoder_operations"] / CARD["encoder"]
     estimate["loss_seconds"] = estimate["loss_operations"] / CARD["loss"]
-    network = {way: (estimate[f"{way}_bytes"] + estimate["gradient_bytes"]) / CARD["network"] for way in ("gathered", "own")}
+    network = {
+        way: (estimate[f"{way}_bytes"] + estimate["gradient_bytes"]) / CARD["network"] for way in ("gathered", "own")
+    }
     return estimate | {f"{way}_network_seconds": seconds for way, seconds in network.items()}
 
 
@@ -83,7 +85,7 @@ def case(rank: int, world: int, n: int, repeat: int, folder: str) -> None:
         if number:
             seconds.append(time.perf_counter() - begin)
     if rank == 0:
-        torch.save({"seconds": seconds, "added": sent[0]}, f"{folder}/found")
+        torch.save({"seconds": seconds, "added": sent[0]}, f"{folder}/figures")
     dist.destroy_process_group()
 
 
@@ -94,8 +96,13 @@ def small(world: int, n: int, repeat: int) -> dict[str, Any]:
         torch.multiprocessing.start_processes(
             partial(case), args=(world, n, repeat, folder), nprocs=world, start_method="spawn"
         )
-        figures = torch.load(f"{folder}/found", weights_only=True)
-    return {"ranks": world, "rows": n, "seconds": statistics.median(figures["seconds"]), "added_bytes": figures["added"]}
+        figures = torch.load(f"{folder}/figures", weights_only=True)
+    return {
+        "ranks": world,
+        "rows": n,
+        "seconds": statistics.median(figures["seconds"]),
+        "added_bytes": figures["added"],
+    }
 
 
 def main() -> None:

@@ -158,7 +158,8 @@ def main(words: Sequence[str] | None = None) -> None:
             ],
             numbers=True,
         )  # fmt: skip
-        say(f"sequential is {result['ratio']:.2f} times as fast; ranks grow by {result['ranks_mb_per_100000_images']} MB")
+        growth = result["ranks_mb_per_100000_images"]
+        say(f"sequential is {result['ratio']:.2f} times as fast; ranks grow by {growth} MB")
         write_json(args.out, result)
     finally:
         shutil.rmtree(root)

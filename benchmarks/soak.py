@@ -462,7 +462,9 @@ def plot(result: dict[str, Any], png: Path) -> None:
     above.scatter([e["seconds"] / 60 for e in hurt], places, label=f"files damaged, too ({len(hurt)})", **ring)
     verdict = result["verdict"]
     outcome = "the same, bit for bit" if verdict.get("equal") else verdict.get("reason", "NOT the same")
-    above.set_title(f"{len(result['events'])} blows in {result['minutes']:.0f} minutes; at the end: {outcome}", fontsize=9)
+    above.set_title(
+        f"{len(result['events'])} blows in {result['minutes']:.0f} minutes; at the end: {outcome}", fontsize=9
+    )
     above.set_ylabel("step")
     below.set_ylabel("memory (PSS), MB")
     below.set_xlabel("minutes")

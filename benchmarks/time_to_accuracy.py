@@ -134,7 +134,7 @@ class Lightly:
         if not self.steps:
             raise DataError(f"{len(self.data)} images are fewer than a batch of {RECIPE['batch']}: give more images")
         self.total = self.steps * RECIPE["epochs"]
-        self.told = {"recipe": RECIPE, "images": len(self.data), "threads": self.threads}
+        self.setup = {"recipe": RECIPE, "images": len(self.data), "threads": self.threads}
 
     def views(self) -> Iterator[Any]:
         """Yield batches of two views from this step on; the random numbers of a step depend only on its number."""
@@ -180,14 +180,14 @@ class Lightly:
     def save(self, folder: Path) -> None:
         clock = [self.seconds, self.cpu_seconds]
         state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "clock": clock}
-        save(folder, state | {"losses": self.losses, "entries": self.curve, "told": self.told}, step=self.step)
+        save(folder, state | {"losses": self.losses, "entries": self.curve, "told": self.setup}, step=self.step)
 
     def restore(self, folder: Path) -> str:
         """Resume from the folder's checkpoint; return a message. ConfigError if it belongs to another run."""
         checkpoint = load(folder)
         state = checkpoint.state
-        if state["told"] != self.told:
-            raise ConfigError(f"{folder} holds another run ({state['told']}, not {self.told}): choose another --out")
+        if state["told"] != self.setup:
+            raise ConfigError(f"{folder} holds another run ({state['told']}, not {self.setup}): choose another --out")
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.losses, self.curve, self.step = state["losses"], state["entries"], checkpoint.step

@@ -30,7 +30,7 @@ from inbatch.api import prepare
 from inbatch.apps.bench import synthetic_data
 from inbatch.apps.bench.benchmark import ceilings
 from inbatch.apps.bench.options import PEERS
-from inbatch.apps.bench.report import print_race
+from inbatch.apps.bench.report import print_comparison
 from inbatch.apps.bench.runner import BenchmarkRounds, Implementation
 from inbatch.apps.console import print_table, say
 from inbatch.runtime.device import device_for
@@ -85,10 +85,10 @@ def training(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     title = f"SimCLR, {args.encoder}, {args.stem} stem, batch {args.batch}, from {Path(data).name}"
     known = ceilings(args.device, args.threads, args.quick)
     comparison = BenchmarkRounds(title, "images/s", implementations).run(args.rounds, known, show_missing=True)
-    print_race(comparison)
-    first = {who: row["first_seconds"] for who, row in comparison["contestants"].items() if "first_seconds" in row}
+    print_comparison(comparison)
+    first = {who: row["first_seconds"] for who, row in comparison["implementations"].items() if "first_seconds" in row}
     say("Seconds to the end of the first step: " + ", ".join(f"{who} {s:.1f}" for who, s in first.items()))
-    return {"ceilings": {str(args.threads): known}, "race": comparison}
+    return {"ceilings": {str(args.threads): known}, "comparison": comparison}
 
 
 def steps(run: RunComponents) -> Iterator[Any]:

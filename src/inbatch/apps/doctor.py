@@ -33,7 +33,7 @@ _STEP = 0.7
 _VIEW = 3.33e9
 """Floating-point operations of a ResNet-18 for a view of 32 pixels, forward and backward, as counted by torch."""
 
-CONTESTANTS: dict[str, dict[str, Any]] = {
+IMPLEMENTATIONS: dict[str, dict[str, Any]] = {
     "as torch ships: float32, NCHW": {"bf16": False, "channels_last": False},
     "channels_last": {"bf16": False, "channels_last": True},
     "bf16": {"bf16": True, "channels_last": False},
@@ -63,7 +63,7 @@ def measure(quick: bool = False, until: float = math.inf) -> dict[str, Any]:
 
     Returns:
         ceilings: products in float32 and bf16 (operations per second; None if bf16 is omitted) and copies (bytes per
-            second). threads: fewer if other processes are busy. batch: images per step, fewer on slow CPUs. tower:
+            second). threads: fewer if other processes are busy. batch: images per step, fewer on slow CPUs. encoder:
             views per second of a ResNet-18 on 32 pixels, forward and backward, by setting.
     """
     from inbatch.apps.bench.benchmark import ceilings
@@ -79,13 +79,22 @@ def measure(quick: bool = False, until: float = math.inf) -> dict[str, Any]:
         reached = {"failed": str(error)}
     batch = _BATCHES[-1] if quick else batch_for(reached.get("float32", 0))
     job = {"device": "cpu", "threads": threads, "quick": quick, "seconds": 0.1 if quick else 1.0}
-    mine = job | {"module": "inbatch.apps.bench.tower", "make": "tower", "batch": batch, "waits": True}
+    mine = job | {
+        "module": "inbatch.apps.bench.network_workload",
+        "make": "encoder_step",
+        "batch": batch,
+        "waits": True,
+    }
     bf16 = precision_for("auto", torch.device("cpu")) == torch.bfloat16
-    chosen = {who: settings for who, settings in CONTESTANTS.items() if bf16 or not settings["bf16"]}
-    implementations = [Implementation(who, mine | settings, limit=LIMIT, until=until) for who, settings in chosen.items()]
-    comparison = BenchmarkRounds("encoder", "views/s", implementations).run(1 if quick else 3, reached, show_missing=True)
+    chosen = {who: settings for who, settings in IMPLEMENTATIONS.items() if bf16 or not settings["bf16"]}
+    implementations = [
+        Implementation(who, mine | settings, limit=LIMIT, until=until) for who, settings in chosen.items()
+    ]
+    comparison = BenchmarkRounds("encoder", "views/s", implementations).run(
+        1 if quick else 3, reached, show_missing=True
+    )
     result = {"environment": environment(torch.device("cpu")), "ceilings": reached, "threads": threads, "batch": batch}
-    return result | {"tower": comparison["contestants"]}
+    return result | {"encoder": comparison["implementations"]}
 
 
 def batch_for(rate: float) -> int:
@@ -142,8 +151,8 @@ def measurement_rows(result: dict[str, Any]) -> list[tuple[str, str, str]]:
     """Return the rows of `measure`'s result: measurement, rate, and ratio to torch's default settings."""
     reached = result["ceilings"]
     lines = [("products and copies", reached["failed"], "")] if "failed" in reached else _reached(**reached)
-    base = next(iter(result["tower"].values())).get("rate")
-    for who, row in result["tower"].items():
+    base = next(iter(result["encoder"].values())).get("rate")
+    for who, row in result["encoder"].items():
         if "rate" not in row or base is None:
             lines.append((who, row.get("failed", ""), ""))
         else:

@@ -83,7 +83,9 @@ def together(files: Sequence[Path]) -> dict[str, Any]:
     for what in ("target", "images"):
         values = sorted({run[what] for run in runs})
         if len(values) != 1:
-            raise DataError(f"{', '.join(map(str, files))} differ in {what} ({values}): pass curves with the same {what}")
+            raise DataError(
+                f"{', '.join(map(str, files))} differ in {what} ({values}): pass curves with the same {what}"
+            )
     return {"target": runs[0]["target"], "images": runs[0]["images"], "runs": runs}
 
 

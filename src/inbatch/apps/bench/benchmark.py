@@ -28,7 +28,7 @@ def bench(options: Options, on_complete: Callable[[dict[str, Any]], None] = lamb
 
     Args:
         options: What to measure.
-        told: Called with the result of each comparison when it is complete.
+        on_complete: Called with the result of each comparison when it is complete.
 
     Returns:
         Environment, settings, hardware peaks and, by section, the results of every implementation.
@@ -105,7 +105,7 @@ def ceilings(
     one = Implementation("ceiling", job | {"device": device, "threads": threads, "bf16": bf16}, limit=limit)
     with ending():
         try:
-            one.meet()
+            one.warm_up()
         except BaseException:
             one.kill()
             raise

@@ -86,7 +86,7 @@ def views(job: dict[str, Any]) -> Work:
     return call, {"of": "copy", "needs": 3 * size**2 * (1 + 4)}
 
 
-def tower(job: dict[str, Any]) -> Work:
+def network(job: dict[str, Any]) -> Work:
     """Run forward and backward of the networks alone on views drawn beforehand."""
     run = built(job, cache_on_device=True)
     drawn = run.views(next(run.loader.epoch(0))).images
@@ -144,10 +144,10 @@ def decode(job: dict[str, Any]) -> Work:
     numbers = itertools.cycle(range(min(len(source), job["files"])))
 
     def call() -> int:
-        for _ in range(job["some"]):
+        for _ in range(job["per_call"]):
             with source.open(next(numbers)) as picture:
                 picture.tensor()
-        return int(job["some"])
+        return int(job["per_call"])
 
     return call, {}
 
@@ -178,11 +178,11 @@ def embeddings(job: dict[str, Any]) -> tuple[Embeddings, Embeddings]:
     """Load the bank and the queries."""
     rows, labels = (torch.from_numpy(np.load(Path(job["folder"]) / f"{x}.npy")) for x in ("features", "labels"))
 
-    def some(part: slice) -> Embeddings:
+    def subset(part: slice) -> Embeddings:
         names = tuple(map(str, range(len(labels[part]))))
         return Embeddings(rows[part], labels[part], names, "synthetic", "features")
 
-    return some(slice(job["queries"], None)), some(slice(job["queries"]))
+    return subset(slice(job["queries"], None)), subset(slice(job["queries"]))
 
 
 def neighbours(job: dict[str, Any]) -> Work:

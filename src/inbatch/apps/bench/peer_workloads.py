@@ -65,7 +65,7 @@ TRANSFORMS = {"lightly": lightly_transform, "solo-learn": solo_transform}
 def views(job: dict[str, Any]) -> Work:
     """Draw two views of decoded images."""
     transform = TRANSFORMS[job["library"]](job["size"])
-    return plain().in_turn(plain().pictures(job), job["some"], transform, units=2), {}
+    return plain().in_turn(plain().pictures(job), job["per_call"], transform, units=2), {}
 
 
 def criterion(library: str, temperature: float) -> Callable[[Tensor, Tensor], Tensor]:

@@ -41,7 +41,7 @@ def files(job: dict[str, Any]) -> list[bytes]:
 
 
 def in_turn(items: list[Any], count: int, do: Callable[[Any], Any], units: int = 1) -> Callable[[], int]:
-    """Return a function that applies `do` to the next `some` items, cyclically."""
+    """Return a function that applies `do` to the next `count` items, cyclically."""
     endless: Iterator[Any] = itertools.cycle(items)
 
     def call() -> int:
@@ -68,7 +68,7 @@ def views_pil(job: dict[str, Any]) -> Work:
     from torchvision import transforms
 
     transform = augmentation(transforms, job["size"], [transforms.ToTensor()], blur=job["size"] > 64)
-    return in_turn(pictures(job), job["some"], transform), {}
+    return in_turn(pictures(job), job["per_call"], transform), {}
 
 
 def views_tensor(job: dict[str, Any]) -> Work:
@@ -76,7 +76,7 @@ def views_tensor(job: dict[str, Any]) -> Work:
     from torchvision.transforms import v2
 
     transform = augmentation(v2, job["size"], [v2.ToDtype(torch.float32, scale=True)], blur=job["size"] > 64)
-    return in_turn([torch.from_numpy(x).permute(2, 0, 1) for x in arrays(job)], job["some"], transform), {}
+    return in_turn([torch.from_numpy(x).permute(2, 0, 1) for x in arrays(job)], job["per_call"], transform), {}
 
 
 def normalised(job: dict[str, Any]) -> Tensor:
@@ -113,7 +113,7 @@ def decode_pil(job: dict[str, Any]) -> Work:
     """Decode JPEG files with Pillow."""
     from PIL import Image
 
-    return in_turn(files(job), job["some"], lambda x: np.asarray(Image.open(io.BytesIO(x)).convert("RGB"))), {}
+    return in_turn(files(job), job["per_call"], lambda x: np.asarray(Image.open(io.BytesIO(x)).convert("RGB"))), {}
 
 
 def decode_torchvision(job: dict[str, Any]) -> Work:
@@ -121,14 +121,14 @@ def decode_torchvision(job: dict[str, Any]) -> Work:
     from torchvision.io import ImageReadMode, decode_jpeg
 
     data = [torch.frombuffer(bytearray(x), dtype=torch.uint8) for x in files(job)]
-    return in_turn(data, job["some"], lambda x: decode_jpeg(x, ImageReadMode.RGB)), {}
+    return in_turn(data, job["per_call"], lambda x: decode_jpeg(x, ImageReadMode.RGB)), {}
 
 
 def decode_simplejpeg(job: dict[str, Any]) -> Work:
     """Decode JPEG files with simplejpeg."""
     from simplejpeg import decode_jpeg
 
-    return in_turn(files(job), job["some"], decode_jpeg), {}
+    return in_turn(files(job), job["per_call"], decode_jpeg), {}
 
 
 def embeddings(job: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor, Tensor]:

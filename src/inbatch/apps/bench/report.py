@@ -19,8 +19,8 @@ def headings(comparison: Mapping[str, Any]) -> tuple[str, ...]:
 
 def table_rows(comparison: Mapping[str, Any]) -> Iterator[Sequence[str]]:
     """Iterate over one row per implementation: median, spread, speed-up of inbatch, share of the hardware peak."""
-    own = comparison["contestants"].get(OURS, {}).get("rate")
-    for who, row in comparison["contestants"].items():
+    own = comparison["implementations"].get(OURS, {}).get("rate")
+    for who, row in comparison["implementations"].items():
         if "rate" not in row:
             yield who, "", "", "", "", "", row.get("failed", "")
             continue
@@ -64,7 +64,7 @@ def machine(results: Mapping[str, Any]) -> str:
     return "; ".join(parts)
 
 
-def print_race(comparison: Mapping[str, Any]) -> None:
+def print_comparison(comparison: Mapping[str, Any]) -> None:
     """Print the table of a comparison."""
     say(title(comparison))
     print_table(headings(comparison), table_rows(comparison), numbers=True)
@@ -89,13 +89,17 @@ def markdown(comparison: Mapping[str, Any]) -> str:
 def sections(name: str, results: Mapping[str, Any]) -> dict[str, str]:
     """Convert results of `inbatch bench` to marker -> text, for the machine and every section."""
     blocks = {f"{name} machine": f"{machine(results)}. `{results['command']}`\n"}
-    return blocks | {f"{name} {s}": "\n".join(map(markdown, comparisons)) for s, comparisons in results["sections"].items()}
+    return blocks | {
+        f"{name} {s}": "\n".join(map(markdown, comparisons)) for s, comparisons in results["sections"].items()
+    }
 
 
 def trainings(name: str, results: Mapping[str, Any]) -> dict[str, str]:
     """Convert results of benchmarks/training.py: training with each library."""
-    comparison = results["race"]
-    first = [f"{who} {x['first_seconds']:.1f}" for who, x in comparison["contestants"].items() if "first_seconds" in x]
+    comparison = results["comparison"]
+    first = [
+        f"{who} {x['first_seconds']:.1f}" for who, x in comparison["implementations"].items() if "first_seconds" in x
+    ]
     return {name: f"{markdown(comparison)}\nSeconds from the start to the end of the first step: {', '.join(first)}.\n"}
 
 

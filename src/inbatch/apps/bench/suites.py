@@ -71,26 +71,26 @@ def views(field: Field) -> list[BenchmarkRounds]:
     cpu, per_call = {"device": "cpu"}, 32 if small else 4
     implementations = [
         field.ours("inbatch", "views"),
-        field.plain("torchvision v1, Pillow", "views_pil", "torchvision", some=per_call, **cpu),
-        field.plain("torchvision v2, tensors", "views_tensor", "torchvision", some=per_call, **cpu),
-        *field.peers("views", some=per_call, **cpu),
+        field.plain("torchvision v1, Pillow", "views_pil", "torchvision", per_call=per_call, **cpu),
+        field.plain("torchvision v2, tensors", "views_tensor", "torchvision", per_call=per_call, **cpu),
+        *field.peers("views", per_call=per_call, **cpu),
     ]
     what = "SimCLR's views of 32 x 32 pixels" if small else "SimCLR's views of 224 x 224 pixels out of 500 x 375"
     return [BenchmarkRounds(f"{what}, decoded images", "views/s", implementations)]
 
 
-def tower(field: Field) -> list[BenchmarkRounds]:
+def network(field: Field) -> list[BenchmarkRounds]:
     """Return one comparison per method of its networks, forward and backward."""
     field.images(512 if field.options.size == 32 else 48)
     comparisons = []
     for method in field.options.methods:
         eager = {"precision": "float32", "channels_last": False, "compile": False}
         implementations = [
-            *compiled(field, "inbatch", "tower", method=method, unit="views"),
-            field.ours("eager float32", "tower", method=method, unit="views", settings=eager, tune=False),
+            *compiled(field, "inbatch", "network", method=method, unit="views"),
+            field.ours("eager float32", "network", method=method, unit="views", settings=eager, tune=False),
         ]
         comparisons.append(
-            BenchmarkRounds(f"tower of {method}, {_size(field)}, forward and backward", "views/s", implementations)
+            BenchmarkRounds(f"network of {method}, {_size(field)}, forward and backward", "views/s", implementations)
         )
     return comparisons
 
@@ -103,7 +103,7 @@ def step(field: Field) -> list[BenchmarkRounds]:
     comparisons = []
     for method in options.methods:
         implementations = compiled(field, "inbatch", "step", method=method, **data)
-        implementations += compiled(field, "inbatch, tower alone", "tower", method=method, unit="images")
+        implementations += compiled(field, "inbatch, network alone", "network", method=method, unit="images")
         if method == "simclr" and small and field.shared["encoder"] == "resnet18":
             field.files(4096)
             workers = 2 if field.shared["device"] == "cpu" else min(16, cores())
@@ -127,7 +127,9 @@ def loss(field: Field) -> list[BenchmarkRounds]:
         *field.peers("loss", **size),
     ]
     return [
-        BenchmarkRounds(f"NT-Xent of {size['rows']:,} rows of {size['dim']}, forward and backward", "ms", implementations)
+        BenchmarkRounds(
+            f"NT-Xent of {size['rows']:,} rows of {size['dim']}, forward and backward", "ms", implementations
+        )
     ]
 
 
@@ -136,7 +138,7 @@ def data(field: Field) -> list[BenchmarkRounds]:
     small, options, cpu = field.options.size == 32, field.options, {"device": "cpu"}
     count = field.files(2048 if small else 256)
     read = {"data": options.data or str(field.folder / "jpegs"), "files": count, "method": "simclr"}
-    per_call = {"some": (64 if small else 8) if not options.quick else 8}
+    per_call = {"per_call": (64 if small else 8) if not options.quick else 8}
     decoders = [
         field.ours("inbatch", "decode", **read, **per_call, **cpu),
         field.plain("Pillow", "decode_pil", **per_call, **cpu),
@@ -186,5 +188,5 @@ def _size(field: Field) -> str:
 
 
 MAKERS: dict[str, Callable[[Field], list[BenchmarkRounds]]] = {
-    "views": views, "tower": tower, "step": step, "loss": loss, "data": data, "evaluation": evaluation,
+    "views": views, "network": network, "step": step, "loss": loss, "data": data, "evaluation": evaluation,
 }  # fmt: skip

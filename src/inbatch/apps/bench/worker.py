@@ -29,7 +29,7 @@ BRIEF = 0.1
 """Seconds; shorter calls are warmed up at the start of a round, since caches and clock rates drop during a pause."""
 
 
-def contest(job: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> None:
+def serve(job: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> None:
     """Prepare the workload, then run one round of it for every line on stdin."""
     import torch
 
@@ -97,24 +97,24 @@ def main(job: dict[str, Any]) -> None:
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 
-    def tell(answer: dict[str, Any]) -> None:
+    def send(answer: dict[str, Any]) -> None:
         print(json.dumps(answer), file=out, flush=True)
 
     sys.path = [p for p in sys.path if Path(p).resolve() != HERE]
     if any(importlib.util.find_spec(name) is None for name in job.get("needs", ())):
-        return tell({"failed": "not installed"})
+        return send({"failed": "not installed"})
     try:
         if job.get("tune"):  # as the command line does, before torch is imported
             importlib.import_module("inbatch").tune()
         for name in dict.fromkeys(("reference_workloads", job["module"])) if "." not in job["module"] else ():
             beside(name)
-        contest(job, tell)
+        serve(job, send)
     except Exception as error:
         if isinstance(error, ImportError) and job.get("needs"):
-            return tell({"failed": f"not installed: {error}"})
+            return send({"failed": f"not installed: {error}"})
         full = isinstance(error, MemoryError) or "alloc" in str(error) or "out of memory" in str(error)
         traceback.print_exc()
-        tell({"failed": "out of memory" if full else str(error), "kind": type(error).__name__})
+        send({"failed": "out of memory" if full else str(error), "kind": type(error).__name__})
 
 
 if __name__ == "__main__":
