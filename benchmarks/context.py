@@ -69,16 +69,16 @@ def assemble(name: str, args: argparse.Namespace, size: int, images: Tensor) -> 
 
 def violate(built: RunComponents, batch: Batch, share: float) -> None:
     """Set the curator's margin so that about this share of a batch violates the pairwise rule before redrawing."""
-    curator, judged = built.step.curator, []
+    curator, distances = built.step.curator, []
     assert curator is not None
 
     def listen(x: Tensor, dim: int) -> Tensor:
         if dim == 1:
-            judged.append(pair_distances(x, x, 0, curator.distance))
+            distances.append(pair_distances(x, x, 0, curator.distance))
         return x
 
     curator(batch, listen)
-    own, nearest = judged[0]
+    own, nearest = distances[0]
     curator.margin = -float((own - nearest).float().quantile(1 - share))
 
 
@@ -89,7 +89,7 @@ class Timed:
         self.built, self.device = built, built.loader.device
         self.batches = list(built.loader.epoch(EPOCH))
         self.seconds: list[float] = []
-        self.told: list[dict[str, float]] = []
+        self.curation: list[dict[str, float]] = []
         self.peak = 0
 
     def step(self, number: int, kept: bool) -> None:
@@ -103,7 +103,7 @@ class Timed:
         seconds = time.perf_counter() - begin
         if kept:
             self.seconds.append(seconds)
-            self.told.append({name: float(x) for name, x in losses.items() if name.startswith("curate_")})
+            self.curation.append({name: float(x) for name, x in losses.items() if name.startswith("curate_")})
             if self.device.type == "cuda":
                 self.peak = max(self.peak, torch.cuda.max_memory_allocated(self.device) - before)
 
@@ -126,19 +126,19 @@ def measure(args: argparse.Namespace, size: int) -> dict[str, dict[str, Any]]:
     for number in range(args.warm + args.repeat):
         for entry in timed.values():
             entry.step(number, number >= args.warm)
-    found = {name: told(entry) for name, entry in timed.items()}
-    for name, row in found.items():
+    rows = {name: figures(entry) for name, entry in timed.items()}
+    for name, row in rows.items():
         for key, other in (("ratio", PLAIN), ("ratio_to_groups", AGAINST.get(name))):
-            if other in found:
-                row[key] = row["seconds"] / found[other]["seconds"]
-        if "curate" in row and PLAIN in found:
+            if other in rows:
+                row[key] = row["seconds"] / rows[other]["seconds"]
+        if "curate" in row and PLAIN in rows:
             # The batch is embedded once, and redrawn samples again.
             passes = 1 + row["curate"]["redrawn"]
-            row["curate"]["seconds_per_pass"] = (row["seconds"] - found[PLAIN]["seconds"]) / passes
-    return found
+            row["curate"]["seconds_per_pass"] = (row["seconds"] - rows[PLAIN]["seconds"]) / passes
+    return rows
 
 
-def told(entry: Timed) -> dict[str, Any]:
+def figures(entry: Timed) -> dict[str, Any]:
     """Return the figures of an entry."""
     quarters = statistics.quantiles(entry.seconds, n=4) if len(entry.seconds) > 1 else [entry.seconds[0]] * 3
     row: dict[str, Any] = {"seconds": statistics.median(entry.seconds), "quartiles": [quarters[0], quarters[2]]}
@@ -146,17 +146,17 @@ def told(entry: Timed) -> dict[str, Any]:
     row["kept_bytes"] = memory["activations_of_a_group"] + memory["curator"]
     if entry.device.type == "cuda":
         row["peak_bytes"] = entry.peak
-    if entry.told[0]:
+    if entry.curation[0]:
         names = ("rounds", "redrawn", "violating_before", "violating")
-        row["curate"] = {name: statistics.mean(t[f"curate_{name}"] for t in entry.told) for name in names}
+        row["curate"] = {name: statistics.mean(t[f"curate_{name}"] for t in entry.curation) for name in names}
     row["context"] = entry.built.context
     return row
 
 
-def lines(found: dict[str, dict[str, Any]]) -> Iterable[Sequence[str]]:
+def lines(rows: dict[str, dict[str, Any]]) -> Iterable[Sequence[str]]:
     """Yield the table rows of one size."""
-    plain = found.get(PLAIN)
-    for name, row in found.items():
+    plain = rows.get(PLAIN)
+    for name, row in rows.items():
         key = "peak_bytes" if "peak_bytes" in row else "kept_bytes"
         note = f"{row['ratio_to_groups']:.2f} of {AGAINST[name]}" if "ratio_to_groups" in row else ""
         if "curate" in row:
@@ -191,9 +191,9 @@ def main(words: Sequence[str] | None = None) -> dict[str, Any]:
     result: dict[str, Any] = {"environment": environment(device), "settings": settings, "sizes": {}}
     kind = "peak of a step" if device.type == "cuda" else "kept for the way back"
     for size in args.sizes:
-        found = result["sizes"][str(size)] = measure(args, size)
+        rows = result["sizes"][str(size)] = measure(args, size)
         say(f"{args.encoder}, batch {args.batch}, {size} px, {device}, median of {args.repeat} steps")
-        print_table(("", "ms / step", "ratio", f"MB {kind}", "ratio", ""), lines(found), numbers=True)
+        print_table(("", "ms / step", "ratio", f"MB {kind}", "ratio", ""), lines(rows), numbers=True)
         say("")
         write_json(args.out, result)
     say(f"Written to {args.out}")

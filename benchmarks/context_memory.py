@@ -41,14 +41,14 @@ ENTRIES: dict[str, dict[str, Any]] = {
 
 def measure(name: str, batch: int) -> dict[str, Any]:
     """Return the bytes of one sample of a group and of everything that does not depend on the group's size."""
-    told = []
+    estimates = []
     for group in GROUPS:  # separates the part that does not grow with the group (weights in bfloat16)
         size = ENTRIES[name]["image_size"]
         images = torch.randint(0, 256, (group, 3, size, size), dtype=torch.uint8)
         built = prepare(images, settings=ENTRIES[name] | {"preset": "none", "batch_size": group}, device="cpu")
-        told.append(estimate(built)["memory_bytes_estimate"])
-    small = told[0]
-    kept = [memory["activations_of_a_group"] + memory["views_of_a_group"] for memory in told]
+        estimates.append(estimate(built)["memory_bytes_estimate"])
+    small = estimates[0]
+    kept = [memory["activations_of_a_group"] + memory["views_of_a_group"] for memory in estimates]
     each = (kept[1] - kept[0]) / (GROUPS[1] - GROUPS[0])
     held = ("weights", "gradients", "optimiser", "target_network", "method")
     return {
@@ -65,9 +65,9 @@ def context(row: dict[str, Any], card: float) -> int:
     return 1 << int(room).bit_length() - 1 if room >= 2 else 0
 
 
-def lines(found: dict[str, dict[str, Any]], cards: Sequence[int]) -> Iterable[Sequence[str]]:
+def lines(entries: dict[str, dict[str, Any]], cards: Sequence[int]) -> Iterable[Sequence[str]]:
     """Yield the rows of the table."""
-    for name, row in found.items():
+    for name, row in entries.items():
         cells = [f"{min(row['contexts'][str(card)], 16384):,}" for card in cards]
         yield name, f"{row['per_sample'] / 1e6:,.1f}", f"{(row['fixed'] + row['rows']) / 1e9:,.2f}", *cells
 

@@ -49,13 +49,13 @@ def case(rank: int, world: int, folder: Path, port: int) -> None:
     dist.barrier()
     began, used = time.perf_counter(), time.process_time()
     count = embed_run(folder / "encoder", folder / "images.npy", out, device="cpu")
-    told = {
+    figures = {
         "images": count,
         "seconds": time.perf_counter() - began,
         "cpu_seconds": time.process_time() - used,
         "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
-    (folder / f"told-{rank}").write_text(json.dumps(told))
+    (folder / f"rank-{rank}.json").write_text(json.dumps(figures))
     dist.barrier()
     dist.destroy_process_group()
 
@@ -67,13 +67,13 @@ def measured(world: int, folder: Path) -> dict[str, Any]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     torch.multiprocessing.start_processes(case, args=(world, folder, port), nprocs=world, start_method="spawn")
-    told = [json.loads((folder / f"told-{rank}").read_text()) for rank in range(world)]
+    figures = [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(world)]
     return {
         "ranks": world,
-        "images": told[0]["images"],
-        "seconds": max(one["seconds"] for one in told),
-        "cpu_seconds": [one["cpu_seconds"] for one in told],
-        "peak_bytes": [one["peak_bytes"] for one in told],
+        "images": figures[0]["images"],
+        "seconds": max(one["seconds"] for one in figures),
+        "cpu_seconds": [one["cpu_seconds"] for one in figures],
+        "peak_bytes": [one["peak_bytes"] for one in figures],
         "sha256": hashlib.sha256((folder / f"features-{world}.npz").read_bytes()).hexdigest(),
     }
 
@@ -97,7 +97,7 @@ def main() -> None:
     work = {
         world: statistics.median(max(r["cpu_seconds"]) for r in runs if r["ranks"] == world) for world in args.ranks
     }
-    found = {
+    result = {
         "encoder": args.encoder,
         "runs": runs,
         "times_faster": {world: wall[args.ranks[0]] / wall[world] for world in args.ranks},
@@ -105,7 +105,7 @@ def main() -> None:
         "load": os.getloadavg(),
         "cores": os.cpu_count(),
     }
-    write_json(args.out, found | {"environment": environment(torch.device("cpu"))})
+    write_json(args.out, result | {"environment": environment(torch.device("cpu"))})
     print_table(
         ("ranks", "images", "seconds", "processor s of a rank", "peak MB of a rank", "same file"),
         [
@@ -117,8 +117,8 @@ def main() -> None:
     )  # fmt: skip
     for world in args.ranks[1:]:
         say(
-            f"{world} ranks: {found['times_faster'][world]:.2f} times faster than {args.ranks[0]}, "
-            f"{found['times_less_processor_time'][world]:.2f} times less processor time of a rank"
+            f"{world} ranks: {result['times_faster'][world]:.2f} times faster than {args.ranks[0]}, "
+            f"{result['times_less_processor_time'][world]:.2f} times less processor time of a rank"
         )
 
 

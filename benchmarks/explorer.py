@@ -107,9 +107,9 @@ def measure(address: str, size: tuple[int, int], seconds: float) -> dict[str, ob
             time.sleep(0.5)
             for kind in ("pan", "zoom"):
                 before = busy(page)
-                found = page.run(MOVE.replace("KIND", repr(kind)).replace("SECONDS", str(seconds)))
-                found["busy"] = 1000 * (busy(page) - before) / max(1.0, found["frames"] * seconds)
-                result[kind + " with images" * pictures] = {key: round(value, 1) for key, value in found.items()}
+                figures = page.run(MOVE.replace("KIND", repr(kind)).replace("SECONDS", str(seconds)))
+                figures["busy"] = 1000 * (busy(page) - before) / max(1.0, figures["frames"] * seconds)
+                result[kind + " with images" * pictures] = {key: round(value, 1) for key, value in figures.items()}
                 page.run("explorer.views[0].map.reset()")
                 time.sleep(0.5)
         result["errors"], result["requests"] = page.errors, len(page.requests)
@@ -124,18 +124,20 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=4.0)
     parser.add_argument("--renderer", choices=["webgl", "canvas"], help="by default what the page chooses")
     parser.add_argument("--keep", type=Path, help="folder for the pages, which are used again if they exist")
-    given = parser.parse_args()
+    args = parser.parse_args()
     with TemporaryDirectory() as temporary:
-        folder = given.keep or Path(temporary)
-        for count in given.count:
+        folder = args.keep or Path(temporary)
+        for count in args.count:
             page = folder / f"map-{count}.html"
             if not page.exists():
-                write_page(folder, given.images, count)
-            address = page.resolve().as_uri() + (f"#{given.renderer}" if given.renderer else "")
-            found = measure(address, tuple(given.size), given.seconds)
+                write_page(folder, args.images, count)
+            address = page.resolve().as_uri() + (f"#{args.renderer}" if args.renderer else "")
+            result = measure(address, tuple(args.size), args.seconds)
             size = page.stat().st_size / 1e6
             print(
-                json.dumps({"points": count, "megabytes": round(size, 1), "load": os.getloadavg()[0]} | found, indent=1)
+                json.dumps(
+                    {"points": count, "megabytes": round(size, 1), "load": os.getloadavg()[0]} | result, indent=1
+                )
             )
 
 

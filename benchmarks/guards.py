@@ -62,7 +62,7 @@ def bare(job: dict[str, Any]) -> Work:
 
 def eager(job: dict[str, Any]) -> Work:
     """Compute the network in float32, in torch's default memory layout."""
-    return inbatch_workloads.tower(job | {"settings": {"precision": "float32", "channels_last": False}})
+    return inbatch_workloads.network(job | {"settings": {"precision": "float32", "channels_last": False}})
 
 
 def decode_pil(job: dict[str, Any]) -> Work:
@@ -70,7 +70,11 @@ def decode_pil(job: dict[str, Any]) -> Work:
     from PIL import Image
 
     paths = sorted(Path(job["data"]).rglob("*.jpg"))
-    return reference_workloads.in_turn(paths, job["some"], lambda path: np.asarray(Image.open(path).convert("RGB"))), {}
+
+    def decode(path: Path) -> np.ndarray:
+        return np.asarray(Image.open(path).convert("RGB"))
+
+    return reference_workloads.in_turn(paths, job["per_call"], decode), {}
 
 
 def guards(folder: Path, quick: bool) -> dict[str, Guard]:
@@ -81,8 +85,8 @@ def guards(folder: Path, quick: bool) -> dict[str, Guard]:
         base | {"size": size, "folder": str(folder / str(size)), "data": str(folder / str(size) / "jpegs")}
         for size in (32, 224)
     )
-    small |= {"batch": 8 if quick else 256, "encoder": "tiny", "some": 8 if quick else 64, "files": 10**6}
-    large |= {"batch": 2 if quick else 16, "encoder": "tiny", "some": 1 if quick else 4, "files": 10**6}
+    small |= {"batch": 8 if quick else 256, "encoder": "tiny", "per_call": 8 if quick else 64, "files": 10**6}
+    large |= {"batch": 2 if quick else 16, "encoder": "tiny", "per_call": 1 if quick else 4, "files": 10**6}
     network = small | {"batch": 8 if quick else 64, "encoder": "tiny" if quick else "resnet18"}
     loss = base | {"rows": 64 if quick else 4096, "dim": 128}
     near = base | {"folder": str(folder), "queries": 64 if quick else 2000, "classes": 10, "k": 5 if quick else 200}
@@ -97,7 +101,7 @@ def guards(folder: Path, quick: bool) -> dict[str, Guard]:
         "k-NN, over product and top-k": Guard(
             inbatch_workloads.neighbours, reference_workloads.neighbours, 0.9, near, None
         ),
-        "network, over eager float32": Guard(inbatch_workloads.tower, eager, 1.4 if bf16 else 1.0, network, None),
+        "network, over eager float32": Guard(inbatch_workloads.network, eager, 1.4 if bf16 else 1.0, network, None),
         "step, over a bare loop": Guard(inbatch_workloads.step, bare, 0.9, network, None),
     }
 

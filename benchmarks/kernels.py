@@ -39,11 +39,11 @@ WAYS: dict[str, dict[str, Any]] = {
 TOLERANCE = {"kernels, bf16": 1e-2}
 """Relative error in the norm that is allowed; 2e-5 otherwise: a few roundings of float32, magnified by 1 / T."""
 
-Given = tuple[Tensor, Tensor | None, Tensor]
+Inputs = tuple[Tensor, Tensor | None, Tensor]
 """Rows, the queue if there is one, and the gradient of the log-sum-exps."""
 
 
-def given(n: int, queue: int, dim: int, device: torch.device) -> Given:
+def draw_inputs(n: int, queue: int, dim: int, device: torch.device) -> Inputs:
     """Draw unit rows around centres, so that a softmax is neither flat nor one-hot."""
     g = torch.Generator(device).manual_seed(0)
     centres = torch.randn(64, dim, generator=g, device=device)
@@ -88,25 +88,25 @@ def reference(q: Tensor, k: Tensor | None, gradient: Tensor) -> tuple[Tensor, Te
     return lse, dq
 
 
-def off(found: Tensor, expected: Tensor) -> float:
+def off(computed: Tensor, expected: Tensor) -> float:
     """Return the relative error in the norm."""
-    return float((found.double() - expected).norm() / expected.norm())
+    return float((computed.double() - expected).norm() / expected.norm())
 
 
-def check(ways: Sequence[str], what: Given) -> dict[str, dict[str, Any]]:
+def check(ways: Sequence[str], what: Inputs) -> dict[str, dict[str, Any]]:
     """Return the errors of every implementation against float64; out_of_memory if it needs too much."""
     expected = reference(*what)
-    told: dict[str, dict[str, Any]] = {}
+    rows: dict[str, dict[str, Any]] = {}
     for way in ways:
         try:
-            found = compute(way, *what)
+            computed = compute(way, *what)
         except torch.OutOfMemoryError:
-            told[way] = {"out_of_memory": True}
+            rows[way] = {"out_of_memory": True}
             continue
-        told[way] = {"lse_error": off(found[0], expected[0]), "gradient_error": off(found[1], expected[1])}
-        worst = max(told[way].values())
-        told[way]["right"] = worst <= TOLERANCE.get(way, 2e-5)  # also false for NaN
-    return told
+        rows[way] = {"lse_error": off(computed[0], expected[0]), "gradient_error": off(computed[1], expected[1])}
+        worst = max(rows[way].values())
+        rows[way]["right"] = worst <= TOLERANCE.get(way, 2e-5)  # also false for NaN
+    return rows
 
 
 def seconds(call: Callable[[], object]) -> float:
@@ -118,32 +118,32 @@ def seconds(call: Callable[[], object]) -> float:
     return begin.elapsed_time(end) / 1e3
 
 
-def measure(what: Given, repeat: int) -> dict[str, dict[str, Any]]:
+def measure(what: Inputs, repeat: int) -> dict[str, dict[str, Any]]:
     """Measure errors, seconds and bytes of every implementation on the same rows."""
-    found = check(list(WAYS), what)
-    ways = [way for way in WAYS if "out_of_memory" not in found[way]]
+    rows = check(list(WAYS), what)
+    ways = [way for way in WAYS if "out_of_memory" not in rows[way]]
     for way in ways:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         compute(way, *what)
         torch.cuda.synchronize()
-        found[way]["extra_bytes"] = torch.cuda.max_memory_allocated() - before
+        rows[way]["extra_bytes"] = torch.cuda.max_memory_allocated() - before
     taken: dict[str, list[float]] = {way: [] for way in ways}
     for _ in range(repeat):
         for way in ways:
             taken[way].append(seconds(lambda way=way: compute(way, *what)))  # type: ignore[misc]
     (n, dim), columns = what[0].shape, len(what[0] if what[1] is None else what[1])
     for way in ways:
-        found[way]["seconds"] = statistics.median(taken[way])
-        found[way]["tflops"] = 4 * n * columns * dim / found[way]["seconds"] / 1e12
-    return found
+        rows[way]["seconds"] = statistics.median(taken[way])
+        rows[way]["tflops"] = 4 * n * columns * dim / rows[way]["seconds"] / 1e12
+    return rows
 
 
-def lines(found: dict[str, dict[str, Any]]) -> Iterator[Sequence[str]]:
+def lines(rows: dict[str, dict[str, Any]]) -> Iterator[Sequence[str]]:
     """Yield the rows of one table."""
-    whole = found["torch's products, whole matrix"].get("seconds")
-    for way, row in found.items():
+    whole = rows["torch's products, whole matrix"].get("seconds")
+    for way, row in rows.items():
         if "out_of_memory" in row:
             yield way, "out of memory", "", "", "", "", ""
             continue
@@ -183,12 +183,12 @@ def main(words: Sequence[str] | None = None) -> int:
     right = True
     for n in args.rows:
         for name, queue in (("rows meet themselves", 0), ("rows against a queue", args.queue)):
-            found = measure(given(n, queue, args.dim, device), args.repeat)
-            result["cases"].setdefault(name, {})[str(n)] = found
-            right &= all(row.get("right", True) for row in found.values())
+            rows = measure(draw_inputs(n, queue, args.dim, device), args.repeat)
+            result["cases"].setdefault(name, {})[str(n)] = rows
+            right &= all(row.get("right", True) for row in rows.values())
             say(f"{name}, N = {n:,}{f', M = {queue:,}' if queue else ''}, D = {args.dim}, forward and backward")
             headings = ("", "ms", "times whole", "TFLOP/s", "MB", "error of lse", "of gradient")
-            print_table(headings, lines(found), numbers=True)
+            print_table(headings, lines(rows), numbers=True)
             say("")
             write_json(args.out, result)
     say(f"Written to {args.out}")

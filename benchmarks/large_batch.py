@@ -34,7 +34,7 @@ TOLERANCE = 1e-6
 """Tolerance of the loss against the literal one: float32 against float64."""
 
 
-def made(args: argparse.Namespace, method: str, batch: int) -> RunComponents:
+def prepare_run(args: argparse.Namespace, method: str, batch: int) -> RunComponents:
     """Return a run with the preset for CIFAR-10, ready for its first step."""
     words = {"batch_size": batch, "context": args.context, "preset": "cifar", "encoder": args.encoder, "epochs": 10}
     return prepare(args.data, method, device=args.device, **words)
@@ -55,7 +55,7 @@ def literal(z: Tensor, temperature: float) -> float:
 
 def steps(args: argparse.Namespace) -> dict[str, Any]:
     """Measure steps of one large batch."""
-    built = made(args, "simclr", args.batch)
+    built = prepare_run(args, "simclr", args.batch)
     rows: list[Tensor] = []
     compute = built.method.loss
 
@@ -64,25 +64,25 @@ def steps(args: argparse.Namespace) -> dict[str, Any]:
         return compute(online, target, batch)
 
     built.method.loss = listen  # type: ignore[method-assign]
-    found: dict[str, Any] = {"batch": args.batch, "context": built.context, "groups": built.step.groups}
-    found |= {"precision": str(built.network.precision), "steps": []}
+    result: dict[str, Any] = {"batch": args.batch, "context": built.context, "groups": built.step.groups}
+    result |= {"precision": str(built.network.precision), "steps": []}
     for number, batch in enumerate(built.loader.epoch(0, stop=args.steps)):
         begin = time.perf_counter()
         loss = float(built.step(batch, number)["loss"])
-        found["steps"].append({"seconds": time.perf_counter() - begin, "loss": loss})
-        say(f"step {number}: loss {loss:.6f}, {found['steps'][-1]['seconds']:.0f} s")
-    found["peak_process_bytes"] = peak_memory(torch.device("cpu"))
+        result["steps"].append({"seconds": time.perf_counter() - begin, "loss": loss})
+        say(f"step {number}: loss {loss:.6f}, {result['steps'][-1]['seconds']:.0f} s")
+    result["peak_process_bytes"] = peak_memory(torch.device("cpu"))
     if built.loader.device.type == "cuda":
-        found["peak_device_bytes"] = peak_memory(built.loader.device)
-    for told, z in zip(found["steps"], rows, strict=True):
-        told["literal"] = literal(z, built.method.temperature)
-    return found
+        result["peak_device_bytes"] = peak_memory(built.loader.device)
+    for step, z in zip(result["steps"], rows, strict=True):
+        step["literal"] = literal(z, built.method.temperature)
+    return result
 
 
 def cost(args: argparse.Namespace, method: str) -> dict[str, Any]:
     """Return the seconds per image in groups, relative to those of one group."""
     many = args.context * args.groups
-    built = {size: made(args, method, size) for size in (args.context, many)}
+    built = {size: prepare_run(args, method, size) for size in (args.context, many)}
     batches = {size: next(iter(one.loader.epoch(0, stop=1))) for size, one in built.items()}
     seconds: dict[int, list[float]] = {size: [] for size in built}
     for number in range(1 + args.repeat):
@@ -95,8 +95,8 @@ def cost(args: argparse.Namespace, method: str) -> dict[str, Any]:
                 if number:
                     seconds[size].append((time.perf_counter() - begin) / size)
     plain, grouped = (statistics.median(seconds[size]) for size in (args.context, many))
-    found = {"context": args.context, "groups": args.groups, "rounds": args.repeat, "ratio": grouped / plain}
-    return found | {"images_per_second": 1 / plain, "images_per_second_in_groups": 1 / grouped, "seconds": seconds}
+    result = {"context": args.context, "groups": args.groups, "rounds": args.repeat, "ratio": grouped / plain}
+    return result | {"images_per_second": 1 / plain, "images_per_second_in_groups": 1 / grouped, "seconds": seconds}
 
 
 def main() -> int:
@@ -112,26 +112,26 @@ def main() -> int:
     parser.add_argument("--part", choices=["steps", "cost"], action="append")
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
-    found: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     if args.out.is_file():
-        found = json.loads(args.out.read_text())
+        result = json.loads(args.out.read_text())
     parts = args.part or ["steps", "cost"]
     if "steps" in parts:  # first, because the peak is that of the whole process
-        found["steps"] = steps(args)
+        result["steps"] = steps(args)
     if "cost" in parts:
-        found["cost"] = {method: cost(args, method) for method in ("simclr", "byol")}
+        result["cost"] = {method: cost(args, method) for method in ("simclr", "byol")}
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
-    found |= {"encoder": args.encoder, "environment": environment(device)}
-    write_json(args.out, found)
+    result |= {"encoder": args.encoder, "environment": environment(device)}
+    write_json(args.out, result)
     if "steps" in parts:
-        one = found["steps"]
+        one = result["steps"]
         say(f"batch {one['batch']:,} in {one['groups']} groups: most memory {one['peak_process_bytes'] / 1e9:.2f} GB")
         for i, s in enumerate(one["steps"]):
             say(f"step {i + 1}: loss {s['loss']:.6f}, literal {s['literal']:.6f}, {s['seconds']:.0f} s")
-    for method, one in found.get("cost", {}).items():
+    for method, one in result.get("cost", {}).items():
         groups = f"{one['groups']} groups of {one['context']}"
         say(f"{method}: {groups} take {one['ratio']:.2f} times one group's time per image")
-    off = [abs(s["loss"] - s["literal"]) / s["literal"] for s in found.get("steps", {}).get("steps", [])]
+    off = [abs(s["loss"] - s["literal"]) / s["literal"] for s in result.get("steps", {}).get("steps", [])]
     if off and max(off) > TOLERANCE:
         complain(f"a loss is {max(off):.1e} off its literal version")
         return 1

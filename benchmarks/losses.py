@@ -47,9 +47,10 @@ ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "results" / "losses.json"
 PLOT = ROOT / "docs" / "losses.png"
 
-spec = importlib.util.spec_from_file_location("children", ROOT / "src" / "inbatch" / "runtime" / "child_processes.py")
-children = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(children)
+CHILD_PROCESSES = ROOT / "src" / "inbatch" / "runtime" / "child_processes.py"
+spec = importlib.util.spec_from_file_location("child_processes", CHILD_PROCESSES)
+child_processes = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(child_processes)
 
 OURS = {
     "inbatch": {"mode": "auto"},
@@ -246,18 +247,18 @@ class Measured:
         )
         if not apart:
             self.leaves = [z.requires_grad_()]
-        given = self.leaves if apart else z
+        inputs = self.leaves if apart else z
         keys = F.normalize(torch.randn(queue if LOSSES[loss].queue else 0, dim, generator=g), dim=1)
-        self.loss, self.plan, self.value = MAKERS[who](loss, given, keys), OURS.get(who), math.nan
+        self.loss, self.plan, self.value = MAKERS[who](loss, inputs, keys), OURS.get(who), math.nan
 
     def call(self) -> None:
         """Run forward and backward."""
         for leaf in self.leaves:
             leaf.grad = None
         with self._planned():
-            found = self.loss()
-            found.backward()
-        self.value = found.detach()
+            value = self.loss()
+            value.backward()
+        self.value = value.detach()
 
     def _planned(self) -> Any:
         if self.plan is None:
@@ -266,7 +267,7 @@ class Measured:
 
         return logsumexp.using(**self.plan)
 
-    def told(self) -> dict[str, float]:
+    def figures(self) -> dict[str, float]:
         """Return the value and the norm of the gradient of the last call."""
         squares = (float(leaf.grad.double().square().sum()) for leaf in self.leaves if leaf.grad is not None)
         return {"value": float(self.value), "gradient": math.sqrt(sum(squares))}
@@ -315,7 +316,7 @@ def within(seconds: int, call: Callable[[], Any]) -> Any:
         signal.alarm(0)
 
 
-def contest(job: dict[str, Any], tell: Callable[[dict[str, Any]], None]) -> None:
+def serve(job: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> None:
     """Measure one implementation: value and memory of a call, then, per line on stdin, the seconds of some calls."""
     import torch
 
@@ -328,7 +329,7 @@ def contest(job: dict[str, Any], tell: Callable[[dict[str, Any]], None]) -> None
     begin = time.perf_counter()
     extra = within(limit, measured.memory)
     first = time.perf_counter() - begin
-    tell({"versions": versions(job["who"]), "first": first, "memory_bytes": extra} | measured.told())
+    send({"versions": versions(job["who"]), "first": first, "memory_bytes": extra} | measured.figures())
     for _ in sys.stdin:
         if first < 0.1:
             measured.call()  # after a pause caches are cold and clocks are low
@@ -337,16 +338,16 @@ def contest(job: dict[str, Any], tell: Callable[[dict[str, Any]], None]) -> None
             begin = time.perf_counter()
             within(limit, measured.call)
             spent.append(time.perf_counter() - begin)
-        tell({"seconds": spent})
+        send({"seconds": spent})
 
 
 def versions(who: str) -> dict[str, str]:
     """Return the versions of torch and of the library."""
-    found = {}
+    installed = {}
     for name in ("torch", who):
         with suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
+            installed[name] = version(name)
+    return installed
 
 
 def ceiling(threads: int) -> dict[str, float]:
@@ -357,7 +358,7 @@ def ceiling(threads: int) -> dict[str, float]:
     import torch
 
     torch.set_num_threads(threads)
-    found: dict[str, float] = {}
+    result: dict[str, float] = {}
     for name in ("plain", "onednn"):
         if name == "onednn":
             torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # selects oneDNN; it need not round
@@ -373,9 +374,9 @@ def ceiling(threads: int) -> dict[str, float]:
                 torch.mm(a, b, out=c)
                 spent.append(time.perf_counter() - begin)
             rates.append(2 * n * k * m / min(spent) / 1e9)
-        found |= {name: max(rates), f"{name}_error": max(errors)}
-    found["gflops"] = max(found["plain"], found["onednn"] if found["onednn_error"] <= 1e-5 else 0)
-    return found
+        result |= {name: max(rates), f"{name}_error": max(errors)}
+    result["gflops"] = max(result["plain"], result["onednn"] if result["onednn_error"] <= 1e-5 else 0)
+    return result
 
 
 def one(job: dict[str, Any]) -> None:
@@ -383,13 +384,13 @@ def one(job: dict[str, Any]) -> None:
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 
-    def tell(answer: dict[str, Any]) -> None:
+    def send(answer: dict[str, Any]) -> None:
         print(json.dumps(answer), file=out, flush=True)
 
     if "ceiling" in job:
-        return tell(ceiling(job["threads"]))
+        return send(ceiling(job["threads"]))
     if importlib.util.find_spec(PEERS.get(job["who"], "json")) is None:
-        return tell({"failed": "not installed"})
+        return send({"failed": "not installed"})
     if sys.platform == "linux":
         import resource
 
@@ -397,22 +398,22 @@ def one(job: dict[str, Any]) -> None:
     try:
         if job["allocator"] == "kept":
             keep_freed_memory()
-        contest(job, tell)
+        serve(job, send)
     except (ImportError, OSError) as error:
-        tell({"failed": str(error)})
+        send({"failed": str(error)})
     except (RuntimeError, MemoryError) as error:
         asked = re.search(r"tried to allocate (\d+) bytes", str(error))
         if not asked and not isinstance(error, MemoryError) and "alloc" not in str(error):
             raise
         failed = {"failed": "out of memory", "versions": versions(job["who"])}
-        tell(failed | ({"asked_bytes": int(asked[1])} if asked else {}))
+        send(failed | ({"asked_bytes": int(asked[1])} if asked else {}))
 
 
 # In the main process
 
 
 @dataclass
-class Contestant:
+class Implementation:
     """Handle of a process that computes a loss, used by the main process to control it."""
 
     job: dict[str, Any]
@@ -420,20 +421,20 @@ class Contestant:
     row: dict[str, Any] = field(default_factory=dict)
     rounds: list[list[float]] = field(default_factory=list)
 
-    def start(self) -> "Contestant":
+    def start(self) -> "Implementation":
         threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(self.job["threads"]))
         self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed in end()
-        self.process = children.start(
+        self.process = child_processes.start(
             [self.python, __file__, "--one", json.dumps(self.job)], env=os.environ | threads,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors,
         )  # fmt: skip
         return self
 
-    def meet(self) -> None:
+    def warm_up(self) -> None:
         """Wait until it is ready or has failed."""
         self.row = self._answer()
 
-    def go(self) -> None:
+    def run_round(self) -> None:
         """Run one round of calls."""
         if "failed" in self.row:
             return
@@ -456,8 +457,8 @@ class Contestant:
         if hasattr(signal, "SIGKILL") and code == -signal.SIGKILL:
             return {"failed": "out of memory"}  # the operating system's limit
         self.errors.seek(0)
-        said = self.errors.read().strip().splitlines() or [f"ended with {code}"]
-        return {"failed": said[-1]}
+        lines = self.errors.read().strip().splitlines() or [f"ended with {code}"]
+        return {"failed": lines[-1]}
 
     def end(self) -> dict[str, Any]:
         """End the process and return its results."""
@@ -490,37 +491,41 @@ def measure(loss: str, rows: int, threads: int, args: argparse.Namespace) -> Blo
     held = pairs(loss, rows, args.queue)
     shared = {"loss": loss, "rows": rows, "threads": threads, "memory": args.memory_bytes}
     shared |= {key: getattr(args, key) for key in ("queue", "dim", "limit")}
-    all_of_them = [
-        Contestant(shared | {"who": who, "allocator": allocator}, args.peers_python if who in PEERS else sys.executable)
+    implementations = [
+        Implementation(
+            shared | {"who": who, "allocator": allocator}, args.peers_python if who in PEERS else sys.executable
+        )
         for allocator in args.allocators for who in LOSSES[loss].who if who in args.who
         if who != "inbatch, tiles" or held <= SMALL  # with more pairs "inbatch" uses tiles itself
     ]  # fmt: skip
-    found: Block = {}
+    block: Block = {}
 
-    def end(some: Contestant) -> None:
-        found.setdefault(some.job["who"], {})[some.job["allocator"]] = some.end()
+    def end(implementation: Implementation) -> None:
+        block.setdefault(implementation.job["who"], {})[implementation.job["allocator"]] = implementation.end()
 
     if held <= SMALL:
-        started = [some.start() for some in all_of_them]
-        for some in started:
-            some.meet()
+        started = [implementation.start() for implementation in implementations]
+        for implementation in started:
+            implementation.warm_up()
         for _ in range(args.repeat):
-            for some in started:
-                if not some.rounds or median(some.rounds[0]) < BRIEF:
-                    some.go()
-        for some in started:
-            end(some)
-        return found
-    for some in all_of_them:
-        if sys.platform != "linux" and some.job["who"] not in OURS and 12 * held > args.memory_bytes:
+            for implementation in started:
+                if not implementation.rounds or median(implementation.rounds[0]) < BRIEF:
+                    implementation.run_round()
+        for implementation in started:
+            end(implementation)
+        return block
+    for implementation in implementations:
+        if sys.platform != "linux" and implementation.job["who"] not in OURS and 12 * held > args.memory_bytes:
             # No memory limit applies here: every implementation holds at least three matrices.
-            found.setdefault(some.job["who"], {})[some.job["allocator"]] = {"failed": "not started: too large"}
+            block.setdefault(implementation.job["who"], {})[implementation.job["allocator"]] = {
+                "failed": "not started: too large"
+            }
             continue
-        some.start().meet()
-        if some.row.get("first", math.inf) < PATIENCE:
-            some.go()
-        end(some)
-    return found
+        implementation.start().warm_up()
+        if implementation.row.get("first", math.inf) < PATIENCE:
+            implementation.run_round()
+        end(implementation)
+    return block
 
 
 def judge(block: Block) -> None:
@@ -535,10 +540,10 @@ def judge(block: Block) -> None:
                 row["agrees"] = row["off"] <= (1e-2 if "bf16" in who else 1e-4)
 
 
-def shares(found: dict[str, Any]) -> None:
+def shares(result: dict[str, Any]) -> None:
     """Add every time as a share of the highest rate that products have reached."""
-    best, settings = max(one["gflops"] for one in found["ceilings"]), found["settings"]
-    for loss, blocks in found["losses"].items():
+    best, settings = max(one["gflops"] for one in result["ceilings"]), result["settings"]
+    for loss, blocks in result["losses"].items():
         for rows, block in blocks.items():
             work = LOSSES[loss].operations(int(rows), settings["queue"], settings["dim"])
             for row in (row for by in block.values() for row in by.values() if "seconds" in row):
@@ -568,8 +573,8 @@ def ratio(other: dict[str, Any], row: dict[str, Any], key: str) -> str:
 
 def peer(block: Block) -> str:
     """Return the baseline of the ratios: another library if measured, else the literal version."""
-    found = (w for w in PEERS if any(row.get("failed") != "not installed" for row in block.get(w, {}).values()))
-    return next(found, "literal")
+    measured = (w for w in PEERS if any(row.get("failed") != "not installed" for row in block.get(w, {}).values()))
+    return next(measured, "literal")
 
 
 DETAILS = ("N", "who", "ms", "other / it", "ms, memory kept", "other / it", "MB", "other / it", "of the ceiling", "")
@@ -581,13 +586,13 @@ def details(rows: int, block: Block) -> Iterator[Sequence[str]]:
     for who, by in block.items():
         row, kept = by.get("ships", MISSING), by.get("kept", MISSING)
         against, against_kept = other.get("ships", MISSING), other.get("kept", MISSING)
-        told = row if "seconds" in row or not kept.get("seconds") else kept
-        note = f"asked for {told['asked_bytes'] / 1e9:,.1f} GB" if "asked_bytes" in told else ""
-        note = note if told.get("agrees", True) else f"DISAGREES by {told['off']:.0e}"
+        chosen = row if "seconds" in row or not kept.get("seconds") else kept
+        note = f"asked for {chosen['asked_bytes'] / 1e9:,.1f} GB" if "asked_bytes" in chosen else ""
+        note = note if chosen.get("agrees", True) else f"DISAGREES by {chosen['off']:.0e}"
         yield (
             f"{rows:,}", who, milliseconds(row), ratio(against, row, "seconds"), milliseconds(kept),
-            ratio(against_kept, kept, "seconds"), megabytes(told), ratio(against, row, "memory_bytes"),
-            f"{told['share']:.0%}" if "share" in told else "", note,
+            ratio(against_kept, kept, "seconds"), megabytes(chosen), ratio(against, row, "memory_bytes"),
+            f"{chosen['share']:.0%}" if "share" in chosen else "", note,
         )  # fmt: skip
 
 
@@ -609,23 +614,23 @@ def summary(loss: str, rows: int, block: Block) -> Sequence[str]:
     return [*cells, f"{share:.0%}" if share is not None else ""]
 
 
-def plot(found: dict[str, Any], png: Path) -> None:
+def plot(result: dict[str, Any], png: Path) -> None:
     """Draw memory and time of NT-Xent against N, for inbatch and other libraries; a cross marks a failure."""
     from matplotlib.figure import Figure
 
-    blocks = {int(rows): block for rows, block in found["losses"]["nt_xent"].items()}
+    blocks = {int(rows): block for rows, block in result["losses"]["nt_xent"].items()}
     figure = Figure(figsize=(9, 4.4), layout="constrained")
     panels = figure.subplots(1, 2)
     drawn = {"inbatch": "#0072b2", "literal": "#999999", "lightly": "#d55e00", "solo-learn": "#009e73",
              "pytorch-metric-learning": "#cc79a7"}  # fmt: skip
-    limit = found["settings"]["memory_bytes"] / 1e6
+    limit = result["settings"]["memory_bytes"] / 1e6
     wanted = (("memory_bytes", 1e-6, "extra memory, MB"), ("seconds", 1e3, "forward and backward, ms"))
     for panel, (key, unit, label) in zip(panels, wanted, strict=True):
         rows = {
             who: {n: by["ships"] for n, b in blocks.items() if (by := b.get(who)) and "ships" in by} for who in drawn
         }
         points = {who: [(n, row[key] * unit) for n, row in by.items() if row.get(key)] for who, by in rows.items()}
-        top = limit if key == "memory_bytes" else 2 * max((y for some in points.values() for _, y in some), default=1)
+        top = limit if key == "memory_bytes" else 2 * max((y for curve in points.values() for _, y in curve), default=1)
         if key == "memory_bytes":
             panel.axhline(limit, color="black", linewidth=0.8, linestyle=":", label="limit of a process")
         for i, (who, colour) in enumerate(drawn.items()):
@@ -642,9 +647,9 @@ def plot(found: dict[str, Any], png: Path) -> None:
     figure.legend(
         *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8, frameon=False
     )
-    threads = found["environment"]["threads"]
+    threads = result["environment"]["threads"]
     figure.suptitle(
-        f"NT-Xent, D = {found['settings']['dim']}, float32, {threads} thread{'s' * (threads > 1)}", fontsize=9
+        f"NT-Xent, D = {result['settings']['dim']}, float32, {threads} thread{'s' * (threads > 1)}", fontsize=9
     )
     figure.savefig(png, dpi=120)
 
@@ -666,8 +671,8 @@ def file_of(out: Path, threads: int) -> Path:
 
 def repeatable(words: Sequence[str]) -> str:
     """Return the command without the directories of this machine."""
-    given = iter([part for w in words for part in (w.split("=", 1) if w.startswith("--") else [w])])
-    kept = [f"{w} {Path(next(given)).name}" if w in ("--peers-python", "--out") else shlex.quote(w) for w in given]
+    parts = iter([part for w in words for part in (w.split("=", 1) if w.startswith("--") else [w])])
+    kept = [f"{w} {Path(next(parts)).name}" if w in ("--peers-python", "--out") else shlex.quote(w) for w in parts]
     return " ".join(["python benchmarks/losses.py", *kept])
 
 
@@ -678,25 +683,25 @@ def begun(args: argparse.Namespace, threads: int, file: Path, command: str) -> d
     from inbatch.runtime.environment import environment
 
     keys = ("dim", "queue", "repeat", "limit", "memory_bytes")
-    found: dict[str, Any] = {
+    result: dict[str, Any] = {
         "environment": environment(torch.device("cpu")) | {"threads": threads}, "commands": [command],
         "settings": {key: getattr(args, key) for key in keys} | {"temperature": TEMPERATURE},
         "ceilings": [], "versions": {}, "losses": {},
     }  # fmt: skip
     if args.update and file.exists():
         old = json.loads(file.read_text())
-        if any(old["settings"][key] != found["settings"][key] for key in ("dim", "queue")):
+        if any(old["settings"][key] != result["settings"][key] for key in ("dim", "queue")):
             raise SystemExit(f"error: {file} was measured with another --dim or --queue; leave out --update")
-        found |= {key: old[key] for key in ("ceilings", "versions", "losses")}
-        found["commands"] = [*old["commands"], command]
-    return found
+        result |= {key: old[key] for key in ("ceilings", "versions", "losses")}
+        result["commands"] = [*old["commands"], command]
+    return result
 
 
 def measure_ceiling(threads: int) -> dict[str, float]:
     """Return the machine's rate, and its load average before the measurement."""
     load = {"load": os.getloadavg()[0]} if hasattr(os, "getloadavg") else {}
     call = [sys.executable, __file__, "--one", json.dumps({"ceiling": True, "threads": threads})]
-    out, _ = children.start(call, stdout=subprocess.PIPE).communicate()
+    out, _ = child_processes.start(call, stdout=subprocess.PIPE).communicate()
     return load | json.loads(out)
 
 
@@ -723,7 +728,7 @@ def main(words: Sequence[str] | None = None) -> dict[int, dict[str, Any]]:
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args(words)
     if args.one:
-        children.end_with_parent()
+        child_processes.end_with_parent()
         one(json.loads(args.one))
         return {}
 
@@ -745,9 +750,9 @@ def main(words: Sequence[str] | None = None) -> dict[int, dict[str, Any]]:
     results, command = {}, repeatable(words)
     for threads in args.threads:
         file = file_of(args.out, threads)
-        found = results[threads] = begun(args, threads, file, command)
-        found["ceilings"].append(measure_ceiling(threads))
-        if (load := found["ceilings"][-1].get("load", 0)) > 0.5:
+        result = results[threads] = begun(args, threads, file, command)
+        result["ceilings"].append(measure_ceiling(threads))
+        if (load := result["ceilings"][-1].get("load", 0)) > 0.5:
             say(
                 f"Warning: other work runs here (load {load:.1f}). It makes figures worse, most of all with threads.",
                 "",
@@ -758,17 +763,17 @@ def main(words: Sequence[str] | None = None) -> dict[int, dict[str, Any]]:
                 judge(block)
                 for who, by in block.items():
                     for row in by.values():
-                        found["versions"].setdefault(who, {}).update(row.pop("versions", {}))
-                found["losses"].setdefault(loss, {})[str(rows)] = block
-                shares(found)
+                        result["versions"].setdefault(who, {}).update(row.pop("versions", {}))
+                result["losses"].setdefault(loss, {})[str(rows)] = block
+                shares(result)
                 say(f"{loss}, {threads} thread{'s' * (threads > 1)}; other: {peer(block)}")
                 print_table(DETAILS, details(rows, block), numbers=True)
                 say("")
-                write_json(file, found)
-        found["ceilings"].append(measure_ceiling(threads))
-        shares(found)
-        write_json(file, found)
-        best = max(found["ceilings"], key=lambda one: one["gflops"])
+                write_json(file, result)
+        result["ceilings"].append(measure_ceiling(threads))
+        shares(result)
+        write_json(file, result)
+        best = max(result["ceilings"], key=lambda one: one["gflops"])
         rates = f"torch's product {best['plain']:,.0f}, oneDNN's {best['onednn']:,.0f}"
         say(f"Ceiling: {best['gflops']:,.0f} GFLOP/s ({rates})")
         say(f"Written to {file}", "")
@@ -779,8 +784,8 @@ def disagreeing(results: dict[int, dict[str, Any]]) -> list[str]:
     """Return the implementations whose value or gradient differs from the others."""
     return [
         f"{loss}, N {rows}, {who}"
-        for found in results.values()
-        for loss, blocks in found["losses"].items()
+        for result in results.values()
+        for loss, blocks in result["losses"].items()
         for rows, block in blocks.items()
         for who, by in block.items()
         if not all(row.get("agrees", True) for row in by.values())

@@ -76,8 +76,8 @@ def scan(folder: str) -> dict[str, Any]:
     source = open_data(folder)
     seconds = time.perf_counter() - began
     top, after = peak(device), held(device) or 0
-    told = {"seconds": seconds, "images": len(source), "classes": len(source.classes)}
-    return told | {"held_bytes": after - before, "peak_bytes": top - before}
+    figures = {"seconds": seconds, "images": len(source), "classes": len(source.classes)}
+    return figures | {"held_bytes": after - before, "peak_bytes": top - before}
 
 
 def private(pid: int) -> tuple[int, int]:
@@ -107,8 +107,8 @@ def epoch(folder: str, workers: int) -> dict[str, Any]:
     images, uss = np.array([p[0] for p in points]), np.array([p[1] for p in points])
     later = slice(1 + len(points) // 10, None)  # the allocator still grows in the first tenth
     slopes = [float(np.polyfit(images[later], uss[later, w], 1)[0] * 1e6) for w in range(workers)]
-    told = {"workers": workers, "images": loader.steps * loader.batch, "seconds": seconds}
-    return told | {"bytes_per_million_images": slopes, "points": points}
+    figures = {"workers": workers, "images": loader.steps * loader.batch, "seconds": seconds}
+    return figures | {"bytes_per_million_images": slopes, "points": points}
 
 
 def first_step(folder: str, cache: Path) -> float:
@@ -154,27 +154,27 @@ def main(words: Sequence[str] | None = None) -> None:
     root = Path(tempfile.mkdtemp(prefix="million-", dir=args.folder))
     try:
         began = time.perf_counter()
-        told: dict[str, Any] = {"environment": environment(torch.device("cpu")), "images": args.images}
-        told["path_bytes"] = make(root, args.images)
+        result: dict[str, Any] = {"environment": environment(torch.device("cpu")), "images": args.images}
+        result["path_bytes"] = make(root, args.images)
         say(f"{args.images:,} files in {time.perf_counter() - began:,.0f} s")
         cache, tree = root / ".cache", str(root / "photos")
         for name in ("scan", "from_cache"):
-            told[name] = apart(cache, "--only", "scan", "--tree", tree)
-            print_table(("", "seconds", "MB held", "MB at most"), [_row(name, told[name])], numbers=True)
+            result[name] = apart(cache, "--only", "scan", "--tree", tree)
+            print_table(("", "seconds", "MB held", "MB at most"), [_row(name, result[name])], numbers=True)
         shutil.rmtree(cache, ignore_errors=True)
         runs = {"a thousand": root / "photos" / "n00000000", "all": root, "all, scan from the cache": root}
-        told["first_step_seconds"] = {name: first_step(str(data), cache) for name, data in runs.items()}
-        say(*(f"first step of {name}: {seconds:.1f} s" for name, seconds in told["first_step_seconds"].items()))
-        told["epoch"] = apart(cache, "--only", "epoch", "--tree", tree, "--workers", str(args.workers))
-        say(f"workers grow by {told['epoch']['bytes_per_million_images']} bytes in a million images")
-        write_json(args.out, told)
+        result["first_step_seconds"] = {name: first_step(str(data), cache) for name, data in runs.items()}
+        say(*(f"first step of {name}: {seconds:.1f} s" for name, seconds in result["first_step_seconds"].items()))
+        result["epoch"] = apart(cache, "--only", "epoch", "--tree", tree, "--workers", str(args.workers))
+        say(f"workers grow by {result['epoch']['bytes_per_million_images']} bytes in a million images")
+        write_json(args.out, result)
     finally:
         with suppress(FileNotFoundError):
             shutil.rmtree(root)
 
 
-def _row(name: str, found: dict[str, Any]) -> tuple[str, ...]:
-    return name, f"{found['seconds']:.1f}", f"{found['held_bytes'] / 1e6:.0f}", f"{found['peak_bytes'] / 1e6:.0f}"
+def _row(name: str, figures: dict[str, Any]) -> tuple[str, ...]:
+    return name, f"{figures['seconds']:.1f}", f"{figures['held_bytes'] / 1e6:.0f}", f"{figures['peak_bytes'] / 1e6:.0f}"
 
 
 if __name__ == "__main__":

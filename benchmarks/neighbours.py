@@ -197,7 +197,7 @@ def main() -> None:
         return
     if unknown := set(args.only.split(",")) - set(names):
         parser.error(f"unknown: {', '.join(unknown)}; choose from {', '.join(names)}")
-    told: dict[str, Any] = {"environment": environment(torch.device("cpu")), "load": os.getloadavg(), "results": {}}
+    result: dict[str, Any] = {"environment": environment(torch.device("cpu")), "load": os.getloadavg(), "results": {}}
     with tempfile.TemporaryDirectory() as folder:
         file, truth = str(args.features or Path(folder) / "rows.npy"), str(Path(folder) / "truth.npz")
         if args.features is None:
@@ -205,12 +205,12 @@ def main() -> None:
         rows = torch.from_numpy(np.load(file, mmap_mode="c"))
         places = torch.randperm(len(rows), generator=torch.Generator().manual_seed(5))[:QUERIES].sort().values
         np.savez(truth, places=places, truth=search(rows[places], rows, K, own=places)[1])
-        told |= {"data": str(args.features or "mixture"), "shape": list(rows.shape), "threads": args.threads}
-        told["limit_seconds"] = args.limit
+        result |= {"data": str(args.features or "mixture"), "shape": list(rows.shape), "threads": args.threads}
+        result["limit_seconds"] = args.limit
         for name in args.only.split(","):
-            told["results"][name] = one = run(name, file, truth, args)
+            result["results"][name] = one = run(name, file, truth, args)
             show(name, one)
-            write_json(args.out, told)
+            write_json(args.out, result)
 
 
 def run(name: str, file: str, truth: str, args: argparse.Namespace) -> dict[str, Any]:

@@ -93,13 +93,13 @@ def profile(case: dict[str, Any], steps: int, warm: int) -> dict[str, Any]:
             kept[1](*args, **options)
 
     torch.autograd.backward = backward
-    made: list[dict[str, float]] = []
+    timings: list[dict[str, float]] = []
     try:
         with tempfile.TemporaryDirectory() as folder, Log(Path(folder), total_steps=10**6, quiet=True) as log:
             number, epoch = 0, 0
-            while len(made) < warm + steps:
+            while len(timings) < warm + steps:
                 batches = built.loader.epoch(epoch)
-                while len(made) < warm + steps:
+                while len(timings) < warm + steps:
                     clock.seconds.clear()
                     with clock.part("framework"):
                         batch = next(batches, None)
@@ -108,13 +108,13 @@ def profile(case: dict[str, Any], steps: int, warm: int) -> dict[str, Any]:
                         losses = built.step(batch, number)
                         number += 1
                         log.step(number, epoch, losses | {"lr": 0.0}, built.recipe.batch_size)
-                    made.append(dict(clock.seconds))
+                    timings.append(dict(clock.seconds))
                 epoch += 1
     finally:
         torch.Tensor.backward, torch.autograd.backward, step.ema_update = kept
-    names = sorted({name for one in made for name in one}, key=lambda n: (n == "framework", n))
-    parts = {name: median(one.get(name, 0.0) for one in made[warm:]) for name in names}
-    totals = [sum(one.values()) for one in made[warm:]]
+    names = sorted({name for one in timings for name in one}, key=lambda n: (n == "framework", n))
+    parts = {name: median(one.get(name, 0.0) for one in timings[warm:]) for name in names}
+    totals = [sum(one.values()) for one in timings[warm:]]
     return {"steps": steps, "seconds": median(totals), "least": min(totals), "most": max(totals), "parts": parts,
             "precision": str(built.network.precision).removeprefix("torch.")}  # fmt: skip
 
@@ -126,22 +126,22 @@ def main() -> None:
     parser.add_argument("--case", action="append", choices=list(CASES), help="all by default")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--out", type=Path, default=OUT)
-    asked = parser.parse_args()
+    args = parser.parse_args()
     tune()
     import torch
 
     from inbatch.runtime.environment import environment
     from inbatch.runtime.files import write_json
 
-    if asked.threads:
-        torch.set_num_threads(asked.threads)
-    found = {}
-    for name in asked.case or CASES:
-        found[name] = profile(CASES[name], asked.steps, asked.warm)
-        parts = ", ".join(f"{part} {s / found[name]['seconds']:.1%}" for part, s in found[name]["parts"].items())
-        print(f"{name}: {found[name]['seconds']:.3f} s: {parts}", file=sys.stderr)
-    told = {"command": shlex.join(["python", "benchmarks/profile_step.py", *sys.argv[1:]])}
-    write_json(asked.out, told | {"environment": environment(torch.device("cpu")), "cases": found})
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    cases = {}
+    for name in args.case or CASES:
+        cases[name] = profile(CASES[name], args.steps, args.warm)
+        parts = ", ".join(f"{part} {s / cases[name]['seconds']:.1%}" for part, s in cases[name]["parts"].items())
+        print(f"{name}: {cases[name]['seconds']:.3f} s: {parts}", file=sys.stderr)
+    result = {"command": shlex.join(["python", "benchmarks/profile_step.py", *sys.argv[1:]])}
+    write_json(args.out, result | {"environment": environment(torch.device("cpu")), "cases": cases})
 
 
 if __name__ == "__main__":

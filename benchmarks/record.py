@@ -43,10 +43,10 @@ def command(words: list[str], threads: int) -> dict[str, Any]:
     """Return the JSON object of an inbatch command; raise InbatchError with its message if it fails."""
     words = [sys.executable, "-m", "inbatch", *words, "--json"]
     done = subprocess.run(words, stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": str(threads)})
-    found: dict[str, Any] = json.loads(done.stdout or "{}")
+    result: dict[str, Any] = json.loads(done.stdout or "{}")
     if done.returncode:
-        raise InbatchError(found.get("error", f"inbatch ended with exit code {done.returncode}"))
-    return found
+        raise InbatchError(result.get("error", f"inbatch ended with exit code {done.returncode}"))
+    return result
 
 
 def operations(run: Path, data: Path) -> float:
@@ -77,12 +77,12 @@ def one_seed(data: Path, words: list[str], seed: int, folder: Path, threads: int
     seconds, now = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu = now.ru_utime + now.ru_stime - used.ru_utime - used.ru_stime
     result = read_json(folder / "result.json")
-    told = command(["evaluate", str(folder), "--data", str(data), "--device", "cpu"], threads)
+    evaluation = command(["evaluate", str(folder), "--data", str(data), "--device", "cpu"], threads)
     figures = {
         "seed": seed, "seconds": seconds, "cpu_seconds": cpu, "training_seconds": result["training_seconds"],
         "load_before": load_before, "steps": result["steps"], "operations": operations(folder, data),
-        "knn": told["knn"]["top1"], "linear": told["linear"]["top1"], "bank": told["train"]["images"],
-        "queries": told["test"]["images"], "curve": result["curve"],
+        "knn": evaluation["knn"]["top1"], "linear": evaluation["linear"]["top1"], "bank": evaluation["train"]["images"],
+        "queries": evaluation["test"]["images"], "curve": result["curve"],
     }  # fmt: skip
     write_json(kept, figures)
     return figures
@@ -92,9 +92,9 @@ def run(args: argparse.Namespace) -> None:
     """Run every seed and write the entry, after each seed."""
     seeds = []
     for seed in args.seeds:
-        found = one_seed(args.data, args.words, seed, args.work / f"{args.name}-s{seed}", args.threads)
-        say(f"seed {seed}: k-NN {found['knn']:.2%} after {found['seconds']:,.0f} s")
-        seeds.append(found)
+        figures = one_seed(args.data, args.words, seed, args.work / f"{args.name}-s{seed}", args.threads)
+        say(f"seed {seed}: k-NN {figures['knn']:.2%} after {figures['seconds']:,.0f} s")
+        seeds.append(figures)
         entry = {
             "name": args.name, "target": args.target, "words": args.words, "date": str(datetime.now(UTC).date()),
             "data": args.data.resolve().name, "threads": args.threads, "seeds": seeds,

@@ -111,12 +111,12 @@ def case(rank: int, world: int, rows: int, repeat: int, ways: Sequence[str], fol
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
     own = samples(rank, rows // VIEWS // world)
-    given = dict.fromkeys(WAYS, own)
+    inputs = dict.fromkeys(WAYS, own)
     if ALONE in ways:
-        given[ALONE] = torch.cat([samples(r, own.shape[1]) for r in range(world)], 1)
+        inputs[ALONE] = torch.cat([samples(r, own.shape[1]) for r in range(world)], 1)
         # Pairs of rows grow with the square of rows: these have one W-th of all pairs.
-        given[SEPARATE] = samples(rank, round(own.shape[1] * world**0.5))
-    found: dict[str, dict[str, Any]] = {way: {"seconds": [], "processor": [], "bytes": []} for way in ways}
+        inputs[SEPARATE] = samples(rank, round(own.shape[1] * world**0.5))
+    figures: dict[str, dict[str, Any]] = {way: {"seconds": [], "processor": [], "bytes": []} for way in ways}
     for number in range(repeat + 1):
         for way in ways:
             peers = Counted()
@@ -127,15 +127,15 @@ def case(rank: int, world: int, rows: int, repeat: int, ways: Sequence[str], fol
             before = memory.held(CPU) or 0
             memory.forget_peak(CPU)
             begin = time.perf_counter(), time.process_time()
-            loss, gradient = once(way, given[way], peers)
+            loss, gradient = once(way, inputs[way], peers)
             spent = time.perf_counter() - begin[0], time.process_time() - begin[1]
-            mine = found[way]
+            mine = figures[way]
             if number or not repeat:
                 mine["seconds"].append(spent[0])
                 mine["processor"].append(spent[1])
                 mine["bytes"].append(memory.peak(CPU) - before)
             mine |= {"sent": peers.sent, "loss": loss, "gradient": gradient}
-    torch.save(found, f"{folder}/{rank}")
+    torch.save(figures, f"{folder}/{rank}")
     dist.barrier()
     dist.destroy_process_group()
 
@@ -149,15 +149,19 @@ def statistics_case(rank: int, world: int, folder: str) -> None:
     """Run one rank: losses of statistics in float64, their gradients, and the numbers that this rank sends."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
-    found = {}
+    figures = {}
     for name, (loss, _) in STATISTICS.items():
         peers, leaf = Counted(), statistics_rows(rank).requires_grad_()
         with logsumexp.using(peers=peers):
             value = loss(leaf)["loss"]
             value.backward()
         assert leaf.grad is not None
-        found[name] = {"sent": peers.sent / leaf.element_size(), "loss": value.detach(), "gradient": leaf.grad / world}
-    torch.save(found, f"{folder}/{rank}")
+        figures[name] = {
+            "sent": peers.sent / leaf.element_size(),
+            "loss": value.detach(),
+            "gradient": leaf.grad / world,
+        }
+    torch.save(figures, f"{folder}/{rank}")
     dist.barrier()
     dist.destroy_process_group()
 
@@ -226,8 +230,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
     parts = args.parts or kinds
-    found: dict[str, Any] = json.loads(args.out.read_text()) if args.parts and args.out.exists() else {}
-    found["paper"] = [
+    figures: dict[str, Any] = json.loads(args.out.read_text()) if args.parts and args.out.exists() else {}
+    figures["paper"] = [
         {"ranks": world, "rows": n} | {way: paper(way, world, n) for way in WAYS}
         for world, n in ((4, 65536), (64, 65536), (1024, 65536), (1024, 2**21))
     ]
@@ -236,19 +240,19 @@ def main() -> None:
         "volume": lambda: [measure(world, 3072, 1) for world in args.volume],
         # Each way in processes of its own: the second one would find memory that the first one has freed.
         "memory": lambda: functools.reduce(
-            operator.or_, (measure(*args.memory, repeat=0, ways=[way]) for way in args.ways), found.get("memory", {})
+            operator.or_, (measure(*args.memory, repeat=0, ways=[way]) for way in args.ways), figures.get("memory", {})
         ),
         "time": lambda: measure(*args.time, args.repeat, (ALONE, *WAYS, SEPARATE)),
     }
     for part in parts:
-        found[part] = cases[part]()
-        found.setdefault("load", {})[part] = os.getloadavg()
-        found["ratios"] = ratios(found)
-        write_json(args.out, found | {"environment": environment(CPU)})
-    show(found, parts)
+        figures[part] = cases[part]()
+        figures.setdefault("load", {})[part] = os.getloadavg()
+        figures["ratios"] = ratios(figures)
+        write_json(args.out, figures | {"environment": environment(CPU)})
+    show(figures, parts)
 
 
-def show(found: dict[str, Any], parts: Sequence[str]) -> None:
+def show(figures: dict[str, Any], parts: Sequence[str]) -> None:
     """Print the results of some parts."""
     if "statistics" in parts:
         print_table(
@@ -256,11 +260,11 @@ def show(found: dict[str, Any], parts: Sequence[str]) -> None:
             [
                 (str(c["ranks"]), c["loss"], f"{c['sent']:,.0f}", f"{c['sent_on_paper']:,.0f}",
                  f"{c['loss_differs']:.1e}", f"{c['gradient_differs']:.1e}")
-                for c in found["statistics"]
+                for c in figures["statistics"]
             ],
             numbers=True,
         )  # fmt: skip
-    results = [found[part] for part in parts if part != "statistics"]
+    results = [figures[part] for part in parts if part != "statistics"]
     cases = [c for result in results for c in (result if isinstance(result, list) else [result])]
     if not cases:
         return
@@ -274,16 +278,16 @@ def show(found: dict[str, Any], parts: Sequence[str]) -> None:
         ],
         numbers=True,
     )  # fmt: skip
-    print_table(("ratio", ""), [(name, f"{x:.3f}") for name, x in found["ratios"].items()], numbers=True)
+    print_table(("ratio", ""), [(name, f"{x:.3f}") for name, x in figures["ratios"].items()], numbers=True)
 
 
-def ratios(found: dict[str, Any]) -> dict[str, float]:
+def ratios(figures: dict[str, Any]) -> dict[str, float]:
     """Return the extra memory of own rows over that of gathered ones, and times of a rank over those of one process."""
     result = {}
-    if "memory" in found:
-        result["memory"] = found["memory"]["own rows"]["bytes"] / found["memory"]["gathered"]["bytes"]
-    if "time" in found:
-        timed, kinds = found["time"], ("seconds", "processor")
+    if "memory" in figures:
+        result["memory"] = figures["memory"]["own rows"]["bytes"] / figures["memory"]["gathered"]["bytes"]
+    if "time" in figures:
+        timed, kinds = figures["time"], ("seconds", "processor")
         for way in (*WAYS, SEPARATE):
             result |= {f"{kind}, {way}": timed[way][kind] / timed[ALONE][kind] for kind in kinds}
     return result

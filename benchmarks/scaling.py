@@ -42,7 +42,7 @@ def paper(world: int, batch: int, encoder: str, products: int = 6) -> dict[str, 
     forward, parameters = ENCODERS[encoder]
     n, others = VIEWS * batch, (world - 1) / world
     rows = n * WIDTH * FLOAT
-    told = {
+    estimate = {
         "encoder_operations": VIEWS * batch / world * forward * 4,  # forward, forward again and backward (2)
         "loss_operations": products * n * n * WIDTH / world,
         "gathered_bytes": 3 * others * rows + 2 * others * n * FLOAT,  # rows once; sums and gradients are added up
@@ -53,10 +53,12 @@ def paper(world: int, batch: int, encoder: str, products: int = 6) -> dict[str, 
         "state_bytes": STATE * parameters * FLOAT,
         "sharded_state_bytes": STATE * parameters * FLOAT / world,
     }
-    told["encoder_seconds"] = told["encoder_operations"] / CARD["encoder"]
-    told["loss_seconds"] = told["loss_operations"] / CARD["loss"]
-    network = {way: (told[f"{way}_bytes"] + told["gradient_bytes"]) / CARD["network"] for way in ("gathered", "own")}
-    return told | {f"{way}_network_seconds": seconds for way, seconds in network.items()}
+    estimate["encoder_seconds"] = estimate["encoder_operations"] / CARD["encoder"]
+    estimate["loss_seconds"] = estimate["loss_operations"] / CARD["loss"]
+    network = {
+        way: (estimate[f"{way}_bytes"] + estimate["gradient_bytes"]) / CARD["network"] for way in ("gathered", "own")
+    }
+    return estimate | {f"{way}_network_seconds": seconds for way, seconds in network.items()}
 
 
 def even(encoder: str) -> float:
@@ -83,7 +85,7 @@ def case(rank: int, world: int, n: int, repeat: int, folder: str) -> None:
         if number:
             seconds.append(time.perf_counter() - begin)
     if rank == 0:
-        torch.save({"seconds": seconds, "added": sent[0]}, f"{folder}/found")
+        torch.save({"seconds": seconds, "added": sent[0]}, f"{folder}/figures")
     dist.destroy_process_group()
 
 
@@ -94,8 +96,13 @@ def small(world: int, n: int, repeat: int) -> dict[str, Any]:
         torch.multiprocessing.start_processes(
             partial(case), args=(world, n, repeat, folder), nprocs=world, start_method="spawn"
         )
-        found = torch.load(f"{folder}/found", weights_only=True)
-    return {"ranks": world, "rows": n, "seconds": statistics.median(found["seconds"]), "added_bytes": found["added"]}
+        figures = torch.load(f"{folder}/figures", weights_only=True)
+    return {
+        "ranks": world,
+        "rows": n,
+        "seconds": statistics.median(figures["seconds"]),
+        "added_bytes": figures["added"],
+    }
 
 
 def main() -> None:
@@ -107,8 +114,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
     if args.keep_cases:
-        found = json.loads(args.out.read_text())
-        cases, where = found["cases"], found["environment"]
+        result = json.loads(args.out.read_text())
+        cases, where = result["cases"], result["environment"]
     else:
         cases = [small(world, n, args.repeat) for n in args.rows for world in args.ranks]
         where = environment(torch.device("cpu"))
@@ -122,8 +129,8 @@ def main() -> None:
         for encoder in ENCODERS
         for world, batch in ((1, 4096), (8, 32768), (64, 65536), (1024, 65536), (1024, 2**20))
     ]
-    found = {"cases": cases, "paper": sheet, "rates": CARD, "even_rows": {name: even(name) for name in ENCODERS}}
-    write_json(args.out, found | {"environment": where})
+    result = {"cases": cases, "paper": sheet, "rates": CARD, "even_rows": {name: even(name) for name in ENCODERS}}
+    write_json(args.out, result | {"environment": where})
     print_table(
         ("ranks", "rows", "ms", "times faster", "added MB", "on paper"),
         [
@@ -142,7 +149,7 @@ def main() -> None:
             for s in sheet
         ],
     )  # fmt: skip
-    for name, n in found["even_rows"].items():
+    for name, n in result["even_rows"].items():
         say(f"{name}: the loss costs as much as the encoder at {n:,.0f} rows")
 
 

@@ -104,21 +104,21 @@ def rank(data: str, out: Path) -> None:
 
 def figures(parts: Sequence[dict[str, Any]], report: str) -> dict[str, Any]:
     """Return the figures of all ranks."""
-    told: dict[str, Any] = {"report": report.splitlines()[-1], "steps": parts[0]["steps"]}
+    result: dict[str, Any] = {"report": report.splitlines()[-1], "steps": parts[0]["steps"]}
     for way in WAYS:
         every = np.concatenate([part["numbers"][way] for part in parts]).ravel()
         slowest = max(part["seconds"][way] for part in parts)
-        told[way] = {
+        result[way] = {
             "images": len(every), "different_images": len(np.unique(every)), "seconds": slowest,
             "images_per_second": len(every) / slowest, "checked": all(part["ended"][way] for part in parts),
             "workers_mb_per_100000_images": [
                 slope(part["points"], lambda p, way=way, w=w: p[way][w]) for part in parts for w in range(WORKERS)
             ],
         }  # fmt: skip
-    told["ratio"] = told["sequential"]["images_per_second"] / told["random"]["images_per_second"]
-    told["ranks_mb_per_100000_images"] = [slope(part["points"], lambda point: point["rank"]) for part in parts]
-    told["points"] = [part["points"] for part in parts]
-    return told
+    result["ratio"] = result["sequential"]["images_per_second"] / result["random"]["images_per_second"]
+    result["ranks_mb_per_100000_images"] = [slope(part["points"], lambda point: point["rank"]) for part in parts]
+    result["points"] = [part["points"] for part in parts]
+    return result
 
 
 def slope(points: Sequence[dict[str, Any]], value: Any) -> float:
@@ -146,20 +146,21 @@ def main(words: Sequence[str] | None = None) -> None:
         call = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(WORLD), __file__]
         words = [*call, "--rank-data", str(root), "--out", str(part)]
         subprocess.run(words, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True)
-        told = {"environment": environment(torch.device("cpu")), "load": os.getloadavg()[0]}
-        told |= {"images": args.images, "shards": args.shards, "sizes": [min(sizes), max(sizes)]}
-        told |= {"ranks": WORLD, "workers": WORKERS, "batch": BATCH} | read_json(part)
+        result = {"environment": environment(torch.device("cpu")), "load": os.getloadavg()[0]}
+        result |= {"images": args.images, "shards": args.shards, "sizes": [min(sizes), max(sizes)]}
+        result |= {"ranks": WORLD, "workers": WORKERS, "batch": BATCH} | read_json(part)
         print_table(
             ("", "images", "images/s", "MB per 100,000 images, each worker"),
             [
-                (way, f"{told[way]['different_images']:,}", f"{told[way]['images_per_second']:,.0f}",
-                 ", ".join(f"{x:.2f}" for x in told[way]["workers_mb_per_100000_images"]))
+                (way, f"{result[way]['different_images']:,}", f"{result[way]['images_per_second']:,.0f}",
+                 ", ".join(f"{x:.2f}" for x in result[way]["workers_mb_per_100000_images"]))
                 for way in WAYS
             ],
             numbers=True,
         )  # fmt: skip
-        say(f"sequential is {told['ratio']:.2f} times as fast; ranks grow by {told['ranks_mb_per_100000_images']} MB")
-        write_json(args.out, told)
+        growth = result["ranks_mb_per_100000_images"]
+        say(f"sequential is {result['ratio']:.2f} times as fast; ranks grow by {growth} MB")
+        write_json(args.out, result)
     finally:
         shutil.rmtree(root)
 

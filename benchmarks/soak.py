@@ -74,20 +74,20 @@ def flip(path: Path, rng: random.Random) -> None:
 def damages(out: Path, rng: random.Random) -> dict[str, Callable[[], object]]:
     """Return the possible damages while the run is stopped; never both checkpoints at once, which no run survives."""
     last, log = out / "checkpoints" / "last.pt", out / "metrics.jsonl"
-    found: dict[str, Callable[[], object]] = {
+    choices: dict[str, Callable[[], object]] = {
         "half a line in metrics.jsonl": lambda: log.open("a").write('{"step": 7, "lo'),
         "half-written files left over": lambda: [
             path.write_bytes(bytes(1000)) for path in (out / ".run.json.1.tmp", out / "checkpoints" / ".last.pt.1.tmp")
         ],
     }
     if last.exists() and last.with_name("previous.pt").exists():
-        found |= {
+        choices |= {
             "last.pt: a bit flipped": lambda: flip(last, rng),
             "last.pt: truncated": lambda: os.truncate(last, rng.randrange(1, last.stat().st_size)),
             "last.pt: emptied": lambda: os.truncate(last, 0),
             "last.pt: removed": last.unlink,
         }
-    return found
+    return choices
 
 
 class Run:
@@ -150,14 +150,14 @@ class Run:
 
 def children(of: int) -> list[int]:
     """Return the child processes of a process."""
-    found = []
+    pids = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             if int(stat.read_text().rpartition(")")[2].split()[1]) == of:
-                found.append(int(stat.parent.name))
+                pids.append(int(stat.parent.name))
         except (OSError, ValueError, IndexError):  # it has ended meanwhile
             continue
-    return found
+    return pids
 
 
 def pss(of: int) -> float:
@@ -370,9 +370,9 @@ def differences(a: Any, b: Any, where: str = "") -> list[str]:
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
         return [] if a.dtype == b.dtype and torch.equal(a, b) else [where]
     if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
-        return [found for key in a for found in differences(a[key], b[key], f"{where}.{key}")]
+        return [place for key in a for place in differences(a[key], b[key], f"{where}.{key}")]
     if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
-        return [found for i, pair in enumerate(zip(a, b, strict=True)) for found in differences(*pair, f"{where}[{i}]")]
+        return [place for i, pair in enumerate(zip(a, b, strict=True)) for place in differences(*pair, f"{where}[{i}]")]
     return [] if type(a) is type(b) and a == b else [where]
 
 
@@ -403,18 +403,18 @@ def judged(reference: Run, disturbed: Run, samples: list[list[float]], wrong: li
     end = time.time() + 20
     while (orphans := [pid for pid in disturbed.workers if pss(pid)]) and time.time() < end:
         time.sleep(0.5)
-    answers = {f"{name} equal": not found for name, found in off.items()}
+    answers = {f"{name} equal": not places for name, places in off.items()}
     answers |= {"memory flat": growth <= GROWTH, "nothing half-written": not rubbish, "no process left": not orphans}
     answers |= {"every exit as promised": not wrong}
-    told = {"differences": {n: f[:20] for n, f in off.items() if f}, "growth": growth, "rubbish": rubbish}
-    return {"equal": all(answers.values()), "answers": answers} | told | {"orphans": orphans, "wrong": wrong}
+    details = {"differences": {n: f[:20] for n, f in off.items() if f}, "growth": growth, "rubbish": rubbish}
+    return {"equal": all(answers.values()), "answers": answers} | details | {"orphans": orphans, "wrong": wrong}
 
 
 def in_common(one: dict[int, str], other: dict[int, str], logs: tuple[Path, Path]) -> dict[str, Any]:
     """Compare two unfinished runs at the steps for which checkpoints of both were found, and compare their logs."""
     steps = sorted(one.keys() & other.keys())
     lines = [[json.loads(line) for line in log.read_text().splitlines() if line.endswith("}")] for log in logs]
-    last = min(found[-1]["step"] for found in lines)
+    last = min(records[-1]["step"] for records in lines)
     kept = [[{k: v for k, v in x.items() if k != "images_per_second"} for x in f if x["step"] < last] for f in lines]
     return {
         "checkpoints": len(steps), "different_checkpoints": [step for step in steps if one[step] != other[step]],
@@ -436,33 +436,35 @@ def thinned(samples: list[list[float]], most: int = 500) -> list[list[float]]:
     return samples[:: max(1, -(-len(samples) // most))]
 
 
-def plot(found: dict[str, Any], png: Path) -> None:
+def plot(result: dict[str, Any], png: Path) -> None:
     """Draw steps and memory of both runs over the minutes, and the times of the faults."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 6.5), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
     for name, colour in (("left alone", "#999999"), ("disturbed", "#0072b2")):
-        samples = found["samples"][name]
+        samples = result["samples"][name]
         minutes = [s[0] / 60 for s in samples]
         above.plot(minutes, [s[3] for s in samples], color=colour, linewidth=1.2, label=name)
         below.plot(minutes, [s[1] for s in samples], color=colour, linewidth=1, label=f"{name}: trainer")
         below.plot(minutes, [s[2] for s in samples], color=colour, linewidth=1, linestyle=":", label="its data worker")
     marks = {"SIGKILL": ("x", "#d55e00"), "asked to stop": ("v", "#009e73"), "paused": ("|", "#000000")}
     for kind, (marker, colour) in marks.items():
-        hit = [e for e in found["events"] if _kind(e["what"]) == kind]
-        places = [_near(found["samples"]["disturbed"], e["seconds"]) for e in hit]
+        hit = [e for e in result["events"] if _kind(e["what"]) == kind]
+        places = [_near(result["samples"]["disturbed"], e["seconds"]) for e in hit]
         label = f"{kind} ({len(hit)})"
         above.scatter(
             [e["seconds"] / 60 for e in hit], places, marker=marker, color=colour, s=26, label=label, zorder=3
         )
-    hurt = [e for e in found["events"] if "damage" in e]
-    places = [_near(found["samples"]["disturbed"], e["seconds"]) for e in hurt]
+    hurt = [e for e in result["events"] if "damage" in e]
+    places = [_near(result["samples"]["disturbed"], e["seconds"]) for e in hurt]
     ring = {"marker": "o", "facecolors": "none", "edgecolors": "#cc79a7", "s": 70}
     above.scatter([e["seconds"] / 60 for e in hurt], places, label=f"files damaged, too ({len(hurt)})", **ring)
-    verdict = found["verdict"]
-    said = "the same, bit for bit" if verdict.get("equal") else verdict.get("reason", "NOT the same")
-    above.set_title(f"{len(found['events'])} blows in {found['minutes']:.0f} minutes; at the end: {said}", fontsize=9)
+    verdict = result["verdict"]
+    outcome = "the same, bit for bit" if verdict.get("equal") else verdict.get("reason", "NOT the same")
+    above.set_title(
+        f"{len(result['events'])} blows in {result['minutes']:.0f} minutes; at the end: {outcome}", fontsize=9
+    )
     above.set_ylabel("step")
     below.set_ylabel("memory (PSS), MB")
     below.set_xlabel("minutes")
@@ -533,13 +535,13 @@ def main() -> int:
         watch.over.set()
         for run in runs.values():
             run.end()
-    found = {
+    result = {
         "minutes": minutes, "epochs": epochs, "seed": args.seed, "command": ["inbatch", "pretrain", "moco", *words[2:]],
         "verdict": verdict, "events": disturbance.events, "environment": where,
         "samples": {name: thinned(samples) for name, samples in watch.samples.items()},
     }  # fmt: skip
-    write_json(args.out, found)
-    plot(found, args.png)
+    write_json(args.out, result)
+    plot(result, args.png)
     for question, answer in verdict.get("answers", {}).items():
         say(f"{question}: {'yes' if answer else 'NO'}")
     say(f"{len(disturbance.events)} blows in {minutes:.1f} minutes; {args.out}, {args.png}")

@@ -102,13 +102,13 @@ def look(encoder: nn.Module, train: Images, test: Images, target: float, every: 
         scores = knn_scores(queries, bank, labels, classes, k=min(200, len(bank)), temperature=0.1)
         return float((scores.argmax(1) == test[1]).double().mean())
 
-    found = accuracy()
+    top1 = accuracy()
     cost = (time.process_time() - began) * (len(test[0]) + whole) / (len(test[0]) + len(bank))
-    if len(bank) < whole and (cost < every / 10 or found >= target - NEAR):
+    if len(bank) < whole and (cost < every / 10 or top1 >= target - NEAR):
         bank = torch.cat([bank, features(encoder, train[0][len(bank) :])])
-        found = accuracy()
-    told = {"knn": found, "bank": len(bank), "queries": len(queries)}
-    return told | {"look_cpu_seconds": time.process_time() - began}
+        top1 = accuracy()
+    result = {"knn": top1, "bank": len(bank), "queries": len(queries)}
+    return result | {"look_cpu_seconds": time.process_time() - began}
 
 
 @dataclass
@@ -134,7 +134,7 @@ class Lightly:
         if not self.steps:
             raise DataError(f"{len(self.data)} images are fewer than a batch of {RECIPE['batch']}: give more images")
         self.total = self.steps * RECIPE["epochs"]
-        self.told = {"recipe": RECIPE, "images": len(self.data), "threads": self.threads}
+        self.setup = {"recipe": RECIPE, "images": len(self.data), "threads": self.threads}
 
     def views(self) -> Iterator[Any]:
         """Yield batches of two views from this step on; the random numbers of a step depend only on its number."""
@@ -180,28 +180,28 @@ class Lightly:
     def save(self, folder: Path) -> None:
         clock = [self.seconds, self.cpu_seconds]
         state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "clock": clock}
-        save(folder, state | {"losses": self.losses, "entries": self.curve, "told": self.told}, step=self.step)
+        save(folder, state | {"losses": self.losses, "entries": self.curve, "told": self.setup}, step=self.step)
 
     def restore(self, folder: Path) -> str:
         """Resume from the folder's checkpoint; return a message. ConfigError if it belongs to another run."""
-        found = load(folder)
-        state = found.state
-        if state["told"] != self.told:
-            raise ConfigError(f"{folder} holds another run ({state['told']}, not {self.told}): choose another --out")
+        checkpoint = load(folder)
+        state = checkpoint.state
+        if state["told"] != self.setup:
+            raise ConfigError(f"{folder} holds another run ({state['told']}, not {self.setup}): choose another --out")
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.losses, self.curve, self.step = state["losses"], state["entries"], found.step
+        self.losses, self.curve, self.step = state["losses"], state["entries"], checkpoint.step
         self.seconds, self.cpu_seconds = state["clock"]
-        return found.note or f"Resuming from step {self.step:,}, {self.cpu_seconds:,.0f} s of the processor."
+        return checkpoint.note or f"Resuming from step {self.step:,}, {self.cpu_seconds:,.0f} s of the processor."
 
 
-def write(args: argparse.Namespace, curve: list[dict[str, Any]], images: int, **told: Any) -> dict[str, Any]:
+def write(args: argparse.Namespace, curve: list[dict[str, Any]], images: int, **fields: Any) -> dict[str, Any]:
     """Write the current results, and return them."""
     words = ["python", "benchmarks/time_to_accuracy.py", "--who", args.who, "--target", f"{args.target:g}"]
     words += ["--threads", str(args.threads)] + (["--label", args.label] if args.label else [])
     words += ["--command", args.command] if args.command else ["--every-seconds", f"{args.every_seconds:g}"]
     result = {"who": args.label or args.who, "command": shlex.join(words), "target": args.target, "images": images}
-    result |= {"reached": reached(curve, args.target), "environment": args.environment, **told, "curve": curve}
+    result |= {"reached": reached(curve, args.target), "environment": args.environment, **fields, "curve": curve}
     write_json(args.out, result)
     return result
 
@@ -227,8 +227,8 @@ def lightly(args: argparse.Namespace, stop: Stop) -> dict[str, Any]:
             ended = there or stop.requested or time.perf_counter() >= ends or run.step == run.total
             if ended or time.perf_counter() - saved >= SAVE_SECONDS:
                 run.save(folder)
-                told = {"step": run.step, "seconds": run.seconds, "cpu_seconds": run.cpu_seconds}
-                result = write(args, run.curve, len(run.data), recipe=RECIPE, **told)
+                progress = {"step": run.step, "seconds": run.seconds, "cpu_seconds": run.cpu_seconds}
+                result = write(args, run.curve, len(run.data), recipe=RECIPE, **progress)
                 saved = time.perf_counter()
             if ended:
                 return result
@@ -275,12 +275,12 @@ def main(words: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--figure", type=Path, help="with --draw: the picture")
     args = parser.parse_args(words)
     if args.draw:
-        found = together(args.draw)
-        write_json(args.out, found)
+        comparison = together(args.draw)
+        write_json(args.out, comparison)
         if args.figure:
-            plot_curves(found, args.figure)
-        say(markdown(found))
-        return found
+            plot_curves(comparison, args.figure)
+        say(markdown(comparison))
+        return comparison
     if args.who is None or args.data is None:
         parser.error("say with --data and --who what to train, or with --draw which curves to draw")
     if args.out.suffix != ".json":

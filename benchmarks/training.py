@@ -30,7 +30,7 @@ from inbatch.api import prepare
 from inbatch.apps.bench import synthetic_data
 from inbatch.apps.bench.benchmark import ceilings
 from inbatch.apps.bench.options import PEERS
-from inbatch.apps.bench.report import print_race
+from inbatch.apps.bench.report import print_comparison
 from inbatch.apps.bench.runner import BenchmarkRounds, Implementation
 from inbatch.apps.console import print_table, say
 from inbatch.runtime.device import device_for
@@ -75,20 +75,20 @@ def training(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "calls": args.steps, "folder": str(folder), "data": data,
     }  # fmt: skip
     ours = shared | {"module": "inbatch.apps.bench.inbatch_workloads", "make": "step", "tune": True, "count": False}
-    contestants = [
+    implementations = [
         Implementation("inbatch", ours | {"settings": recipe(args)}),
         Implementation("inbatch, float32", ours | {"settings": recipe(args) | {"precision": "float32"}}),
     ]
     for who, package in PEERS.items():
         job = shared | {"module": "peer_workloads", "make": "loop", "library": who, "needs": [package]}
-        contestants.append(Implementation(who, job, args.peers_python, peer=True))
+        implementations.append(Implementation(who, job, args.peers_python, peer=True))
     title = f"SimCLR, {args.encoder}, {args.stem} stem, batch {args.batch}, from {Path(data).name}"
     known = ceilings(args.device, args.threads, args.quick)
-    race = BenchmarkRounds(title, "images/s", contestants).run(args.rounds, known, show_missing=True)
-    print_race(race)
-    first = {who: row["first_seconds"] for who, row in race["contestants"].items() if "first_seconds" in row}
+    comparison = BenchmarkRounds(title, "images/s", implementations).run(args.rounds, known, show_missing=True)
+    print_comparison(comparison)
+    first = {who: row["first_seconds"] for who, row in comparison["implementations"].items() if "first_seconds" in row}
     say("Seconds to the end of the first step: " + ", ".join(f"{who} {s:.1f}" for who, s in first.items()))
-    return {"ceilings": {str(args.threads): known}, "race": race}
+    return {"ceilings": {str(args.threads): known}, "comparison": comparison}
 
 
 def steps(run: RunComponents) -> Iterator[Any]:
@@ -99,7 +99,7 @@ def steps(run: RunComponents) -> Iterator[Any]:
 
 def curves(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Return the loss of every step, by precision and seed."""
-    data, found = jpegs(args, folder, 32, 4096), {}
+    data, runs = jpegs(args, folder, 32, 4096), {}
     for name, precision, seed in (("bf16", "bf16", 0), ("float32", "float32", 0), ("float32, seed 1", "float32", 1)):
         settings = recipe(args) | {"precision": precision, "seed": seed, "epochs": 1000, "schedule.warmup_epochs": 0}
         run, losses, begin = prepare(data, "simclr", settings=settings, device=args.device), [], time.perf_counter()
@@ -107,17 +107,17 @@ def curves(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
             losses.append(float(run.step(batch, number)["loss"]))
             if number % 20 == 0:
                 say(f"{name}: step {number}, loss {losses[-1]:.4f}")
-        found[name] = {"loss": losses, "images_per_second": len(losses) * args.batch / (time.perf_counter() - begin)}
+        runs[name] = {"loss": losses, "images_per_second": len(losses) * args.batch / (time.perf_counter() - begin)}
     last = slice(-max(1, args.steps // 4), None)
     apart = {
-        name: mean(abs(a - b) for a, b in zip(found["float32"]["loss"][last], row["loss"][last], strict=True))
-        for name, row in found.items() if name != "float32"
+        name: mean(abs(a - b) for a, b in zip(runs["float32"]["loss"][last], row["loss"][last], strict=True))
+        for name, row in runs.items() if name != "float32"
     }  # fmt: skip
     say("Mean distance from float32 over the last quarter: " + ", ".join(f"{k} {v:.4f}" for k, v in apart.items()))
-    return {"runs": found, "apart": apart, "data": Path(data).name}
+    return {"runs": runs, "apart": apart, "data": Path(data).name}
 
 
-def plot(found: dict[str, Any], png: Path) -> None:
+def plot(result: dict[str, Any], png: Path) -> None:
     """Draw the curves in one picture."""
     from matplotlib.figure import Figure
 
@@ -125,7 +125,7 @@ def plot(found: dict[str, Any], png: Path) -> None:
     panel = figure.subplots()
     styles = {"bf16": ("#0072b2", 1.6), "float32": ("#d55e00", 1.0), "float32, seed 1": ("#999999", 0.8)}
     for name, (colour, width) in styles.items():
-        panel.plot(found["runs"][name]["loss"], label=name, color=colour, linewidth=width)
+        panel.plot(result["runs"][name]["loss"], label=name, color=colour, linewidth=width)
     panel.set(xlabel="step", ylabel="NT-Xent")
     panel.spines[["top", "right"]].set_visible(False)
     panel.legend(frameon=False)
@@ -134,7 +134,7 @@ def plot(found: dict[str, Any], png: Path) -> None:
 
 def waiting(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Return the share of its time that a loop over streamed photographs waits for the next batch."""
-    data, found = jpegs(args, folder, 224, max(512, 4 * args.batch)), {}
+    data, rows = jpegs(args, folder, 224, max(512, 4 * args.batch)), {}
     for encoder in args.encoders:
         settings = {
             "preset": "none",
@@ -154,14 +154,14 @@ def waiting(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
             worked.append(time.perf_counter() - between)
         waited, worked = waited[2:], worked[2:]  # the workers start, the device warms up
         spent = sum(waited) + sum(worked)
-        found[encoder] = {
+        rows[encoder] = {
             "waiting": sum(waited) / spent, "images_per_second": len(worked) * args.batch / spent,
             "waited": waited, "worked": worked, "batch": args.batch, "workers": run.loader.workers,
         }  # fmt: skip
         del run, batches
-    cells = [(k, f"{v['images_per_second']:,.1f}", f"{v['waiting']:.1%}") for k, v in found.items()]
+    cells = [(k, f"{v['images_per_second']:,.1f}", f"{v['waiting']:.1%}") for k, v in rows.items()]
     print_table(("encoder", "images/s", "time spent waiting"), cells, numbers=True)
-    return {"encoders": found, "data": Path(data).name}
+    return {"encoders": rows, "data": Path(data).name}
 
 
 def main(words: Sequence[str] | None = None) -> dict[str, Any]:

@@ -37,15 +37,14 @@ def load(file: Path) -> ModuleType:
 # Command-line options
 
 
-def test_section_network_is_the_tower_of_the_results() -> None:
-    Options(("network",)).check()
-    assert Options(("network", "step")).chosen == Options(("step", "tower")).chosen == ("tower", "step")
+def test_sections_are_chosen_in_their_order() -> None:
+    assert Options(("step", "network")).chosen == ("network", "step")
 
 
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        ({"sections": ("towers",)}, "'towers'"),
+        ({"sections": ("tower",)}, "'tower'"),
         ({"size": 64}, "--size"),
         ({"batch": 1}, "--batch"),
         ({"threads": 0}, "--threads"),
@@ -71,11 +70,11 @@ def test_the_command_repeats_the_run_and_names_no_place() -> None:
 @pytest.mark.parametrize("section", SECTIONS)
 def test_every_section_has_inbatch_first_and_existing_workloads(section: str, size: int, tmp_path: Path) -> None:
     options = Options((section,), size, quick=True, encoder="resnet18", compile=True)
-    for race in MAKERS[section](Field(options, section, "cpu", tmp_path)):
-        assert race.contestants[0].who == runner.OURS
-        names = [one.who for one in race.contestants]
+    for comparison in MAKERS[section](Field(options, section, "cpu", tmp_path)):
+        assert comparison.implementations[0].who == runner.OURS
+        names = [one.who for one in comparison.implementations]
         assert len(set(names)) == len(names)
-        for one in race.contestants:
+        for one in comparison.implementations:
             name = one.job["module"].rpartition(".")[2]
             assert callable(getattr(importlib.import_module(f"inbatch.apps.bench.{name}"), one.job["make"]))
             json.dumps(dict(one.job))
@@ -131,7 +130,7 @@ def test_operations_of_a_network_are_those_of_its_layers(tmp_path: Path) -> None
     assert inbatch_workloads.work_of(run, next(run.loader.epoch(0))) == 2 * 4 * (convolutions + head)
 
 
-@pytest.mark.parametrize("make", ["views", "tower", "step"])
+@pytest.mark.parametrize("make", ["views", "network", "step"])
 def test_workloads_of_inbatch_count_their_operations(make: str, tmp_path: Path) -> None:
     np.save(tmp_path / "images.npy", synthetic_data.draw_images(8, 32))
     job = JOB | {"folder": str(tmp_path), "size": 32, "batch": 4, "unit": "views"}
@@ -175,7 +174,7 @@ def test_implementations_alternate_and_report_their_median(fake: Any, tmp_path: 
     both = [fake("inbatch", seconds=[1, 2, 5]), fake("other", seconds=[10, 5, 20])]
     result = runner.BenchmarkRounds("work", "images/s", both).run(3, {"copy": 100}, show_missing=False)
     assert (tmp_path / "log").read_text() == "iooiio"
-    row = result["contestants"]["inbatch"]
+    row = result["implementations"]["inbatch"]
     assert (row["low"], row["rate"], row["high"]) == (2, 5, 10) and row["share"] == pytest.approx(5 * 2 / 100)
     rows = list(report.table_rows(result))
     assert rows[0][:4] == ("inbatch", "5", "2", "10") and rows[0][5] == "10% of bandwidth"
@@ -189,18 +188,18 @@ def test_implementations_that_fail_state_the_reason(fake: Any) -> None:
         fake("full", failed="out of memory"),
         fake("wrong", True, failed="a setting", kind="ConfigError"),
     ]
-    race = runner.BenchmarkRounds("work", "ms", [fake("inbatch", seconds=[1]), *others])
-    shown = race.run(1, {}, show_missing=True)
-    failed = {who: row["failed"] for who, row in shown["contestants"].items() if "failed" in row}
+    comparison = runner.BenchmarkRounds("work", "ms", [fake("inbatch", seconds=[1]), *others])
+    shown = comparison.run(1, {}, show_missing=True)
+    failed = {who: row["failed"] for who, row in shown["implementations"].items() if "failed" in row}
     assert failed == {"lost": "not installed", "mute": "gone", "full": "out of memory", "wrong": "a setting"}
     assert [row[-1] for row in report.table_rows(shown)][1] == "not installed"
 
 
 def test_missing_libraries_are_left_out_unless_requested(fake: Any) -> None:
-    race = runner.BenchmarkRounds(
+    comparison = runner.BenchmarkRounds(
         "work", "ms", [fake("inbatch", seconds=[1]), fake("lost", True, failed="not installed")]
     )
-    assert set(race.run(1, {}, show_missing=False)["contestants"]) == {"inbatch"}
+    assert set(comparison.run(1, {}, show_missing=False)["implementations"]) == {"inbatch"}
 
 
 @pytest.mark.parametrize(("kind", "error"), [("ConfigError", ConfigError), ("DataError", DataError)])
@@ -213,8 +212,13 @@ def test_our_own_refusal_is_the_user_s_error(fake: Any, kind: str, error: type[E
 
 def test_less_time_is_better_if_the_unit_is_ms() -> None:
     row = {"rate": 100.0, "low": 50.0, "high": 200.0}
-    race = {"unit": "ms", "title": "", "threads": [1], "contestants": {"inbatch": row, "other": row | {"rate": 50.0}}}
-    rows = list(report.table_rows(race))
+    comparison = {
+        "unit": "ms",
+        "title": "",
+        "threads": [1],
+        "implementations": {"inbatch": row, "other": row | {"rate": 50.0}},
+    }
+    rows = list(report.table_rows(comparison))
     assert rows[0][1:4] == ("10", "5", "20") and rows[1][4] == "2.00"
 
 
@@ -253,12 +257,12 @@ def test_the_command_measures_and_writes(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, line, catch_exceptions=False)
     result = json.loads(done.stdout)
     assert done.exit_code == 0 and json.loads((tmp_path / "found.json").read_text()) == result
-    (race,) = result["sections"]["loss"]
-    assert set(race["contestants"]) == {"inbatch", "literal"} and race["threads"] == [1]
+    (comparison,) = result["sections"]["loss"]
+    assert set(comparison["implementations"]) == {"inbatch", "literal"} and comparison["threads"] == [1]
     ceiling = result["ceilings"]["1"]
     assert ceiling["copy"] > 0 and ceiling["float32"] >= ceiling["float32_plain"] > 0
     assert ceiling["bf16"] is None or ceiling["bf16"] > 0
-    for row in race["contestants"].values():
+    for row in comparison["implementations"].values():
         assert row["low"] <= row["rate"] <= row["high"] and len(row["rounds"]) == 2
         assert row["share"] == pytest.approx(row["rate"] * 4 * 256**2 * 128 / ceiling["float32"])
     assert CliRunner().invoke(app, ["bench", "los"]).exit_code == 2

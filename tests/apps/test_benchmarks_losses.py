@@ -33,7 +33,7 @@ def test_losses_of_inbatch_equal_the_literal_version(loss: str) -> None:
         measured.call()
         gradients = [leaf.grad for leaf in measured.leaves if leaf.grad is not None]
         (gradient,) = gradients if len(measured.leaves) == 1 else [torch.stack(gradients)]
-        return measured.told() | {"rows": gradient.flatten(0, -2)}
+        return measured.figures() | {"rows": gradient.flatten(0, -2)}
 
     expected = compute("literal")
     assert expected["value"] > 0.1 and expected["gradient"] > 1e-3
@@ -124,9 +124,9 @@ def test_differing_libraries_are_named() -> None:
 @pytest.mark.parametrize("limit, memory, failed", [(60, 10**9, "out of memory"), (1, 10**10, "over 1 s")])
 def test_excessive_memory_or_time_is_reported(limit: int, memory: int, failed: str) -> None:
     job = {"loss": "nt_xent", "who": "literal", "rows": 16384, "queue": 1, "dim": 16, "threads": 1, "memory": memory}
-    contestant = BENCHMARK.Contestant(job | {"limit": limit, "allocator": "ships"}, sys.executable).start()
-    contestant.meet()
-    row = contestant.end()
+    implementation = BENCHMARK.Implementation(job | {"limit": limit, "allocator": "ships"}, sys.executable).start()
+    implementation.warm_up()
+    row = implementation.end()
     assert row["failed"] == failed
     if memory == 10**9:
         assert row["asked_bytes"] == 4 * 16384**2

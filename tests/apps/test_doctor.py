@@ -119,7 +119,7 @@ def test_the_command_forecasts_before_it_measures(monkeypatch: pytest.MonkeyPatc
     asked = []
     empty: dict[str, Any] = {
         "ceilings": {"failed": "no time"},
-        "tower": {"as torch ships": {}},
+        "encoder": {"as torch ships": {}},
         "threads": 1,
         "batch": 4,
     }
@@ -163,13 +163,13 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[torch.dty
 def test_bf16_is_measured_only_where_it_is_multiplied(fake: Callable[..., None]) -> None:
     fake(torch.float32)
     measurement = doctor.measure()
-    assert measurement["ceilings"]["bf16"] is None and len(measurement["tower"]) == 3
-    assert not any(doctor.CONTESTANTS[who]["bf16"] for who in measurement["tower"])
+    assert measurement["ceilings"]["bf16"] is None and len(measurement["encoder"]) == 3
+    assert not any(doctor.IMPLEMENTATIONS[who]["bf16"] for who in measurement["encoder"])
     rows = dict(row[:2] for row in doctor.measurement_rows(measurement))
     assert rows["products in bf16"] == "not measured: this processor does not multiply bf16"
     fake(torch.bfloat16)
     measurement = doctor.measure()
-    assert list(measurement["tower"]) == list(doctor.CONTESTANTS)
+    assert list(measurement["encoder"]) == list(doctor.IMPLEMENTATIONS)
     assert ("products in bf16", "80 GFLOP/s", "2.00") in doctor.measurement_rows(measurement)
 
 
@@ -195,7 +195,7 @@ def test_slow_measurement_is_named_and_the_others_are_made(
     began = time.monotonic()
     measurement = doctor.measure(until=began + 2.5 if limit == "until" else math.inf)
     assert time.monotonic() - began < 40
-    first, second, third = measurement["tower"].values()
+    first, second, third = measurement["encoder"].values()
     assert "not measured: stopped after" in second["failed"]
     if limit == "LIMIT":
         assert first["rate"] == third["rate"] == 4 * measurement["batch"]
@@ -216,12 +216,12 @@ def test_a_slow_processor_gets_a_small_batch() -> None:
 
 @pytest.mark.slow
 def test_settings_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    few = {name: doctor.CONTESTANTS[name] for name in list(doctor.CONTESTANTS)[::5]}
+    few = {name: doctor.IMPLEMENTATIONS[name] for name in list(doctor.IMPLEMENTATIONS)[::5]}
     assert [chosen.get("tune", False) for chosen in few.values()] == [False, True]
-    monkeypatch.setattr(doctor, "CONTESTANTS", few)
+    monkeypatch.setattr(doctor, "IMPLEMENTATIONS", few)
     measurement = doctor.measure(quick=True)
-    assert measurement["ceilings"]["float32"] > 0 and all(row["rate"] > 0 for row in measurement["tower"].values())
+    assert measurement["ceilings"]["float32"] > 0 and all(row["rate"] > 0 for row in measurement["encoder"].values())
     rows = doctor.measurement_rows(measurement)
     assert len(rows) == 5 and rows[3][2] == "1.00"
-    measurement["tower"][next(iter(few))] = {"failed": "out of memory"}
+    measurement["encoder"][next(iter(few))] = {"failed": "out of memory"}
     assert doctor.measurement_rows(measurement)[3][1] == "out of memory"

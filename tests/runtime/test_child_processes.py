@@ -108,17 +108,18 @@ def script(tmp_path: Path, text: str, number: int = 0) -> list[str]:
 SLEEPS = """
 import multiprocessing, os, signal, time
 def work(job):
-    import torch, children
-    loader = torch.utils.data.DataLoader(range(9), num_workers=1, worker_init_fn=children.follow,
+    import torch
+    from inbatch.runtime.child_processes import follow
+    loader = torch.utils.data.DataLoader(range(9), num_workers=1, worker_init_fn=follow,
                                          multiprocessing_context="fork")
     batches = iter(loader)
     next(batches)
     os.kill(multiprocessing.active_children()[0].pid, signal.SIGSTOP)  # as between two rounds
     return (lambda: time.sleep(600)), {}
 """
-RACE = """
+COMPARISON = """
 from inbatch.apps.bench.runner import BenchmarkRounds, Implementation
-job = {"module": "sleeping.contestant", "make": "work", "threads": 1, "device": "cpu", "seconds": 0.1}
+job = {"module": "sleeping.workload", "make": "work", "threads": 1, "device": "cpu", "seconds": 0.1}
 BenchmarkRounds("sleeping", "s", [Implementation("one", job)]).run(1, {}, show_missing=True)
 """
 
@@ -126,9 +127,9 @@ BenchmarkRounds("sleeping", "s", [Implementation("one", job)]).run(1, {}, show_m
 @pytest.mark.slow
 def test_benchmark_processes_end_with_the_benchmark(tmp_path: Path) -> None:
     (tmp_path / "sleeping").mkdir()
-    (tmp_path / "sleeping" / "contestant.py").write_text(SLEEPS)
+    (tmp_path / "sleeping" / "workload.py").write_text(SLEEPS)
     path = os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH"))))
-    runs = {number: launch(script(tmp_path, RACE), tmp_path, PYTHONPATH=path) for number in SIGNALS}
+    runs = {number: launch(script(tmp_path, COMPARISON), tmp_path, PYTHONPATH=path) for number in SIGNALS}
     halted = lambda pid: any(processes().get(child, (0, ""))[1] == "T" for child in below(pid))  # noqa: E731
     for number, run in runs.items():
         assert until(lambda run=run: halted(run.pid), 120), (tmp_path / "console.txt").read_text()

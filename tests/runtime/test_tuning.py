@@ -105,6 +105,6 @@ def test_a_library_leaves_the_process_alone() -> None:
 
 def test_other_programs_keep_their_wait_policy() -> None:
     """Implementations compared in a benchmark do not inherit this program's thread settings, only the user's."""
-    code = "from inbatch.runtime import tuning; tuning.begin(); import os; os.environ = tuning.untuned()"
+    code = "from inbatch.runtime import tuning; tuning.begin(); import os; os.environ = tuning.without_tuning()"
     assert printed(code + WAITING) == "None None None"
     assert printed(code + WAITING, GOMP_SPINCOUNT="7") == "None 7 None"

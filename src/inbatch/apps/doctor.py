@@ -33,7 +33,7 @@ _STEP = 0.7
 _VIEW = 3.33e9
 """Floating-point operations of a ResNet-18 for a view of 32 pixels, forward and backward, as counted by torch."""
 
-CONTESTANTS: dict[str, dict[str, Any]] = {
+IMPLEMENTATIONS: dict[str, dict[str, Any]] = {
     "as torch ships: float32, NCHW": {"bf16": False, "channels_last": False},
     "channels_last": {"bf16": False, "channels_last": True},
     "bf16": {"bf16": True, "channels_last": False},
@@ -47,8 +47,8 @@ CONTESTANTS: dict[str, dict[str, Any]] = {
 def examine(device: str = "auto") -> list[Finding]:
     """Return the available capabilities and those in use; only the CPU load is measured."""
     on = device_for(device)
-    found = [_threads(on), _busy(on), _memory(), *_gpu(on), _precision(on), _products(), _allocator(), _denormals()]
-    return [*found, _views(), _jpeg(), _shared_memory(), _cache(), *_extras()]
+    findings = [_threads(on), _busy(on), _memory(), *_gpu(on), _precision(on), _products(), _allocator(), _denormals()]
+    return [*findings, _views(), _jpeg(), _shared_memory(), _cache(), *_extras()]
 
 
 def measure(quick: bool = False, until: float = math.inf) -> dict[str, Any]:
@@ -63,7 +63,7 @@ def measure(quick: bool = False, until: float = math.inf) -> dict[str, Any]:
 
     Returns:
         ceilings: products in float32 and bf16 (operations per second; None if bf16 is omitted) and copies (bytes per
-            second). threads: fewer if other processes are busy. batch: images per step, fewer on slow CPUs. tower:
+            second). threads: fewer if other processes are busy. batch: images per step, fewer on slow CPUs. encoder:
             views per second of a ResNet-18 on 32 pixels, forward and backward, by setting.
     """
     from inbatch.apps.bench.benchmark import ceilings
@@ -79,13 +79,22 @@ def measure(quick: bool = False, until: float = math.inf) -> dict[str, Any]:
         reached = {"failed": str(error)}
     batch = _BATCHES[-1] if quick else batch_for(reached.get("float32", 0))
     job = {"device": "cpu", "threads": threads, "quick": quick, "seconds": 0.1 if quick else 1.0}
-    mine = job | {"module": "inbatch.apps.bench.tower", "make": "tower", "batch": batch, "waits": True}
+    mine = job | {
+        "module": "inbatch.apps.bench.network_workload",
+        "make": "encoder_step",
+        "batch": batch,
+        "waits": True,
+    }
     bf16 = precision_for("auto", torch.device("cpu")) == torch.bfloat16
-    chosen = {who: settings for who, settings in CONTESTANTS.items() if bf16 or not settings["bf16"]}
-    field = [Implementation(who, mine | settings, limit=LIMIT, until=until) for who, settings in chosen.items()]
-    race = BenchmarkRounds("encoder", "views/s", field).run(1 if quick else 3, reached, show_missing=True)
-    found = {"environment": environment(torch.device("cpu")), "ceilings": reached, "threads": threads, "batch": batch}
-    return found | {"tower": race["contestants"]}
+    chosen = {who: settings for who, settings in IMPLEMENTATIONS.items() if bf16 or not settings["bf16"]}
+    implementations = [
+        Implementation(who, mine | settings, limit=LIMIT, until=until) for who, settings in chosen.items()
+    ]
+    comparison = BenchmarkRounds("encoder", "views/s", implementations).run(
+        1 if quick else 3, reached, show_missing=True
+    )
+    result = {"environment": environment(torch.device("cpu")), "ceilings": reached, "threads": threads, "batch": batch}
+    return result | {"encoder": comparison["implementations"]}
 
 
 def batch_for(rate: float) -> int:
@@ -138,12 +147,12 @@ def _extras() -> list[Finding]:
     ]
 
 
-def measurement_rows(found: dict[str, Any]) -> list[tuple[str, str, str]]:
+def measurement_rows(result: dict[str, Any]) -> list[tuple[str, str, str]]:
     """Return the rows of `measure`'s result: measurement, rate, and ratio to torch's default settings."""
-    reached = found["ceilings"]
+    reached = result["ceilings"]
     lines = [("products and copies", reached["failed"], "")] if "failed" in reached else _reached(**reached)
-    base = next(iter(found["tower"].values())).get("rate")
-    for who, row in found["tower"].items():
+    base = next(iter(result["encoder"].values())).get("rate")
+    for who, row in result["encoder"].items():
         if "rate" not in row or base is None:
             lines.append((who, row.get("failed", ""), ""))
         else:

@@ -87,7 +87,7 @@ def keep_memory() -> None:
         keeps_memory = _keep_freed_memory()
 
 
-def untuned() -> dict[str, str]:
+def without_tuning() -> dict[str, str]:
     """Return the environment for other programs, without the variables on waiting threads that `begin` added."""
     return {name: value for name, value in os.environ.items() if name not in _added}
 

@@ -32,8 +32,8 @@ def reached(entries: Sequence[Entry], target: float) -> dict[str, float] | None:
     before = 0.0
     for entry in entries:
         if entry["knn"] >= target:
-            told = {key: entry[key] for key in ("seconds", "cpu_seconds", "images", "bank", "queries")}
-            return {"target": target, "cpu_seconds_before": before} | told
+            cost = {key: entry[key] for key in ("seconds", "cpu_seconds", "images", "bank", "queries")}
+            return {"target": target, "cpu_seconds_before": before} | cost
         before = entry["cpu_seconds"]
     return None
 
@@ -61,15 +61,15 @@ def entries(folder: Path, images: int) -> list[Entry]:
             continue
         if cost.get("step") != record["step"] or cost["cpu_seconds"] is None:
             raise DataError(f"{log} has no training cost: it is from an older version of inbatch; repeat the run")
-        look = {"seconds": cost["training_seconds"]} | {key: cost[key] for key in KEPT}
-        look |= {"epoch": cost["images"] / images, "loss": mean(losses) if losses else None, "knn": record["knn"]}
-        curve.append(look)
+        entry = {"seconds": cost["training_seconds"]} | {key: cost[key] for key in KEPT}
+        entry |= {"epoch": cost["images"] / images, "loss": mean(losses) if losses else None, "knn": record["knn"]}
+        curve.append(entry)
         losses = []
-    judged = (read_json(result).get("evaluation") or {}) if result.exists() else {}
-    if curve and "knn" in judged:
-        told = {"bank": judged["train"]["labelled"], "queries": judged["test"]["labelled"]}
-        if tuple(told.values()) > (curve[-1]["bank"], curve[-1]["queries"]):
-            curve[-1] |= told | {"knn": judged["knn"]["top1"]}
+    evaluation = (read_json(result).get("evaluation") or {}) if result.exists() else {}
+    if curve and "knn" in evaluation:
+        sizes = {"bank": evaluation["train"]["labelled"], "queries": evaluation["test"]["labelled"]}
+        if tuple(sizes.values()) > (curve[-1]["bank"], curve[-1]["queries"]):
+            curve[-1] |= sizes | {"knn": evaluation["knn"]["top1"]}
     return curve
 
 
@@ -81,9 +81,11 @@ def together(files: Sequence[Path]) -> dict[str, Any]:
     """
     runs = [read_json(file) for file in files]
     for what in ("target", "images"):
-        told = sorted({run[what] for run in runs})
-        if len(told) != 1:
-            raise DataError(f"{', '.join(map(str, files))} differ in {what} ({told}): pass curves with the same {what}")
+        values = sorted({run[what] for run in runs})
+        if len(values) != 1:
+            raise DataError(
+                f"{', '.join(map(str, files))} differ in {what} ({values}): pass curves with the same {what}"
+            )
     return {"target": runs[0]["target"], "images": runs[0]["images"], "runs": runs}
 
 
@@ -113,32 +115,32 @@ def row(run: Mapping[str, Any], target: float, base: Mapping[str, Any]) -> list[
         cpu = f"{amount(when['cpu_seconds'])} (not yet at {amount(when['cpu_seconds_before'])})"
     rate = last["images"] / last["cpu_seconds"] if last["cpu_seconds"] else 0.0
     seen = f"{(when or last)['images'] / run['images']:.1f}"
-    judges = ", ".join(f"{(when or last)[key]:,.0f}" for key in ("bank", "queries"))
+    sizes = ", ".join(f"{(when or last)[key]:,.0f}" for key in ("bank", "queries"))
     untrained = "" if run["curve"][0]["cpu_seconds"] else f"{run['curve'][0]['knn']:.1%}"
-    return [run["who"], str(env["threads"]), cpu, sooner, seen, judges, f"{rate:.1f}", untrained, f"{best:.1%}"]
+    return [run["who"], str(env["threads"]), cpu, sooner, seen, sizes, f"{rate:.1f}", untrained, f"{best:.1%}"]
 
 
-def markdown(found: Mapping[str, Any]) -> str:
+def markdown(comparison: Mapping[str, Any]) -> str:
     """Return the table of several curves in Markdown, with the machine, versions and command of each."""
-    target, base = found["target"], found["runs"][0]
+    target, base = comparison["target"], comparison["runs"][0]
     heads = ["who", "threads", f"processor seconds to {target:.0%}", f"times sooner than {base['who']}"]
     heads += ["epochs", "bank, queries", "images a processor second", "k-NN untrained", "best k-NN"]
-    cells = [heads, ["---"] * len(heads), *(row(run, target, base) for run in found["runs"])]
-    made = []
-    for run in found["runs"]:
+    cells = [heads, ["---"] * len(heads), *(row(run, target, base) for run in comparison["runs"])]
+    notes = []
+    for run in comparison["runs"]:
         env = run["environment"]
         versions = f"torch {env['versions']['torch']}" + (f", lightly {env['lightly']}" if "lightly" in env else "")
-        made.append(f"{run['who']}: {env['processor']} ({', '.join(env['flags'])}), {versions}, `{run['command']}`.")
-    return "".join(f"| {' | '.join(one)} |\n" for one in cells) + "\n" + "\n".join(made) + "\n"
+        notes.append(f"{run['who']}: {env['processor']} ({', '.join(env['flags'])}), {versions}, `{run['command']}`.")
+    return "".join(f"| {' | '.join(one)} |\n" for one in cells) + "\n" + "\n".join(notes) + "\n"
 
 
-def plot_curves(found: Mapping[str, Any], png: Path) -> None:
+def plot_curves(comparison: Mapping[str, Any], png: Path) -> None:
     """Plot k-NN accuracy over processor seconds; markers are hollow if the bank was a part of the images."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 3.6), layout="constrained")
     panel = figure.subplots()
-    for run, colour in zip(found["runs"], COLOURS, strict=False):
+    for run, colour in zip(comparison["runs"], COLOURS, strict=False):
         # the untrained encoder has no place on a logarithmic axis
         shown = [entry for entry in run["curve"] if entry["cpu_seconds"] > 0]
         panel.plot(
@@ -149,7 +151,7 @@ def plot_curves(found: Mapping[str, Any], png: Path) -> None:
             whole = entry["bank"] >= run["images"]
             face = colour if whole else "white"
             panel.plot(entry["cpu_seconds"], 100 * entry["knn"], "o", color=colour, markersize=4, markerfacecolor=face)
-    panel.axhline(100 * found["target"], color="black", linewidth=0.8, linestyle=":")
+    panel.axhline(100 * comparison["target"], color="black", linewidth=0.8, linestyle=":")
     panel.set(xscale="log", xlabel="processor seconds of training, all threads", ylabel="k-NN accuracy, %")
     for axis in (panel.xaxis.set_major_formatter, panel.xaxis.set_minor_formatter):
         axis("{x:,.0f}")

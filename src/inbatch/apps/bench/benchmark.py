@@ -23,12 +23,12 @@ from inbatch.runtime.unfinished import remove_abandoned, unfinished
 _SCRATCH = "inbatch-bench-"
 
 
-def bench(options: Options, told: Callable[[dict[str, Any]], None] = lambda race: None) -> dict[str, Any]:
+def bench(options: Options, on_complete: Callable[[dict[str, Any]], None] = lambda comparison: None) -> dict[str, Any]:
     """Measure the chosen sections.
 
     Args:
         options: What to measure.
-        told: Called with the result of each comparison when it is complete.
+        on_complete: Called with the result of each comparison when it is complete.
 
     Returns:
         Environment, settings, hardware peaks and, by section, the results of every implementation.
@@ -46,26 +46,26 @@ def bench(options: Options, told: Callable[[dict[str, Any]], None] = lambda race
     data = options.data and Path(options.data).name
     settings = options.settings() | {"methods": options.methods, "device": device, "data": data}
     where = environment(device_for(options.device)) | load
-    found: dict[str, Any] = {"command": options.command(), "environment": where, "settings": settings}
-    found |= {"ceilings": {}, "sections": {}}
+    results: dict[str, Any] = {"command": options.command(), "environment": where, "settings": settings}
+    results |= {"ceilings": {}, "sections": {}}
     for section in options.chosen:
         threads = options.threads_of(section)
-        if str(threads) not in found["ceilings"]:
-            found["ceilings"][str(threads)] = ceilings(device, threads, options.quick)
+        if str(threads) not in results["ceilings"]:
+            results["ceilings"][str(threads)] = ceilings(device, threads, options.quick)
         with scratch_folder() as folder:
-            races = MAKERS[section](Field(options, section, device, folder))
-            found["sections"][section] = []
-            for race in races:
-                known = found["ceilings"][str(threads)]
-                over = race.run(settings["rounds"], known, show_missing=options.peers is True)
-                found["sections"][section].append(over)
-                told(over)
+            comparisons = MAKERS[section](Field(options, section, device, folder))
+            results["sections"][section] = []
+            for comparison in comparisons:
+                known = results["ceilings"][str(threads)]
+                result = comparison.run(settings["rounds"], known, show_missing=options.peers is True)
+                results["sections"][section].append(result)
+                on_complete(result)
     if options.out is not None:
         try:
-            write_json(options.out, found)
+            write_json(options.out, results)
         except InbatchError as error:
-            raise Unwritten(str(error), found) from error
-    return found
+            raise Unwritten(str(error), results) from error
+    return results
 
 
 @contextmanager
@@ -105,7 +105,7 @@ def ceilings(
     one = Implementation("ceiling", job | {"device": device, "threads": threads, "bf16": bf16}, limit=limit)
     with ending():
         try:
-            one.meet()
+            one.warm_up()
         except BaseException:
             one.kill()
             raise

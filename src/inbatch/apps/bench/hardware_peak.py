@@ -35,16 +35,16 @@ def ceilings(job: dict[str, Any]) -> tuple[Callable[[], int], dict[str, Any]]:
     each = job["each"]
     plain = products(device, torch.float32, shapes, patience, each)
     half = products(device, torch.bfloat16, shapes, patience, each) if job["bf16"] else None
-    told: dict[str, Any] = {"float32_plain": plain, "bf16": half}
+    rates: dict[str, Any] = {"float32_plain": plain, "bf16": half}
     if device.type == "cpu":
         with fast_products():  # oneDNN products if they are faster and exact
-            told["float32_onednn"] = products(device, torch.float32, shapes, patience, each)
-    told["float32"] = max(plain, told.get("float32_onednn", 0))
+            rates["float32_onednn"] = products(device, torch.float32, shapes, patience, each)
+    rates["float32"] = max(plain, rates.get("float32_onednn", 0))
     source = torch.ones((1 if job["quick"] else 16) * 2**20 * (16 if device.type == "cuda" else 4), device=device)
     into = torch.empty_like(source)
     seconds = fastest(partial(into.copy_, source), device, patience)
-    told["copy"] = 2 * source.numel() * source.element_size() / seconds
-    return (lambda: 1), told
+    rates["copy"] = 2 * source.numel() * source.element_size() / seconds
+    return (lambda: 1), rates
 
 
 def products(device: torch.device, kind: torch.dtype, shapes: Any, patience: float, each: float = math.inf) -> float:

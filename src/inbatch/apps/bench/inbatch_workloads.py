@@ -23,15 +23,15 @@ Work = tuple[Callable[[], int], dict[str, Any]]
 
 def built(job: dict[str, Any], data: Any = None, settings: Any = None, **fields: Any) -> RunComponents:
     """Build a run as a user would; settings that the job does not set keep their defaults."""
-    given = {
+    overrides = {
         "image_size": job["size"],
         "batch_size": job["batch"],
         "encoder.name": job["encoder"],
         "compile": job["compile"],
     }
-    given |= job.get("settings", {}) | (settings or {}) | fields
+    overrides |= job.get("settings", {}) | (settings or {}) | fields
     data = images(job) if data is None else data
-    return prepare(data, job["method"], settings=given, device=job["device"], workers=job.get("workers"))
+    return prepare(data, job["method"], settings=overrides, device=job["device"], workers=job.get("workers"))
 
 
 def images(job: dict[str, Any]) -> Tensor:
@@ -86,7 +86,7 @@ def views(job: dict[str, Any]) -> Work:
     return call, {"of": "copy", "needs": 3 * size**2 * (1 + 4)}
 
 
-def tower(job: dict[str, Any]) -> Work:
+def network(job: dict[str, Any]) -> Work:
     """Run forward and backward of the networks alone on views drawn beforehand."""
     run = built(job, cache_on_device=True)
     drawn = run.views(next(run.loader.epoch(0))).images
@@ -111,9 +111,9 @@ def tower(job: dict[str, Any]) -> Work:
 def step(job: dict[str, Any]) -> Work:
     """Run complete training steps: batch, views, networks, loss, optimiser, log."""
     run = built(job, job.get("data"))
-    told: dict[str, Any] = {"precision": precision(run)}
+    properties: dict[str, Any] = {"precision": precision(run)}
     if job.get("count", True):  # not needed if only the time to the first step is measured
-        told |= {"of": precision(run), "needs": work_of(run, next(run.loader.epoch(0))) / job["batch"]}
+        properties |= {"of": precision(run), "needs": work_of(run, next(run.loader.epoch(0))) / job["batch"]}
     log, batches, numbers = Log(None, total_steps=run.total, quiet=True), endless(run), itertools.count()
 
     def call() -> int:
@@ -122,7 +122,7 @@ def step(job: dict[str, Any]) -> Work:
         log.step(number + 1, number // run.loader.steps, losses, job["batch"])
         return job["batch"]
 
-    return call, told
+    return call, properties
 
 
 def loss(job: dict[str, Any]) -> Work:
@@ -144,10 +144,10 @@ def decode(job: dict[str, Any]) -> Work:
     numbers = itertools.cycle(range(min(len(source), job["files"])))
 
     def call() -> int:
-        for _ in range(job["some"]):
+        for _ in range(job["per_call"]):
             with source.open(next(numbers)) as picture:
                 picture.tensor()
-        return int(job["some"])
+        return int(job["per_call"])
 
     return call, {}
 
@@ -178,45 +178,45 @@ def embeddings(job: dict[str, Any]) -> tuple[Embeddings, Embeddings]:
     """Load the bank and the queries."""
     rows, labels = (torch.from_numpy(np.load(Path(job["folder"]) / f"{x}.npy")) for x in ("features", "labels"))
 
-    def some(part: slice) -> Embeddings:
+    def subset(part: slice) -> Embeddings:
         names = tuple(map(str, range(len(labels[part]))))
         return Embeddings(rows[part], labels[part], names, "synthetic", "features")
 
-    return some(slice(job["queries"], None)), some(slice(job["queries"]))
+    return subset(slice(job["queries"], None)), subset(slice(job["queries"]))
 
 
 def neighbours(job: dict[str, Any]) -> Work:
     """Run k-NN of the queries in the bank."""
     bank, queries = embeddings(job)
     device, operations = device_for(job["device"]), 2 * len(bank) * len(queries) * bank.vectors.shape[1]
-    told: dict[str, Any] = {"of": "float32", "needs": operations}
+    properties: dict[str, Any] = {"of": "float32", "needs": operations}
 
     def call() -> int:
-        told["top1"] = knn(bank, queries, k=job["k"], device=device)["top1"]
+        properties["top1"] = knn(bank, queries, k=job["k"], device=device)["top1"]
         return 1
 
-    return call, told
+    return call, properties
 
 
 def probe(job: dict[str, Any]) -> Work:
     """Run the linear probe."""
     bank, queries = embeddings(job)
-    device, told = device_for(job["device"]), {"top1": 0.0}
+    device, properties = device_for(job["device"]), {"top1": 0.0}
 
     def call() -> int:
-        told["top1"] = float(linear_probe(bank, queries, device=device)["top1"])  # type: ignore[arg-type]
+        properties["top1"] = float(linear_probe(bank, queries, device=device)["top1"])  # type: ignore[arg-type]
         return 1
 
-    return call, told
+    return call, properties
 
 
 def clusters(job: dict[str, Any]) -> Work:
     """Run k-means on the queries."""
     _, queries = embeddings(job)
-    told = {"nmi": 0.0}
+    properties = {"nmi": 0.0}
 
     def call() -> int:
-        told["nmi"] = float(clustering(queries, job["classes"])["nmi"])  # type: ignore[arg-type]
+        properties["nmi"] = float(clustering(queries, job["classes"])["nmi"])  # type: ignore[arg-type]
         return 1
 
-    return call, told
+    return call, properties

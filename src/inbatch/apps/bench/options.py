@@ -10,14 +10,12 @@ from inbatch.runtime import memory
 
 SECTIONS = {
     "views": "augmentation, a core at a time",
-    "tower": "encoder and head, forward and backward",
+    "network": "encoder and head, forward and backward",
     "step": "whole training steps",
     "loss": "NT-Xent, forward and backward",
     "data": "decoding and loading JPEG files",
     "evaluation": "k-NN, linear probe, k-means",
 }
-NAMES = {"network": "tower"}
-"""Name of a section on the command line -> its name in results, if it differs."""
 PER_CORE = ("views", "data")
 """Sections measured per core if no number of threads is given."""
 PEERS = {"lightly": "lightly", "solo-learn": "solo"}
@@ -61,17 +59,11 @@ class Options:
     compile: bool = False
     out: Path | None = None
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "sections", tuple(NAMES.get(name, name) for name in self.sections))
-
     def check(self) -> None:
         """Raise ConfigError if the options are invalid."""
-        names = {section: name for name, section in NAMES.items()}
         for name in self.sections:
             if name not in SECTIONS:
-                raise ConfigError(
-                    f"unknown section {name!r}: choose one of {', '.join(names.get(s, s) for s in SECTIONS)}"
-                )
+                raise ConfigError(f"unknown section {name!r}: choose one of {', '.join(SECTIONS)}")
         if self.size not in (32, 224):
             raise ConfigError(f"--size {self.size} is not supported: choose 32 or 224")
         least = {"batch": 4, "threads": 1, "rounds": 1}

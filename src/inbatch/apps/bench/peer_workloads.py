@@ -42,11 +42,11 @@ def solo_file(*path: str) -> Any:
     spec = importlib.util.find_spec("solo")
     (folder,) = spec.submodule_search_locations if spec and spec.submodule_search_locations else [""]
     file = Path(folder).joinpath(*path)
-    found = importlib.util.spec_from_file_location("solo_" + file.stem, file)
-    if not file.is_file() or found is None or found.loader is None:
+    file_spec = importlib.util.spec_from_file_location("solo_" + file.stem, file)
+    if not file.is_file() or file_spec is None or file_spec.loader is None:
         raise ImportError(f"this solo-learn has no {'/'.join(path)}")
-    module = importlib.util.module_from_spec(found)
-    found.loader.exec_module(module)
+    module = importlib.util.module_from_spec(file_spec)
+    file_spec.loader.exec_module(module)
     return module
 
 
@@ -65,7 +65,7 @@ TRANSFORMS = {"lightly": lightly_transform, "solo-learn": solo_transform}
 def views(job: dict[str, Any]) -> Work:
     """Draw two views of decoded images."""
     transform = TRANSFORMS[job["library"]](job["size"])
-    return plain().in_turn(plain().pictures(job), job["some"], transform, units=2), {}
+    return plain().in_turn(plain().pictures(job), job["per_call"], transform, units=2), {}
 
 
 def criterion(library: str, temperature: float) -> Callable[[Tensor, Tensor], Tensor]:
@@ -88,8 +88,8 @@ def loss(job: dict[str, Any]) -> Work:
     """Run forward and backward of NT-Xent."""
     z = plain().normalised(job)
     compute = criterion(job["library"], 0.1)
-    told = {"of": "float32", "needs": 4 * job["rows"] ** 2 * job["dim"]}
-    return plain().learning(z, lambda: compute(z[0], z[1])), told
+    properties = {"of": "float32", "needs": 4 * job["rows"] ** 2 * job["dim"]}
+    return plain().learning(z, lambda: compute(z[0], z[1])), properties
 
 
 def loader(job: dict[str, Any]) -> Any:
@@ -106,8 +106,8 @@ def loader(job: dict[str, Any]) -> Any:
 
 def batches(job: dict[str, Any]) -> Any:
     """Iterate over the batches of all epochs."""
-    made = loader(job)
-    return itertools.chain.from_iterable(made for _ in itertools.count())
+    data_loader = loader(job)
+    return itertools.chain.from_iterable(data_loader for _ in itertools.count())
 
 
 def stream(job: dict[str, Any]) -> Work:
@@ -166,14 +166,14 @@ def neighbours(job: dict[str, Any]) -> Work:
     from lightly.utils.benchmarking import knn_predict
 
     bank, labels, queries, true = (x.to(job["device"]) for x in plain().embeddings(job))
-    told = {"top1": 0.0}
+    properties = {"top1": 0.0}
 
     def call() -> int:
         keys, right = nn.functional.normalize(bank).T.contiguous(), 0
-        for some, label in zip(nn.functional.normalize(queries).split(512), true.split(512), strict=True):
-            found = knn_predict(some, keys, labels, job["classes"], job["k"], 0.1)
-            right += int((found[:, 0] == label).sum())
-        told["top1"] = right / len(true)
+        for block, label in zip(nn.functional.normalize(queries).split(512), true.split(512), strict=True):
+            predictions = knn_predict(block, keys, labels, job["classes"], job["k"], 0.1)
+            right += int((predictions[:, 0] == label).sum())
+        properties["top1"] = right / len(true)
         return 1
 
-    return call, told
+    return call, properties

@@ -40,14 +40,14 @@ def files(job: dict[str, Any]) -> list[bytes]:
     return [blob[begin:end] for begin, end in itertools.pairwise([0, *ends])]
 
 
-def in_turn(items: list[Any], some: int, do: Callable[[Any], Any], units: int = 1) -> Callable[[], int]:
-    """Return a function that applies `do` to the next `some` items, cyclically."""
+def in_turn(items: list[Any], count: int, do: Callable[[Any], Any], units: int = 1) -> Callable[[], int]:
+    """Return a function that applies `do` to the next `count` items, cyclically."""
     endless: Iterator[Any] = itertools.cycle(items)
 
     def call() -> int:
-        for item in itertools.islice(endless, some):
+        for item in itertools.islice(endless, count):
             do(item)
-        return some * units
+        return count * units
 
     return call
 
@@ -68,7 +68,7 @@ def views_pil(job: dict[str, Any]) -> Work:
     from torchvision import transforms
 
     transform = augmentation(transforms, job["size"], [transforms.ToTensor()], blur=job["size"] > 64)
-    return in_turn(pictures(job), job["some"], transform), {}
+    return in_turn(pictures(job), job["per_call"], transform), {}
 
 
 def views_tensor(job: dict[str, Any]) -> Work:
@@ -76,7 +76,7 @@ def views_tensor(job: dict[str, Any]) -> Work:
     from torchvision.transforms import v2
 
     transform = augmentation(v2, job["size"], [v2.ToDtype(torch.float32, scale=True)], blur=job["size"] > 64)
-    return in_turn([torch.from_numpy(x).permute(2, 0, 1) for x in arrays(job)], job["some"], transform), {}
+    return in_turn([torch.from_numpy(x).permute(2, 0, 1) for x in arrays(job)], job["per_call"], transform), {}
 
 
 def normalised(job: dict[str, Any]) -> Tensor:
@@ -113,7 +113,7 @@ def decode_pil(job: dict[str, Any]) -> Work:
     """Decode JPEG files with Pillow."""
     from PIL import Image
 
-    return in_turn(files(job), job["some"], lambda x: np.asarray(Image.open(io.BytesIO(x)).convert("RGB"))), {}
+    return in_turn(files(job), job["per_call"], lambda x: np.asarray(Image.open(io.BytesIO(x)).convert("RGB"))), {}
 
 
 def decode_torchvision(job: dict[str, Any]) -> Work:
@@ -121,14 +121,14 @@ def decode_torchvision(job: dict[str, Any]) -> Work:
     from torchvision.io import ImageReadMode, decode_jpeg
 
     data = [torch.frombuffer(bytearray(x), dtype=torch.uint8) for x in files(job)]
-    return in_turn(data, job["some"], lambda x: decode_jpeg(x, ImageReadMode.RGB)), {}
+    return in_turn(data, job["per_call"], lambda x: decode_jpeg(x, ImageReadMode.RGB)), {}
 
 
 def decode_simplejpeg(job: dict[str, Any]) -> Work:
     """Decode JPEG files with simplejpeg."""
     from simplejpeg import decode_jpeg
 
-    return in_turn(files(job), job["some"], decode_jpeg), {}
+    return in_turn(files(job), job["per_call"], decode_jpeg), {}
 
 
 def embeddings(job: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -141,20 +141,20 @@ def embeddings(job: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def neighbours(job: dict[str, Any]) -> Work:
     """Run k-NN by matrix products and top-k, in blocks of queries."""
     bank, labels, queries, true = (x.to(job["device"]) for x in embeddings(job))
-    told = {"top1": 0.0}
+    properties = {"top1": 0.0}
 
     def call() -> int:
         right = 0
         keys = F.normalize(bank)
-        for some, label in zip(F.normalize(queries).split(256), true.split(256), strict=True):
-            near = (some @ keys.T).topk(job["k"])
-            votes = torch.zeros(len(some), job["classes"], device=some.device)
+        for block, label in zip(F.normalize(queries).split(256), true.split(256), strict=True):
+            near = (block @ keys.T).topk(job["k"])
+            votes = torch.zeros(len(block), job["classes"], device=block.device)
             votes.scatter_add_(1, labels[near.indices], (near.values / 0.1).exp())
             right += int((votes.argmax(1) == label).sum())
-        told["top1"] = right / len(true)
+        properties["top1"] = right / len(true)
         return 1
 
-    return call, told
+    return call, properties
 
 
 def probe(job: dict[str, Any]) -> Work:
@@ -163,15 +163,15 @@ def probe(job: dict[str, Any]) -> Work:
     from sklearn.preprocessing import StandardScaler
 
     bank, labels, queries, true = (x.numpy() for x in embeddings(job))
-    told = {"top1": 0.0}
+    properties = {"top1": 0.0}
 
     def call() -> int:
         scale = StandardScaler().fit(bank)
         model = LogisticRegression(max_iter=200).fit(scale.transform(bank), labels)
-        told["top1"] = float(model.score(scale.transform(queries), true))
+        properties["top1"] = float(model.score(scale.transform(queries), true))
         return 1
 
-    return call, told
+    return call, properties
 
 
 def clusters(job: dict[str, Any]) -> Work:
@@ -180,14 +180,14 @@ def clusters(job: dict[str, Any]) -> Work:
     from sklearn.metrics import normalized_mutual_info_score
 
     _, _, queries, true = embeddings(job)
-    rows, told = F.normalize(queries).numpy(), {"nmi": 0.0}
+    rows, properties = F.normalize(queries).numpy(), {"nmi": 0.0}
 
     def call() -> int:
-        found = KMeans(job["classes"], n_init=10, random_state=0).fit_predict(rows)
-        told["nmi"] = float(normalized_mutual_info_score(true.numpy(), found))
+        assignment = KMeans(job["classes"], n_init=10, random_state=0).fit_predict(rows)
+        properties["nmi"] = float(normalized_mutual_info_score(true.numpy(), assignment))
         return 1
 
-    return call, told
+    return call, properties
 
 
 def cifar_stem(backbone: Any, padding: int = 1) -> nn.Module:

@@ -17,7 +17,7 @@ from typing import Any
 from inbatch import errors
 from inbatch.runtime import child_processes
 from inbatch.runtime.signals import ending
-from inbatch.runtime.tuning import untuned
+from inbatch.runtime.tuning import without_tuning
 
 SCRIPT = Path(__file__).with_name("worker.py")
 OURS = "inbatch"
@@ -57,7 +57,7 @@ class Implementation:
         """Start the process, which imports its libraries and warms up."""
         threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(self.job["threads"]))
         # The figures must not depend on a cache of decoded images that an earlier run has left.
-        env = untuned() | {"INBATCH_CACHE": "off"} | threads
+        env = without_tuning() | {"INBATCH_CACHE": "off"} | threads
         self.began = time.monotonic()
         self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed in end()
         self.process = child_processes.start(
@@ -65,7 +65,7 @@ class Implementation:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors,
         )  # fmt: skip
 
-    def meet(self) -> None:
+    def warm_up(self) -> None:
         """Start the process and wait until it is warm or has failed.
 
         Raise ConfigError or DataError for own settings or data.
@@ -73,24 +73,24 @@ class Implementation:
         if self.process is None:
             self.start()
         if self.job.get("waits"):
-            self._say_go()
+            self._send_go()
         self.row = self._answer()
         kind = {"ConfigError": errors.ConfigError, "DataError": errors.DataError}.get(self.row.get("kind", ""))
         if kind is not None and not self.peer:
             raise kind(self.row["failed"])
 
-    def go(self) -> None:
+    def run_round(self) -> None:
         """Run one round."""
         if "failed" in self.row or self.process is None or self.late or time.monotonic() > self.until:
             return
-        self._say_go()
+        self._send_go()
         answer = self._answer()
         if "failed" in answer:
             self.row |= {} if self.late and self.rates else answer
         else:
             self.rates.append(answer["units"] / answer["seconds"])
 
-    def _say_go(self) -> None:
+    def _send_go(self) -> None:
         assert self.process and self.process.stdin
         with suppress(BrokenPipeError):
             self.process.stdin.write("go\n")
@@ -114,8 +114,8 @@ class Implementation:
         if code == -9:  # the system's memory limit
             return {"failed": "out of memory"}
         self.errors.seek(0)
-        said = self.errors.read().strip().splitlines() or [f"ended with {code}"]
-        return {"failed": said[-1]}
+        lines = self.errors.read().strip().splitlines() or [f"ended with {code}"]
+        return {"failed": lines[-1]}
 
     def _stop(self) -> None:
         """Kill a late process, in a thread separate from the waiting one."""
@@ -154,12 +154,12 @@ class BenchmarkRounds:
     Attributes:
         title: Title of the table.
         unit: Unit of the results: something "/s", or "s" or "ms" per call.
-        contestants: Implementations to compare.
+        implementations: Implementations to compare.
     """
 
     title: str
     unit: str
-    contestants: Sequence[Implementation]
+    implementations: Sequence[Implementation]
 
     def run(self, rounds: int, ceilings: Mapping[str, Any], *, show_missing: bool) -> dict[str, Any]:
         """Run the rounds in turns, every other round in the opposite order; return the results, ready for JSON.
@@ -170,28 +170,28 @@ class BenchmarkRounds:
                 bytes.
             show_missing: Also list libraries that are not installed.
         """
-        found: dict[str, Any] = {}
+        results: dict[str, Any] = {}
         with ending():
             try:
-                for one in self.contestants:
+                for one in self.implementations:
                     if one.job.get("waits"):  # all import at the same time
                         one.start()
-                for one in self.contestants:  # one after another, so that warm-ups do not disturb each other
-                    one.meet()
+                for one in self.implementations:  # one after another, so that warm-ups do not disturb each other
+                    one.warm_up()
                 for number in range(rounds):
-                    for one in self.contestants[:: 1 if number % 2 == 0 else -1]:
-                        one.go()
+                    for one in self.implementations[:: 1 if number % 2 == 0 else -1]:
+                        one.run_round()
             except BaseException:  # including signals: otherwise the processes would finish their work first
-                for one in self.contestants:
+                for one in self.implementations:
                     one.kill()
                 raise
             finally:
-                rows = {one.who: one.end() for one in self.contestants}
+                rows = {one.who: one.end() for one in self.implementations}
         for who, row in rows.items():
             if show_missing or not row.get("failed", "").startswith("not installed"):
-                found[who] = row | shared(row, ceilings)
-        threads = sorted({one.job["threads"] for one in self.contestants})
-        return {"title": self.title, "unit": self.unit, "threads": threads, "contestants": found}
+                results[who] = row | shared(row, ceilings)
+        threads = sorted({one.job["threads"] for one in self.implementations})
+        return {"title": self.title, "unit": self.unit, "threads": threads, "implementations": results}
 
 
 def shared(row: Mapping[str, Any], ceilings: Mapping[str, Any]) -> dict[str, Any]:

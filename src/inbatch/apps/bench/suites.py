@@ -68,31 +68,31 @@ def views(field: Field) -> list[BenchmarkRounds]:
     """Return the comparison of augmented views of decoded images."""
     small = field.options.size == 32
     field.images(512 if small else 48)
-    cpu, some = {"device": "cpu"}, 32 if small else 4
-    contestants = [
+    cpu, per_call = {"device": "cpu"}, 32 if small else 4
+    implementations = [
         field.ours("inbatch", "views"),
-        field.plain("torchvision v1, Pillow", "views_pil", "torchvision", some=some, **cpu),
-        field.plain("torchvision v2, tensors", "views_tensor", "torchvision", some=some, **cpu),
-        *field.peers("views", some=some, **cpu),
+        field.plain("torchvision v1, Pillow", "views_pil", "torchvision", per_call=per_call, **cpu),
+        field.plain("torchvision v2, tensors", "views_tensor", "torchvision", per_call=per_call, **cpu),
+        *field.peers("views", per_call=per_call, **cpu),
     ]
     what = "SimCLR's views of 32 x 32 pixels" if small else "SimCLR's views of 224 x 224 pixels out of 500 x 375"
-    return [BenchmarkRounds(f"{what}, decoded images", "views/s", contestants)]
+    return [BenchmarkRounds(f"{what}, decoded images", "views/s", implementations)]
 
 
-def tower(field: Field) -> list[BenchmarkRounds]:
+def network(field: Field) -> list[BenchmarkRounds]:
     """Return one comparison per method of its networks, forward and backward."""
     field.images(512 if field.options.size == 32 else 48)
-    races = []
+    comparisons = []
     for method in field.options.methods:
         eager = {"precision": "float32", "channels_last": False, "compile": False}
-        contestants = [
-            *compiled(field, "inbatch", "tower", method=method, unit="views"),
-            field.ours("eager float32", "tower", method=method, unit="views", settings=eager, tune=False),
+        implementations = [
+            *compiled(field, "inbatch", "network", method=method, unit="views"),
+            field.ours("eager float32", "network", method=method, unit="views", settings=eager, tune=False),
         ]
-        races.append(
-            BenchmarkRounds(f"tower of {method}, {_size(field)}, forward and backward", "views/s", contestants)
+        comparisons.append(
+            BenchmarkRounds(f"network of {method}, {_size(field)}, forward and backward", "views/s", implementations)
         )
-    return races
+    return comparisons
 
 
 def step(field: Field) -> list[BenchmarkRounds]:
@@ -100,16 +100,16 @@ def step(field: Field) -> list[BenchmarkRounds]:
     small, options = field.options.size == 32, field.options
     field.images(512 if small else 48)
     data = {} if options.data is None else {"data": options.data}
-    races = []
+    comparisons = []
     for method in options.methods:
-        contestants = compiled(field, "inbatch", "step", method=method, **data)
-        contestants += compiled(field, "inbatch, tower alone", "tower", method=method, unit="images")
+        implementations = compiled(field, "inbatch", "step", method=method, **data)
+        implementations += compiled(field, "inbatch, network alone", "network", method=method, unit="images")
         if method == "simclr" and small and field.shared["encoder"] == "resnet18":
             field.files(4096)
             workers = 2 if field.shared["device"] == "cpu" else min(16, cores())
-            contestants += field.peers("loop", workers=workers)
-        races.append(BenchmarkRounds(f"step of {method}, {_size(field)}", "images/s", contestants))
-    return races
+            implementations += field.peers("loop", workers=workers)
+        comparisons.append(BenchmarkRounds(f"step of {method}, {_size(field)}", "images/s", implementations))
+    return comparisons
 
 
 def compiled(field: Field, who: str, make: str, **more: Any) -> list[Implementation]:
@@ -121,13 +121,15 @@ def compiled(field: Field, who: str, make: str, **more: Any) -> list[Implementat
 def loss(field: Field) -> list[BenchmarkRounds]:
     """Return the comparison of NT-Xent, forward and backward."""
     size = {"rows": 256 if field.options.quick else 4096, "dim": 128}
-    contestants = [
+    implementations = [
         field.ours("inbatch", "loss", **size),
         field.plain("literal", "loss", **size),
         *field.peers("loss", **size),
     ]
     return [
-        BenchmarkRounds(f"NT-Xent of {size['rows']:,} rows of {size['dim']}, forward and backward", "ms", contestants)
+        BenchmarkRounds(
+            f"NT-Xent of {size['rows']:,} rows of {size['dim']}, forward and backward", "ms", implementations
+        )
     ]
 
 
@@ -136,12 +138,12 @@ def data(field: Field) -> list[BenchmarkRounds]:
     small, options, cpu = field.options.size == 32, field.options, {"device": "cpu"}
     count = field.files(2048 if small else 256)
     read = {"data": options.data or str(field.folder / "jpegs"), "files": count, "method": "simclr"}
-    some = {"some": (64 if small else 8) if not options.quick else 8}
+    per_call = {"per_call": (64 if small else 8) if not options.quick else 8}
     decoders = [
-        field.ours("inbatch", "decode", **read, **some, **cpu),
-        field.plain("Pillow", "decode_pil", **some, **cpu),
-        field.plain("torchvision", "decode_torchvision", "torchvision", **some, **cpu),
-        field.plain("simplejpeg", "decode_simplejpeg", "simplejpeg", **some, **cpu),
+        field.ours("inbatch", "decode", **read, **per_call, **cpu),
+        field.plain("Pillow", "decode_pil", **per_call, **cpu),
+        field.plain("torchvision", "decode_torchvision", "torchvision", **per_call, **cpu),
+        field.plain("simplejpeg", "decode_simplejpeg", "simplejpeg", **per_call, **cpu),
     ]
     batch = {"batch": min(field.shared["batch"], count), "workers": options.threads or min(16, cores())}
     batch["at_least"] = 4 * batch["workers"]  # batches arrive in groups of this many
@@ -186,5 +188,5 @@ def _size(field: Field) -> str:
 
 
 MAKERS: dict[str, Callable[[Field], list[BenchmarkRounds]]] = {
-    "views": views, "tower": tower, "step": step, "loss": loss, "data": data, "evaluation": evaluation,
+    "views": views, "network": network, "step": step, "loss": loss, "data": data, "evaluation": evaluation,
 }  # fmt: skip

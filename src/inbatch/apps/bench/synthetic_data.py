@@ -52,15 +52,15 @@ def encoded(data: str, count: int) -> list[bytes]:
     path = Path(data)
     if path.is_dir() and not (inside := sorted(path.glob("train*.parquet"))):
         files = sorted(file for file in path.rglob("*") if file.suffix.lower() in (".jpg", ".jpeg"))
-        found = [file.read_bytes() for file in files[:count]]
+        images = [file.read_bytes() for file in files[:count]]
     elif path.exists():
-        found = parquet(inside[0] if path.is_dir() else path, count)
+        images = parquet(inside[0] if path.is_dir() else path, count)
     else:
         raise DataError(f"{data} does not exist: give --data a folder of JPEG files or a Parquet file")
-    found = [file for file in found if file.startswith(b"\xff\xd8")]
-    if not found:
+    images = [file for file in images if file.startswith(b"\xff\xd8")]
+    if not images:
         raise DataError(f"{data} holds no JPEG file: decoding is measured on a folder of them or a Parquet file")
-    return found
+    return images
 
 
 def parquet(file: Path, count: int) -> list[bytes]:

@@ -29,12 +29,12 @@ BRIEF = 0.1
 """Seconds; shorter calls are warmed up at the start of a round, since caches and clock rates drop during a pause."""
 
 
-def contest(job: dict[str, Any], tell: Callable[[dict[str, Any]], None]) -> None:
+def serve(job: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> None:
     """Prepare the workload, then run one round of it for every line on stdin."""
     import torch
 
     torch.set_num_threads(job["threads"])
-    call, told = getattr(importlib.import_module(job["module"]), job["make"])(job)
+    call, properties = getattr(importlib.import_module(job["module"]), job["make"])(job)
     if job.get("waits"):  # other processes import at the same time
         sys.stdin.readline()
     asynchronous = job["device"].startswith("cuda")
@@ -58,7 +58,7 @@ def contest(job: dict[str, Any], tell: Callable[[dict[str, Any]], None]) -> None
         with contextlib.suppress(PackageNotFoundError):
             versions[name] = version(name)
     signal_workers("SIGSTOP")
-    tell(told | {"first_seconds": first, "calls": calls, "versions": versions})
+    send(properties | {"first_seconds": first, "calls": calls, "versions": versions})
     try:
         for _ in sys.stdin:
             signal_workers("SIGCONT")
@@ -66,7 +66,7 @@ def contest(job: dict[str, Any], tell: Callable[[dict[str, Any]], None]) -> None
                 timed(1)
             seconds, units = timed(calls)
             signal_workers("SIGSTOP")
-            tell({"seconds": seconds, "units": units})
+            send({"seconds": seconds, "units": units})
     finally:  # a stopped process cannot exit
         signal_workers("SIGCONT")
 
@@ -97,24 +97,24 @@ def main(job: dict[str, Any]) -> None:
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 
-    def tell(answer: dict[str, Any]) -> None:
+    def send(answer: dict[str, Any]) -> None:
         print(json.dumps(answer), file=out, flush=True)
 
     sys.path = [p for p in sys.path if Path(p).resolve() != HERE]
     if any(importlib.util.find_spec(name) is None for name in job.get("needs", ())):
-        return tell({"failed": "not installed"})
+        return send({"failed": "not installed"})
     try:
         if job.get("tune"):  # as the command line does, before torch is imported
             importlib.import_module("inbatch").tune()
         for name in dict.fromkeys(("reference_workloads", job["module"])) if "." not in job["module"] else ():
             beside(name)
-        contest(job, tell)
+        serve(job, send)
     except Exception as error:
         if isinstance(error, ImportError) and job.get("needs"):
-            return tell({"failed": f"not installed: {error}"})
+            return send({"failed": f"not installed: {error}"})
         full = isinstance(error, MemoryError) or "alloc" in str(error) or "out of memory" in str(error)
         traceback.print_exc()
-        tell({"failed": "out of memory" if full else str(error), "kind": type(error).__name__})
+        send({"failed": "out of memory" if full else str(error), "kind": type(error).__name__})
 
 
 if __name__ == "__main__":

@@ -48,13 +48,13 @@ def bench(
     with reported(as_json):
         from inbatch.apps.bench import benchmark
         from inbatch.apps.bench.options import Options
-        from inbatch.apps.bench.report import print_machine, print_race
+        from inbatch.apps.bench.report import print_comparison, print_machine
 
         options = Options(
             tuple(sections or ()), size, batch, encoder, tuple(method or ["simclr"]), threads, device, expanded(data),
             peers, expanded(peers_python), rounds, quick, compile, out and path_of(out, "--out"),
         )  # fmt: skip
-        told = (lambda race: None) if as_json else print_race
+        told = (lambda comparison: None) if as_json else print_comparison
         deliver(lambda: benchmark.bench(options, told), as_json, print_machine)
 
 

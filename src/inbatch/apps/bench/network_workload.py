@@ -34,7 +34,7 @@ def resnet18() -> nn.Module:
     return nn.Sequential(_convolution(3, 64, 3), nn.ReLU(), *blocks, pool)
 
 
-def tower(job: dict[str, Any]) -> tuple[Callable[[], int], dict[str, Any]]:
+def encoder_step(job: dict[str, Any]) -> tuple[Callable[[], int], dict[str, Any]]:
     """Run a step of an encoder without its optimiser in a benchmark worker; units are views."""
     layout = torch.channels_last if job["channels_last"] else torch.contiguous_format
     encoder = resnet18().to(memory_format=layout)  # type: ignore[call-overload]
@@ -44,8 +44,8 @@ def tower(job: dict[str, Any]) -> tuple[Callable[[], int], dict[str, Any]]:
         encoder.zero_grad(set_to_none=True)
         for view in images:
             with torch.autocast("cpu", torch.bfloat16, enabled=job["bf16"]):
-                made = encoder(view)
-            made.float().square().mean().backward()
+                embedding = encoder(view)
+            embedding.float().square().mean().backward()
         return 2 * job["batch"]
 
     return step, {}
