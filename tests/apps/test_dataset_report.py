@@ -127,6 +127,7 @@ def test_damage_is_named_and_too_much_of_it_stops(photos: Path) -> None:
         (photos / f"train/dog/x{i:02d}.png").write_text("no image")
     result = run(f"data {shlex.quote(str(photos))}")
     assert result.exit_code == 3 and "12 of 20 images cannot be read" in result.stderr
+    assert "--set max_unreadable=0.6" in result.stderr
     assert result.stdout.count("cannot be read") == 10 and "and 2 more: --json names all" in result.stdout
     assert "Next" not in result.stdout
     json_result = run(f"data {shlex.quote(str(photos))} --json")

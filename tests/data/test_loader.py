@@ -284,7 +284,9 @@ class TestFaults:
     def test_a_streamed_unreadable_image_stops_with_its_name(self, photos, workers):
         self.break_one(photos)
         loader = Loader(open_data(photos), batch=10, views=VIEWS, seed=0, resident=False, workers=workers)
-        with pytest.raises(DataError, match=r"07\.png' cannot be read: .*remove it. --set max_unread.* more$"):
+        with pytest.raises(
+            DataError, match=r"07\.png' cannot be .*\. --set max_unreadable=0\.034 or more allows them$"
+        ):
             list(loader.epoch(0))
 
 

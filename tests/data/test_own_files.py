@@ -90,6 +90,10 @@ def test_the_data_are_the_run_directory(tmp_path):
     run_folder(tmp_path / "alone" / "run", "curves.png")
     with pytest.raises(DataError, match=r"No image under .*, not data: 1 run directory"):
         open_data(tmp_path / "alone")
+    (tmp_path / "bare").mkdir()
+    run_folder(tmp_path / "bare")
+    with pytest.raises(DataError, match="bare' is the folder of a run, which contains no images"):
+        open_data(tmp_path / "bare")
 
 
 def test_formats_without_a_mark_are_refused_inside_the_data_folder(tmp_path):

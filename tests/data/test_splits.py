@@ -8,7 +8,7 @@ import pytest
 from test_sources import encoded, fill, picture, write_parquet
 from test_webdataset import pictures, shard
 
-from inbatch.data import open_data, splits
+from inbatch.data import decode_all, open_data, splits
 from inbatch.data.sources.split_names import arranged, distinct, find_split, split_within
 from inbatch.errors import DataError
 from inbatch.training.holdout import evaluation_split
@@ -158,6 +158,26 @@ class TestFolders:
         for expected, paths in cases.items():
             recipe, source = resolve_recipe(refill(tmp_path / "d", *paths), {})
             assert evaluation_split(recipe, source, tmp_path / "d").description.startswith(expected)
+
+    def test_images_that_cannot_be_read_do_not_change_the_tenth(self, tmp_path):
+        """A run leaves them out before the tenth is chosen, a later evaluation after."""
+        folder = fill(tmp_path / "d", *(f"{c}/{i:02}.png" for c in "ab" for i in range(20)))
+        recipe, source = resolve_recipe(folder, {})
+        whole = evaluation_split(recipe, source, folder).queries
+        names = [whole.identity(i) for i in range(len(whole))]
+        assert len(names) == 4
+        for broken in (names[:1], [f"b/{i:02}.png" for i in range(9)], names[1:]):
+            for name in broken:
+                (folder / name).write_bytes(b"")
+            left = decode_all(open_data(folder), max_bad=0.9).source
+            split = evaluation_split(recipe, left, folder)
+            held_out, rest = ([part.identity(i) for i in range(len(part))] for part in (split.queries, split.bank))
+            readable = [left.identity(i) for i in range(len(left))]
+            assert held_out == [name for name in names if name in readable]
+            assert sorted(held_out + rest) == readable and split.queries.labels.tolist() == [
+                "ab".index(n[0]) for n in held_out
+            ]
+            refill(folder, *(f"{c}/{i:02}.png" for c in "ab" for i in range(20)))
 
 
 class TestShards:

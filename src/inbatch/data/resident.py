@@ -14,7 +14,7 @@ from torch import Tensor
 from inbatch.data import cache, decoded_cache
 from inbatch.data.decoded_cache import Decoded
 from inbatch.data.decoding.image_file import REMARKS, ImageFile
-from inbatch.data.source import Source, Subset
+from inbatch.data.source import Readable, Source
 from inbatch.errors import DataError, many
 from inbatch.runtime.thread_map import thread_map
 
@@ -163,7 +163,7 @@ def _resident(source: Source, kept: Decoded, device: torch.device | str, notes: 
     if kept.missing:
         keep = torch.ones(len(source), dtype=torch.bool)
         keep[[number for number, _ in kept.missing]] = False
-        left = Subset(source, keep.nonzero()[:, 0], f"{len(kept.missing):,} cannot be read")
+        left = Readable(source, keep.nonzero()[:, 0], f"{len(kept.missing):,} cannot be read")
     dropped = tuple(why for _, why in kept.missing)
     return Resident(kept.images.to(device), kept.size.to(device), left, dropped, kept.scaled, tuple(notes))
 
@@ -180,7 +180,7 @@ def check_dropped(source: Source, missing: Sequence[tuple[int, str]], max_bad: f
     if len(missing) > max_bad * len(source) or len(missing) == len(source):
         few = "; ".join(why for _, why in missing[:3])
         if len(missing) < len(source):
-            few += ". --set max_unreadable=SHARE allows more"
+            few += f". --set max_unreadable={math.ceil(1000 * len(missing) / len(source)) / 1000:g} or more allows them"
         raise DataError(
             f"{len(missing):,} of {len(source):,} images of {source.name} cannot be read "
             f"(max_unreadable allows {100 * max_bad:g}%): {few}"

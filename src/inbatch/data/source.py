@@ -203,6 +203,10 @@ class Subset(Source):
         return f"{self.source.report()}\n{self.name}: {len(self):,} of {len(self.source):,} used: {self.why}"
 
 
+class Readable(Subset):
+    """The images of a source that can be read, in their order."""
+
+
 def unlabelled(n: int) -> Int[Tensor, "n"]:
     """Return n labels with the value for unknown, -1."""
     return torch.full((n,), -1)

@@ -177,7 +177,9 @@ def load_classifier(directory: str | Path) -> Classifier:
     """
     folder = path_of(directory, "classifier")
     if not (folder / "config.json").is_file():
-        raise ConfigError(f"{folder} is not the folder of a classifier: it has no config.json; see train-classifier")
+        raise ConfigError(
+            f"{folder} is not the folder of a classifier: it has no config.json; inbatch train-classifier writes one"
+        )
     weights, config = read_folder(folder)
     saved = object_in(config, "classifier", folder / "config.json")
     if not saved:

@@ -55,7 +55,4 @@ def check_not_renamed(key: str, owner: str = "", known: Iterable[str] | None = N
     if key in RENAMED and known is not None and RENAMED[key].split(".")[-1] not in known:
         raise ConfigError(f"the setting {key!r} is now {RENAMED[key]!r}, which {owner} does not have: leave it out")
     if key in RENAMED:
-        raise ConfigError(
-            f"the setting {key!r} is now {RENAMED[key]!r}: rename it "
-            "(scripts/migrate_recipes.py of the repository rewrites whole files and runs)"
-        )
+        raise ConfigError(f"the setting {key!r} is now {RENAMED[key]!r}: rename it")

@@ -218,7 +218,10 @@ def _problems(source: Source, stats: ImageStatistics, report: Mapping[str, Any],
     bad, count = len(stats.unreadable), report["looked_at"]
     if bad > max_bad * count:
         most = f"{100 * max_bad:g}%"
-        return [f"{bad:,} of {count:,} images cannot be read, and a run leaves out at most {most}: remove them"]
+        return [
+            f"{bad:,} of {count:,} images cannot be read, and a run leaves out at most {most}: remove them, or pass "
+            f"--set max_unreadable={math.ceil(1000 * bad / count) / 1000:g} to the run"
+        ]
     if count - bad > 1 and report["duplicates"]["images"] == count and report["duplicates"]["groups"] == 1:
         return [f"all {count:,} images are identical: at least two different images are needed"]
     return (

@@ -17,7 +17,7 @@ from torch import Tensor
 from inbatch.data.decoding.image_file import ImageFile, file_channels
 from inbatch.data.pixels import Levels
 from inbatch.data.source import Reading, Source, path_text, stat_fingerprint, unlabelled
-from inbatch.data.sources.folder_scan import EXTENSIONS, PICTURES, RUNS, scan
+from inbatch.data.sources.folder_scan import EXTENSIONS, PICTURES, RUN_FILES, RUNS, scan
 from inbatch.data.sources.folder_splits import Layout, check_inner_splits, find_layout
 from inbatch.data.sources.groups import groups_of_paths, is_path_rule
 from inbatch.data.sources.packed_names import Names
@@ -50,6 +50,8 @@ class FolderSource(Source):
         self.root, self.scan, self.levels, self.note = root, scan(root), levels, note
         paths = self.scan.paths
         if not len(paths):
+            if all((root / os.fsdecode(name)).is_file() for name in RUN_FILES):
+                raise DataError(f"{str(root)!r} is the folder of a run, which contains no images: pass their folder")
             kinds = " ".join(e.decode() for e in EXTENSIONS)
             raise DataError(f"No image under {str(root)!r}{self._left_out()}: put files with {kinds} there")
         check_inner_splits(root, self.scan.folders)
