@@ -89,8 +89,8 @@ class BA2M(Grouped):
         small = F.avg_pool2d(x, side, ceil_mode=True) if side > 1 else x
         q, k, v = self.qkv(small).flatten(2).chunk(3, 1)
         attention = (q.mT @ k / q.shape[1] ** 0.5).softmax(2)
-        made = self.expand((v @ attention.mT).unflatten(2, small.shape[2:]))
-        return F.interpolate(made, scale_factor=side)[..., :height, :width] if side > 1 else made
+        output = self.expand((v @ attention.mT).unflatten(2, small.shape[2:]))
+        return F.interpolate(output, scale_factor=side)[..., :height, :width] if side > 1 else output
 
 
 class BatchFormer(Grouped):

@@ -159,9 +159,9 @@ class Curator(nn.Module):
                 embedded = self._embed(model, replace(batch, attempt=attempt).take(taken))
                 rows[:, again] = embedded[:, : len(again)]
             bad, excess = self._judge(rows, gather, first)
-        told = {"rounds": rounds, "redrawn": redrawn / len(bad), "violating_before": before / len(bad)}
-        told["violating"] = int(bad.sum()) / len(bad)
-        return replace(batch, attempt=attempt), {f"curate_{name}": float(value) for name, value in told.items()}
+        statistics = {"rounds": rounds, "redrawn": redrawn / len(bad), "violating_before": before / len(bad)}
+        statistics["violating"] = int(bad.sum()) / len(bad)
+        return replace(batch, attempt=attempt), {f"curate_{name}": float(value) for name, value in statistics.items()}
 
     def _model(self, epoch: int) -> nn.Module:
         if self.snapshot is None:

@@ -35,9 +35,9 @@ def unit_rows(vectors: Float[Tensor, "n f"]) -> Float[Tensor, "n f"]:
     if not rows.sum().isfinite() and not rows.isfinite().all():
         raise DataError(f"the features hold NaN or infinity: {DIVERGED}")
     units = torch.empty_like(rows)
-    for some, out in zip(rows.split(_NORMED), units.split(_NORMED), strict=True):
-        length = torch.linalg.vector_norm(some, dim=1, keepdim=True, dtype=torch.float64).clamp_(min=1e-12)
-        torch.div(some, length.float(), out=out).mul_(_GRID).round_().div_(_GRID)
+    for part, out in zip(rows.split(_NORMED), units.split(_NORMED), strict=True):
+        length = torch.linalg.vector_norm(part, dim=1, keepdim=True, dtype=torch.float64).clamp_(min=1e-12)
+        torch.div(part, length.float(), out=out).mul_(_GRID).round_().div_(_GRID)
     return units
 
 

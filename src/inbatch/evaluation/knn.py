@@ -126,7 +126,7 @@ class _Search:
         bias = None if mean is None else -keys.square().sum(1) / 2
         count = min(self.k + _MORE, len(keys))
         memory = rows.new_empty(min(chunk, len(rows)) * min(_BANK, len(keys)))
-        parts = (_nearest(some, keys, bias, count, memory) for some in rows.split(chunk))
+        parts = (_nearest(block, keys, bias, count, memory) for block in rows.split(chunk))
         near, place = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
         near, order = near.double().sort(dim=1, descending=True)
         longest = keys.norm(dim=1).max()
@@ -175,13 +175,13 @@ class _Search:
         rows = max(1, _SETTLED // (len(self.bank) if place is None else place.shape[1] * self.bank.shape[1]))
         scores = []
         for at in torch.arange(len(query)).split(rows):
-            some = query[at.to(query.device)]
+            block = query[at.to(query.device)]
             if place is None:
                 tiles = self.bank.split(max(1, _SETTLED // self.bank.shape[1]))
-                parts = [_exact(some, tile, mean) for tile in tiles]
-                labels = self.labels.expand(len(some), -1)
+                parts = [_exact(block, tile, mean) for tile in tiles]
+                labels = self.labels.expand(len(block), -1)
             else:
-                parts = [_exact(some, self.bank[place[at].to(self.bank.device)], mean)]
+                parts = [_exact(block, self.bank[place[at].to(self.bank.device)], mean)]
                 labels = self.labels[place[at]]
             scores.append(self._shared(torch.cat(parts, 1), labels, _EQUAL * size[at, None]))
         return torch.cat(scores)

@@ -94,12 +94,12 @@ def install(encoder: Encoder, name: str, options: Mapping[str, Any] | None = Non
         slots = []
         for block, norm in (place for stage in full["stages"] for place in places[stage - 1]):
             layer, owner = encoder.get_submodule(norm), encoder.get_submodule(block)
-            made = _make(maker, name, _channels(layer), inner)
+            module = _make(maker, name, _channels(layer), inner)
             if hasattr(owner, "se"):  # timm's own slot
-                owner.se = made
+                owner.se = module
                 slots.append(f"{block}.se")
             else:
-                encoder.set_submodule(norm, nn.Sequential(layer, made))
+                encoder.set_submodule(norm, nn.Sequential(layer, module))
                 slots.append(f"{norm}.1")
     encoder.attend, encoder.slots = {"name": name, "options": full}, tuple(slots)
     blocks(encoder).to(encoder.device).train(encoder.training)

@@ -210,10 +210,10 @@ def kernel_sums(
     start, stop = share(len(q), plan)
     lse, mean = q.new_zeros(len(q)), zeros(q) if weighs else None
     keys, how = q if k is None else k, (weighs, plan.products, kernel_weights(weights))
-    lse[start:stop], some = triton_logsumexp.forward(q, keys, scale, exclude_self, start, stop, *how)
+    lse[start:stop], own_mean = triton_logsumexp.forward(q, keys, scale, exclude_self, start, stop, *how)
     plan.add(lse)
-    if mean is not None and some is not None:
-        mean[start:stop] = some
+    if mean is not None and own_mean is not None:
+        mean[start:stop] = own_mean
         plan.add(mean)
     return lse, mean
 

@@ -134,9 +134,9 @@ def end_workers(batches: Any) -> None:
 
 def batches(loader: Iterable[Any]) -> Iterator[Any]:
     """Yield the batches of a DataLoader with `begin_worker` workers, which end with this generator, or at exit."""
-    found = iter(loader)
-    end = Finalize(None, end_workers, (found,), exitpriority=10)
+    iterator = iter(loader)
+    end = Finalize(None, end_workers, (iterator,), exitpriority=10)
     try:
-        yield from found
+        yield from iterator
     finally:
         end()

@@ -37,7 +37,7 @@ def setup(expect: int | None = None, device: str = "cpu", timeout: float = _TIME
     Returns:
         Whether a group was created here, which the caller must then destroy.
     """
-    made = False
+    created = False
     if not (dist.is_available() and dist.is_initialized()):
         if "WORLD_SIZE" not in os.environ and launched("SLURM_NTASKS") > 1 and "SLURM_PROCID" in os.environ:
             os.environ["WORLD_SIZE"], os.environ["RANK"] = (
@@ -59,16 +59,16 @@ def setup(expect: int | None = None, device: str = "cpu", timeout: float = _TIME
             except RuntimeError as error:
                 many = f"{os.environ['WORLD_SIZE']} processes did not connect within {timeout:,.0f} s"
                 raise RankError(f"{many}: {error}", speaks=True) from error
-            made = True
+            created = True
     if expect is not None and expect != world():
-        found = world()
-        if made:
+        started = world()
+        if created:
             dist.destroy_process_group()
         raise ConfigError(
-            f"{expect} processes were expected, {found} started: correct the command of the launcher "
+            f"{expect} processes were expected, {started} started: correct the command of the launcher "
             f"(torchrun --nproc-per-node {expect} -m inbatch ...)"
         )
-    return made
+    return created
 
 
 def _init(backend: str, timeout: float) -> None:
@@ -91,14 +91,14 @@ def process_group(
     how: how the work of a lost rank is continued; by default with --resume.
     """
     global _roll
-    made, before = setup(expect, device, timeout), _roll
+    created, before = setup(expect, device, timeout), _roll
     try:
         if world() > 1:
             _roll = _new_roll(timeout, how)
         with shared_errors():
             yield
     except Exception as error:
-        if made and not isinstance(error, Preempted | Interrupted):
+        if created and not isinstance(error, Preempted | Interrupted):
             _hang_up()  # references to the group (DDP) outlive its end, and the others would wait for this process
             ours = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
             # The store with its messages may be in rank 0, which then waits. If it is in the launcher, which ends all
@@ -109,7 +109,7 @@ def process_group(
         raise
     finally:
         _roll = before
-        if made:
+        if created:
             dist.destroy_process_group()
 
 

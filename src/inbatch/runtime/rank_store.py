@@ -71,8 +71,8 @@ class RankStore:
             self._set(f"here {self.rank}", "")
             self._wait(lambda: not self._missing("here"), grace)
             return self._lost(self._missing("here"), grace)
-        except InbatchError as told:
-            return told
+        except InbatchError as error:
+            return error
         except RuntimeError:  # the store may be lost, too: it is in the process of rank 0 or of the launcher
             return self._lost([0], 0, f"lost the store of the ranks, and so rank 0 or the launcher: {self._advice}")
 
@@ -127,10 +127,10 @@ class RankStore:
         end, pause = time.monotonic() + seconds, 0.005
         while not until():
             if self._has("ended"):
-                told = json.loads(self._get("ended"))
-                if told["rank"] != self.rank:
-                    kind = _KINDS.get(told["code"], RankError)
-                    raise kind(told["sentence"])
+                ended = json.loads(self._get("ended"))
+                if ended["rank"] != self.rank:
+                    kind = _KINDS.get(ended["code"], RankError)
+                    raise kind(ended["sentence"])
             if time.monotonic() > end:
                 return False
             time.sleep(pause)

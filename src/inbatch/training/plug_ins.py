@@ -117,7 +117,7 @@ def mixer_of(recipe: Recipe, method: Method, views: int, context: int) -> Mixer 
     mixer: Mixer = MIXERS[recipe.mix.name](**recipe.mix.options)
     name, flag = recipe.method.name, f"mix {recipe.mix.name}"
     if method.mixed_keys is None:
-        fitting = ", ".join(key for key, made in METHODS.items() if made.mixed_keys)
+        fitting = ", ".join(key for key, cls in METHODS.items() if cls.mixed_keys)
         whose = " with these options" if type(method).mixed_keys else ""
         raise ConfigError(f"{flag}: {name}{whose} has no soft targets; images can be mixed with {fitting}")
     if mixer.temperature is not None and not hasattr(method, "temperature"):

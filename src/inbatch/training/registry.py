@@ -159,12 +159,12 @@ def without_rates(optimizer: Any) -> set[str]:
 
 def plugins() -> dict[str, tuple[str, str, dict[str, Any]]]:
     """Return every named plug-in: name -> its part, its docstring, and its options with their defaults."""
-    found = {}
+    entries = {}
     for part in OPTIONAL:
         for name, maker in (PARTS[part] or {}).items():
             defaults = {key: field.default for key, field in _model(part, name, maker).model_fields.items()}
-            found[name] = (part, inspect.getdoc(maker) or "", defaults)
-    return found
+            entries[name] = (part, inspect.getdoc(maker) or "", defaults)
+    return entries
 
 
 @functools.cache

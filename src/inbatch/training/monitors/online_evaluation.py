@@ -198,10 +198,10 @@ def make_online_evaluator(built: RunComponents, split: EvaluationSplit | None) -
 def _spread(encoder: Encoder, rows: Tensor) -> dict[str, float]:
     """Return how different and how normal features are, and how their spectrum decays, before any whitening."""
     plain = rows if encoder.readout is None else encoder.readout.unwhitened(rows)
-    some = plain[:2048]
+    sample = plain[:2048]
     return {
-        "feature_std": float(feature_std(plain)), "rankme": float(rankme(some)), "alpha": float(alpha_req(some)),
-        "sigreg_distance": float(sigreg_distance(some)),
+        "feature_std": float(feature_std(plain)), "rankme": float(rankme(sample)), "alpha": float(alpha_req(sample)),
+        "sigreg_distance": float(sigreg_distance(sample)),
     }  # fmt: skip
 
 
