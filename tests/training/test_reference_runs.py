@@ -141,7 +141,7 @@ def test_leaving_and_entering_the_band_are_reported_once() -> None:
     compared = Comparison(reference, mine, range(8), 5)
     for entry in curve(0.5, 0.4, 0.3, 0.9, math.nan, math.nan, 0.5, 0.5, 0.9):  # the last one beyond the reference
         mine.append(entry)
-        told.append(" ".join(compared.news()))
+        told.append(" ".join(compared.new_sentences()))
     for said, words in zip(
         told, ["", "is below", "", "is above", "is not a number", "", "is back inside", "", ""], strict=True
     ):

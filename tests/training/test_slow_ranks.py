@@ -40,11 +40,11 @@ def test_a_sentence_when_a_rank_becomes_slow_and_when_it_recovers(monkeypatch: p
     monkeypatch.setattr(distributed, "gather", lambda x: torch.cat([x, torch.tensor([0.1, others.pop(0)]).double()]))
     told = []
     for _ in range(4):
-        assert found.news() is None  # too few steps
+        assert found.new_sentence() is None  # too few steps
         for _ in range(slow_ranks.STEPS):
             monkeypatch.setattr(distributed, "_first", 7.1)
             found.add(began=7.0)
-        told.append(found.news())
+        told.append(found.new_sentence())
     assert told[0] == (
         "the others wait for rank 2: it needs 300 ms for loading, views and forward pass of a step, the median of the "
         "others is 100 ms (50 steps). Check its machine for other processes, slow storage, or fewer cores."

@@ -62,7 +62,7 @@ class BA2M(Grouped):
         self.gain = nn.Parameter(torch.zeros(1))
 
     def forward(self, x: Float[Tensor, "g c h w"]) -> Float[Tensor, "g c h w"]:
-        return x * self.weights(x).to(x.dtype) if self.meets else x
+        return x * self.weights(x).to(x.dtype) if self.mixes_samples else x
 
     def representation(self, x: Float[Tensor, "g c h w"]) -> Float[Tensor, "g c h w"]:
         """Return the sample-wise attention representation; each sample's is independent of the others."""
@@ -127,7 +127,7 @@ class BatchFormer(Grouped):
                 nn.init.zeros_(parameter)
 
     def forward(self, x: Float[Tensor, "g f"]) -> Float[Tensor, "g f"]:
-        if not self.meets:
+        if not self.mixes_samples:
             return x
         attention, values = self._attention(x)
         y = x + self.out((attention.transpose(0, 1) @ values).transpose(0, 1).flatten(1))

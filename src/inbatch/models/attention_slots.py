@@ -148,7 +148,7 @@ def added(encoder: Encoder, group: int = 2) -> dict[str, Any]:
     }
 
 
-def meets_in_training_only(name: str) -> bool:
+def mixes_in_training_only(name: str) -> bool:
     """Return whether the block is inactive in evaluation, so that the plain backbone gives the same features."""
     maker = ATTENDS.get(name)
     return inspect.isclass(maker) and issubclass(maker, Grouped)

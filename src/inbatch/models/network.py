@@ -206,11 +206,11 @@ def mixes(module: nn.Module) -> bool:
     They do through batch statistics or attention over samples, or if a custom module declares it (`mixes = True`).
     """
 
-    def meets(m: nn.Module) -> bool:
+    def interacts(m: nn.Module) -> bool:
         known = isinstance(m, Grouped | nn.modules.batchnorm._BatchNorm) or "running_" in "".join(m._buffers)
         return known or getattr(m, "mixes", False)
 
-    return any(map(meets, module.modules()))
+    return any(map(interacts, module.modules()))
 
 
 def norms(module: nn.Module) -> list[Any]:

@@ -19,7 +19,7 @@ from inbatch.nn.batch_sums import loss_sum
 from inbatch.nn.exponentials import kernel_weights, on_kernels, reach
 from inbatch.nn.logsumexp import LEAST
 from inbatch.nn.pair_weights import PairWeights, PassingWeights, SameGroup, group_multiplier, multiplier
-from inbatch.nn.passing import travel
+from inbatch.nn.passing import pass_blocks
 from inbatch.nn.tiles import PLAN, LogSumExpConfig, Tiles, add_product, diagonal, rounded, share, zeros
 
 CAP = {torch.float32: 80.0, torch.float64: 600.0}
@@ -170,7 +170,7 @@ class _LogisticTiles(Tiles):
                     db[rows].add_(slope.sum(1))
             return [losses, *gradients]
 
-        return self.spread(work)
+        return self.sum_parts(work)
 
     def _slopes(self, x: Tensor, rows: slice, columns: slice, spare: Tensor, losses: Tensor, needed: bool) -> Tensor:
         """Replace products / log 2 by the slopes of the losses of their pairs; add the losses to those of the rows."""
@@ -224,7 +224,7 @@ def _passing(
             total[piece] += home[0]
 
     stops, sizes = plan.peers.world - 1, plan.peers.sizes(k)
-    travel(plan.peers, sizes, [k, *groups, *entries], stops, first, visit, receive if needs[1] else None)
+    pass_blocks(plan.peers, sizes, [k, *groups, *entries], stops, first, visit, receive if needs[1] else None)
     return totals
 
 

@@ -172,7 +172,7 @@ class Tiles:
         n, m = rows.stop - rows.start, columns.stop - columns.start
         return memory[: n * m].view(n, m)
 
-    def spread(self, work: Callable[[int], Sequence[Tensor | None]]) -> list[Tensor | None]:
+    def sum_parts(self, work: Callable[[int], Sequence[Tensor | None]]) -> list[Tensor | None]:
         """Compute the tensors of all parts in parallel and add them up in a fixed order."""
 
         @torch.no_grad()  # gradient mode is per thread

@@ -51,7 +51,7 @@ PARTS: dict[str, Mapping[str, Callable[..., Any]] | None] = {
 """Part -> its implementations by name."""
 OPTIONAL = ("fuse", "curate", "attend", "negatives", "mix", "sampler")
 """Parts that a run may omit."""
-_GIVEN = {
+_SUPPLIED = {
     "optimizer": {"params"},
     "fuse": {"group", "size", "mean", "std"},
     "attend": {"channels", "width"},
@@ -184,7 +184,7 @@ def _model(part: str, name: str, maker: Callable[..., Any]) -> type[pydantic.Bas
     for p in inspect.signature(maker).parameters.values():
         if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) or p.name.startswith("_"):
             continue
-        if p.name not in _GIVEN.get(part, ()):
+        if p.name not in _SUPPLIED.get(part, ()):
             required = p.default is inspect.Parameter.empty
             hint = hints.get(p.name, Any)
             if part == "method" and p.name in _ABOVE_0:
