@@ -240,7 +240,7 @@ def test_a_budget_is_planned_kept_and_repeated_without_calibrating(
     inbatch.pretrain(
         IMAGES, config=tmp_path / "run/recipe.json", out=tmp_path / "again", quiet=True, settings={"budget": None}
     )
-    assert_same_state(saved(tmp_path / "run")["tower"], saved(tmp_path / "again")["tower"])
+    assert_same_state(saved(tmp_path / "run")["network"], saved(tmp_path / "again")["network"])
 
     before = (tmp_path / "run/result.json").read_bytes()
     again = inbatch.pretrain(IMAGES, resume=tmp_path / "run")
