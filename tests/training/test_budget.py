@@ -292,16 +292,16 @@ def test_whole_steps_are_not_made_if_they_would_take_the_budget(
 def test_command_line_replaces_length_and_parts_of_a_file() -> None:
     planned = {"budget": 60.0, "steps": 5, "epochs": 2, "replans": [[1, 2]], "evaluate_every": 3, "knn_k": 7}
     planned |= {"encoder.name": "fast", "encoder.width": 24, "schedule.warmup_epochs": 0.1}
-    assert requested_settings._over(planned, {"seed": 1}) == planned | {"seed": 1}
+    assert requested_settings._merged(planned, {"seed": 1}) == planned | {"seed": 1}
     kept = {"knn_k": 7, "encoder.name": "fast", "encoder.width": 24}
     for asked in ({"budget": "5m"}, {"epochs": 50}, {"steps": 500}):
-        assert requested_settings._over(planned, asked) == kept | asked
+        assert requested_settings._merged(planned, asked) == kept | asked
     with pytest.raises(ConfigError, match="replans end the run before its first step"):
         make({"data": "photos", "replans": [[0, 0]]})
     by_hand = {"epochs": 9, "evaluate_every": 3}
-    assert requested_settings._over(by_hand, {"budget": "5m"}) == {"evaluate_every": 3, "budget": "5m"}
-    assert requested_settings._over(planned, {"encoder.name": "tiny"})["encoder.name"] == "tiny"
-    assert "encoder.width" not in requested_settings._over(planned, {"encoder.name": "tiny"})
+    assert requested_settings._merged(by_hand, {"budget": "5m"}) == {"evaluate_every": 3, "budget": "5m"}
+    assert requested_settings._merged(planned, {"encoder.name": "tiny"})["encoder.name"] == "tiny"
+    assert "encoder.width" not in requested_settings._merged(planned, {"encoder.name": "tiny"})
 
 
 @pytest.mark.slow

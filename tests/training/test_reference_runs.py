@@ -116,10 +116,12 @@ def test_losses_are_compared_over_the_same_steps() -> None:
     reference = Reference("r", [every])
     for looks, losses in {(0, 2, 4): {2: 6.75, 4: 2.625}, (0, 3): {3: 5.5}, (0, 1, 2, 3, 4): {1: 9, 4: 2.25}}.items():
         for epoch, loss in losses.items():
-            assert reference.over(looks).band("loss", epoch)[1] == pytest.approx(loss)
-    sparse = reference.over((0, 4))
-    assert sparse.over((0, 1, 2, 3, 4)).band("loss", 4) == sparse.band("loss", 4)  # the last epoch alone is not known
-    assert Reference("r", [[every[0], every[4]]]).over(range(5)).band("loss", 4) is None
+            assert reference.average_losses(looks).band("loss", epoch)[1] == pytest.approx(loss)
+    sparse = reference.average_losses((0, 4))
+    assert sparse.average_losses((0, 1, 2, 3, 4)).band("loss", 4) == sparse.band(
+        "loss", 4
+    )  # the last epoch alone is not known
+    assert Reference("r", [[every[0], every[4]]]).average_losses(range(5)).band("loss", 4) is None
     assert sparse.band("knn", 1)[1] == pytest.approx(0.1), "only losses are means"
 
 
@@ -241,7 +243,7 @@ def test_differences_from_the_reference_are_printed_at_the_start(finished: Path)
     recipe = load_run(finished).recipe.nested()
 
     def opening(looks: list[int], **other: Any) -> str:
-        return " ".join(Comparison(reference.over(looks), [], looks, 5).opening(recipe | other))
+        return " ".join(Comparison(reference.average_losses(looks), [], looks, 5).opening(recipe | other))
 
     assert opening([0, 1, 2], seed=7, epochs=2) == opening([0, 1, 2])
     assert "1 seed, 2 epochs" in opening([0, 1, 2]) and "Not " not in opening([0, 1, 2])

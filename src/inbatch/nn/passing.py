@@ -56,7 +56,7 @@ def pass_blocks(peers: Peers, sizes: Sequence[int], tensors: Sequence[Tensor], s
             return None
         return peers.exchange([x[own[number]] for x in tensors], 1, pieces[number][peers.rank - 1])
 
-    def bring_home(number: int, home: Arrival | None) -> None:
+    def receive_piece(number: int, home: Arrival | None) -> None:
         if receive is not None and home is not None:
             receive(own[number], home())
 
@@ -66,8 +66,8 @@ def pass_blocks(peers: Peers, sizes: Sequence[int], tensors: Sequence[Tensor], s
     for number, counts in enumerate(pieces):
         arrives, following = following, send(number + 1)
         before, home = home, _pass_piece(peers, counts, arrives, stops, visit, receive is not None)
-        bring_home(number - 1, before)
-    bring_home(len(pieces) - 1, home)
+        receive_piece(number - 1, before)
+    receive_piece(len(pieces) - 1, home)
 
 
 def _pass_piece(peers: Peers, sizes: Sequence[int], arrives: Arrival | None, stops: int, visit: Visit,

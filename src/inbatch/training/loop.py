@@ -139,7 +139,7 @@ class Loop:
                 self.clock.paused(time.perf_counter() - now)
                 began, used = time.perf_counter(), time.process_time()
             if asked:
-                self.end_here(asked)
+                self.end_run(asked)
             self.stopping.finished()
             if progress.step >= built.total:
                 break
@@ -183,7 +183,7 @@ class Loop:
         self.stopping.stop.hold()
         asked = self.call("on_evaluation", progress.step, epoch, progress.curve[-1]) if evaluated else None
         if asked := self.call("on_epoch", progress.step, epoch, self.values) or asked:
-            self.end_here(asked)
+            self.end_run(asked)
             best, last = best if evaluated else self.evaluate(epoch), True
         progress.ended = progress.step // built.loader.steps
         if best or epoch % recipe.checkpoint_every == 0 or last or stays:
@@ -195,7 +195,7 @@ class Loop:
             )
         self.stopping.finished()
 
-    def end_here(self, why: str) -> None:
+    def end_run(self, why: str) -> None:
         """Make the current step the last one of the run, as a callback asks."""
         step, built = self.progress.step, self.built
         if step < built.total:

@@ -87,7 +87,9 @@ def train(
         set_aside(saved)
     progress.data = data
     epochs = evaluation_epochs(built.recipe)
-    compared = Comparison(reference.over(epochs), progress.curve, epochs, built.loader.steps) if reference else None
+    compared = (
+        Comparison(reference.average_losses(epochs), progress.curve, epochs, built.loader.steps) if reference else None
+    )
 
     where = machine(built.loader.device, built.network.precision)  # now: a checkout may change during the run
     notes = [*notes, *filter(None, [record(progress.machines, where)])]
