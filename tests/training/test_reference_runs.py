@@ -118,9 +118,8 @@ def test_losses_are_compared_over_the_same_steps() -> None:
         for epoch, loss in losses.items():
             assert reference.average_losses(looks).band("loss", epoch)[1] == pytest.approx(loss)
     sparse = reference.average_losses((0, 4))
-    assert sparse.average_losses((0, 1, 2, 3, 4)).band("loss", 4) == sparse.band(
-        "loss", 4
-    )  # the last epoch alone is not known
+    # the last epoch alone is not known
+    assert sparse.average_losses((0, 1, 2, 3, 4)).band("loss", 4) == sparse.band("loss", 4)
     assert Reference("r", [[every[0], every[4]]]).average_losses(range(5)).band("loss", 4) is None
     assert sparse.band("knn", 1)[1] == pytest.approx(0.1), "only losses are means"
 
