@@ -29,7 +29,7 @@ from inbatch.apps.console import print_table, say
 from inbatch.runtime.child_processes import end_with_parent, start
 from inbatch.runtime.environment import environment
 from inbatch.runtime.files import write_json
-from inbatch.runtime.memory import forget_peak, held, peak
+from inbatch.runtime.memory import forget_peak, peak, used_bytes
 
 OUT = Path(__file__).parents[1] / "results" / "million.json"
 SEEDS, FOLDERS, POINTS = 400, 1000, 21
@@ -71,11 +71,11 @@ def scan(folder: str) -> dict[str, Any]:
 
     device = torch.device("cpu")
     forget_peak(device)
-    before, began = held(device) or 0, time.perf_counter()
+    before, began = used_bytes(device) or 0, time.perf_counter()
     forget_peak(device)
     source = open_data(folder)
     seconds = time.perf_counter() - began
-    top, after = peak(device), held(device) or 0
+    top, after = peak(device), used_bytes(device) or 0
     figures = {"seconds": seconds, "images": len(source), "classes": len(source.classes)}
     return figures | {"held_bytes": after - before, "peak_bytes": top - before}
 

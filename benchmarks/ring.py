@@ -120,11 +120,11 @@ def case(rank: int, world: int, rows: int, repeat: int, ways: Sequence[str], fol
     for number in range(repeat + 1):
         for way in ways:
             peers = Counted()
-            memory.settle(CPU)
+            memory.release_memory(CPU)
             dist.barrier()
             if way == ALONE and rank:
                 continue  # to the next barrier
-            before = memory.held(CPU) or 0
+            before = memory.used_bytes(CPU) or 0
             memory.forget_peak(CPU)
             begin = time.perf_counter(), time.process_time()
             loss, gradient = once(way, inputs[way], peers)

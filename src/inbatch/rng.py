@@ -42,14 +42,19 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def head(seed: int, epoch: int, view: int, attempt: int | Int[Tensor, "*b"] = 0) -> int | Int[Tensor, "*b"]:
-    """Return the hash of a key without its sample, for `spread`; attempts on a device cause no synchronisation."""
+    """Return the hash of a key without its sample, for `uniform_from_hash`.
+
+    Attempts on a device cause no synchronisation.
+    """
     if isinstance(attempt, int):
         return fold(seed, epoch, view, attempt)
     state = _folded(seed, epoch, view)
     return _mix((attempt + _signed(state + 1)) * _signed(_GOLDEN)) >> 1 & (1 << 63) - 1
 
 
-def spread(head: int | Int[Tensor, "..."], index: Int[Tensor, "..."], count: int) -> Float[Tensor, "... count"]:
+def uniform_from_hash(
+    head: int | Int[Tensor, "..."], index: Int[Tensor, "..."], count: int
+) -> Float[Tensor, "... count"]:
     """Return `count` float32 numbers in [0, 1) for every sample, given the hash of the rest of its key.
 
     Args:
@@ -67,7 +72,7 @@ def uniform(
     seed: int, epoch: int, index: Int[Tensor, "b"], view: int, count: int, attempt: int | Int[Tensor, "b"] = 0
 ) -> Float[Tensor, "b count"]:
     """Return `count` float32 numbers in [0, 1) for every sample, keyed by (seed, epoch, sample, view, attempt)."""
-    return spread(head(seed, epoch, view, attempt), index, count)
+    return uniform_from_hash(head(seed, epoch, view, attempt), index, count)
 
 
 def permutation(seed: int, epoch: int, n: int) -> Int[Tensor, "n"]:

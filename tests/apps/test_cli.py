@@ -249,7 +249,7 @@ def test_head_that_assigns_clusters_is_evaluated_in_addition_to_k_means(elsewher
     assert 1 <= head["used"] <= 7 and 0 <= head["nmi"] < 1
 
     built = api.prepare(config="run/recipe.json", data=None, device="cpu")  # the head of the last checkpoint
-    built.network.load_state_dict(checkpoint.load(elsewhere / "run" / "checkpoints").state["tower"])
+    built.network.load_state_dict(checkpoint.load(elsewhere / "run" / "checkpoints").state["network"])
     source = inbatch.data.open_data("digits-canvas", "test")
     with built.network.evaluating():
         images = built.encoder.prepare(source.image(i) for i in range(len(source)))

@@ -58,7 +58,7 @@ def rebuilt(folder: Path) -> RunComponents:
     """Build the parts of a run with its weights, without `inspect_run`."""
     recipe = api.load_run(folder).recipe
     built = build(recipe, source_of(recipe, None), device=torch.device("cpu"))
-    built.network.load_state_dict(checkpoint.load(folder / "checkpoints").state["tower"])
+    built.network.load_state_dict(checkpoint.load(folder / "checkpoints").state["network"])
     return built
 
 

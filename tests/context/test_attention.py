@@ -19,13 +19,13 @@ from inbatch.context.attention import BA2M, BatchFormer
 from inbatch.context.grouped import as_group
 from inbatch.errors import ConfigError
 from inbatch.models import ATTENDS, added, create_encoder, load_encoder, save_encoder, without
-from inbatch.models.attention_slots import blocks, meets_in_training_only
+from inbatch.models.attention_slots import blocks, mixes_in_training_only
 from inbatch.training.summary import attention
 
 EVERY = pytest.mark.parametrize("name", ATTENDS)
 WEIGHTS = pytest.mark.parametrize("weight", ["sample", "channel", "full"])
 FUSES = pytest.mark.parametrize("fuse", ["sum", "max"])
-MET = sorted(name for name in ATTENDS if meets_in_training_only(name))
+MET = sorted(name for name in ATTENDS if mixes_in_training_only(name))
 
 
 def stirred(module: nn.Module, seed: int = 1) -> nn.Module:
@@ -341,7 +341,7 @@ def test_evaluation_does_not_depend_on_other_samples(
         plain = without(encoder)
         assert not blocks(plain) and plain.attend is None and len(blocks(encoder)) == len(encoder.slots)
         same = torch.equal(plain(x), rows)
-        assert same == meets_in_training_only(name)
+        assert same == mixes_in_training_only(name)
         if same:
             with as_group(encoder):
                 assert not torch.allclose(encoder(x), rows, rtol=1e-3, atol=scale)

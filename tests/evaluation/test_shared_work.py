@@ -70,7 +70,7 @@ def test_parts_cover_everything_once(monkeypatch: pytest.MonkeyPatch) -> None:
                 monkeypatch.setattr(distributed, "rank", lambda: rank)  # noqa: B023
                 spans += list(shared_work.span(count, 16))
                 assert not len(part := shared_work.span(count, 16)) or part.start % 16 == 0
-                dealt += list(shared_work.dealt(count))
+                dealt += list(shared_work.own_tasks(count))
             assert spans == sorted(dealt) == list(range(count))
 
 

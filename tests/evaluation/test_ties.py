@@ -20,7 +20,7 @@ from inbatch.evaluation import (
     knn_scores,
     linear_probe,
 )
-from inbatch.evaluation.accuracy import credit, hits
+from inbatch.evaluation.accuracy import hit_shares, hits
 
 knn_module = importlib.import_module("inbatch.evaluation.knn")
 
@@ -103,10 +103,11 @@ def test_rounding_decides_no_tie():
 
 def test_credit_of_equal_scores():
     scores = torch.tensor([[3.0, 3.0, 1.0], [5.0, 2.0, 2.0], [1.0, 1.0, 1.0], [-math.inf, 4.0, 4.0 - 1e-9]])
-    assert credit(scores, torch.tensor([1, 1, 2, 0])).tolist() == [0.5, 0, pytest.approx(1 / 3), 0]
-    assert credit(scores, torch.tensor([2, 2, 0, 0]), top=2).tolist() == [0, 0.5, pytest.approx(2 / 3), 0]
+    assert hit_shares(scores, torch.tensor([1, 1, 2, 0])).tolist() == [0.5, 0, pytest.approx(1 / 3), 0]
+    assert hit_shares(scores, torch.tensor([2, 2, 0, 0]), top=2).tolist() == [0, 0.5, pytest.approx(2 / 3), 0]
     near = scores[3:].double() - torch.tensor([0, 0, 1e-9])
-    assert credit(near, torch.tensor([2])).tolist() == [0] and credit(near, torch.tensor([2]), equal=1e-8).item() == 0.5
+    assert hit_shares(near, torch.tensor([2])).tolist() == [0]
+    assert hit_shares(near, torch.tensor([2]), equal=1e-8).item() == 0.5
 
 
 def test_constant_scores_share_their_hits():
@@ -200,7 +201,7 @@ def test_nan_scores_are_misses():
     """A classifier that has diverged predicts nothing: not every class."""
     nan = math.nan
     scores = torch.tensor([[nan, nan], [0.0, nan], [nan, 0.0], [1.0, 0.0]])
-    assert credit(scores, torch.zeros(4, dtype=torch.long)).tolist() == [0, 0, 0, 1]
+    assert hit_shares(scores, torch.zeros(4, dtype=torch.long)).tolist() == [0, 0, 0, 1]
     assert hits(scores[:3], torch.tensor([0, 0, 1]))["top1"] == 0
 
 

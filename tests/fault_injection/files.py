@@ -106,7 +106,7 @@ def malicious_checkpoint(folder: Path) -> dict[str, Any]:
     out, sentinel = stopped(folder / "run"), folder / "executed"
     real, torch.load = torch.load, lambda *_, **__: None  # the attacker's library checks nothing
     try:
-        checkpoint.save(out / "checkpoints", {"tower": Malicious(sentinel)}, step=3)
+        checkpoint.save(out / "checkpoints", {"network": Malicious(sentinel)}, step=3)
     finally:
         torch.load = real
     return resumed(out).seen | {"executed": sentinel.exists()}
@@ -265,6 +265,6 @@ INJECTIONS = [
     Injection(16, "resumed by fewer processes", "2 ranks, then 1", {"exit": 0, "images": "same order"}, other_world),
     Injection(
         17, "state dropped", "each part deleted from last.pt in turn",
-        {"refused, and named": "method, optimizer, progress, target, network"}, state_dropped,
+        {"refused, and named": "method, network, optimizer, progress, target"}, state_dropped,
     ),
 ]  # fmt: skip

@@ -328,7 +328,7 @@ def optimizer_of(name: str, network: Network) -> torch.optim.Optimizer:
 
 
 def state(method: Method, network: Network, target: Network | None) -> dict[str, list]:
-    modules = {"method": method, "tower": network} | ({"target": target} if target is not None else {})
+    modules = {"method": method, "network": network} | ({"target": target} if target is not None else {})
     return {
         f"{m}.{k}": sharding.whole(v).double().tolist()
         for m, module in modules.items()

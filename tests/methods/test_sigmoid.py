@@ -14,7 +14,7 @@ from inbatch.methods.sigmoid import ScaledRows, Sigmoid
 from inbatch.models.network import Network
 from inbatch.nn import logsumexp
 from inbatch.nn.sigmoid_sums import sigmoid_sum
-from inbatch.training.monitors.collapse import signs, spread
+from inbatch.training.monitors.collapse import output_diversity, signs
 
 
 @DTYPES
@@ -92,7 +92,7 @@ def test_large_scale_is_not_reported_as_collapse() -> None:
     for norm in (m for m in network.modules() if isinstance(m, nn.BatchNorm1d)):
         norm.momentum = 1.0  # running statistics are those of the images
     network([images := torch.randn(64, 3, 4, 4)])
-    now = spread(network, images)
+    now = output_diversity(network, images)
     assert now.keys() == {"features_std", "features_rank", "projection_std", "projection_rank"}
     assert not signs(now, now) and now["projection_std"] > 0.9
 

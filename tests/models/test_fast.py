@@ -238,7 +238,7 @@ def test_a_first_layer_of_whitened_patches_stays_as_the_images_made_it(
     assert torch.equal(filters(run.encoder), expected.weight)
     assert torch.equal(filters(initial_encoder(run.recipe, tmp_path / "run")), expected.weight)
     state = checkpoint.load(tmp_path / "run/checkpoints").state
-    for part in ("tower", "target"):
+    for part in ("network", "target"):
         assert torch.equal(state[part]["encoder.backbone.stages.0.0.weight"], expected.weight)
     other = IMAGES.flip(0) // 2
     again = inbatch.pretrain(other, out=tmp_path / "again", preset="fast", epochs=1, batch_size=16, quiet=True,

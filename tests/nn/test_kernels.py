@@ -111,7 +111,7 @@ def test_no_columns_are_lost_in_the_dealing() -> None:
     sizes = product(("float32", "tf32x3", "bf16"), widths, rows_of, (0, 1, 511, 4096, 100_003))
     for products, width, rows, columns in sizes:
         tile = triton_logsumexp.tile_of(products, width)
-        parts, span = triton_logsumexp.deal(rows, columns, tile)
+        parts, span = triton_logsumexp.split_columns(rows, columns, tile)
         assert span % tile["BLOCK_N"] == 0
         assert (parts - 1) * span < max(columns, 1) <= parts * span  # no empty program, no missing column
         blocks = -(-rows // tile["BLOCK_M"])

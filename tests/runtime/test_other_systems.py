@@ -93,7 +93,7 @@ def test_the_runtime_works_without_posix(tmp_path: Path) -> None:
             for name in ("memory", "signals", "files", "resources", "cpu_load", "child_processes")
         )
         cpu = torch.device("cpu")
-        memory.settle(cpu)
+        memory.release_memory(cpu)
         assert memory.peak_memory(cpu) is None and memory.free_bytes(cpu) > 0
         assert [s.name for s in signals.SIGNALS] == ["SIGTERM", "SIGINT"]
         with files.locked(tmp_path / "run") as note:

@@ -28,7 +28,7 @@ from inbatch.errors import ConfigError, DataError, InbatchError, RankError
 from inbatch.losses import nt_xent
 from inbatch.runtime import distributed, rank_store, sharding
 from inbatch.runtime.process_group import process_group, shared_errors
-from inbatch.runtime.rank_store import RankStore, fresh
+from inbatch.runtime.rank_store import RankStore, new_prefix
 from inbatch.runtime.signals import StopRequested
 from inbatch.training import checkpoint
 from inbatch.training.metric_logger import Log
@@ -54,77 +54,77 @@ def at_once(*calls: Callable[[], Any]) -> list[Any]:
     return results
 
 
-def rolls(world: int, timeout: float = 5.0) -> list[RankStore]:
+def stores(world: int, timeout: float = 5.0) -> list[RankStore]:
     store = dist.HashStore()
     return [RankStore(store, "run 0", rank, world, timeout) for rank in range(world)]
 
 
 def test_ranks_that_agree_continue_and_can_compare_again() -> None:
-    together = rolls(3)
+    together = stores(3)
     for _ in range(2):
-        assert at_once(*(lambda r=r: r.meet({"seed": "1"}) for r in together)) == [None] * 3
+        assert at_once(*(lambda r=r: r.compare_facts({"seed": "1"}) for r in together)) == [None] * 3
 
 
 def test_differing_settings_are_named_on_every_rank() -> None:
-    together = rolls(3)
-    errors = at_once(*(lambda r=r: r.meet({"batch_size": "64", "seed": "12"[r.rank == 2]}) for r in together))
+    together = stores(3)
+    errors = at_once(*(lambda r=r: r.compare_facts({"batch_size": "64", "seed": "12"[r.rank == 2]}) for r in together))
     for error in errors:
         assert isinstance(error, ConfigError)
         assert "disagree about the seed: rank 2 has a different one from rank 0 (2, not 1)" in str(error)
     facts = [dict.fromkeys("fedcba", str(number)) for number in range(2)]
-    for error in at_once(*(lambda r=r: r.meet(facts[r.rank]) for r in rolls(2))):
+    for error in at_once(*(lambda r=r: r.compare_facts(facts[r.rank]) for r in stores(2))):
         names = re.findall(r"about the (\w): rank 1 has a different one from rank 0 \(1, not 0\)", str(error))
         assert names == [*"abcdef"], "every difference, in sorted order"
 
 
 def test_a_rank_that_ends_by_itself_ends_the_waiting_of_the_others() -> None:
-    first, second = rolls(2, timeout=60)
+    first, second = stores(2, timeout=60)
     began = time.monotonic()
-    second.tell("rank 1: no such folder", DataError.exit_code)
+    second.report("rank 1: no such folder", DataError.exit_code)
     with pytest.raises(DataError, match="rank 1: no such folder"):
-        first.meet({})
+        first.compare_facts({})
     assert time.monotonic() - began < 5
 
 
 def test_a_rank_that_never_comes_is_named() -> None:
-    first, second, _ = rolls(3, timeout=0.3)
-    for i, error in enumerate(at_once(lambda: first.meet({}), lambda: second.meet({}))):
+    first, second, _ = stores(3, timeout=0.3)
+    for i, error in enumerate(at_once(lambda: first.compare_facts({}), lambda: second.compare_facts({}))):
         assert isinstance(error, RankError) and "lost rank 2" in str(error) and error.speaks == (i == 0)
 
 
 def test_lost_rank_is_distinguished_from_a_broken_connection(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rank_store, "GRACE", 0.3)
-    together = rolls(4)
+    together = stores(4)
     left = [together[1], together[3]]
-    for r, error in zip(left, at_once(*(r.call for r in left)), strict=True):
+    for r, error in zip(left, at_once(*(r.find_failure for r in left)), strict=True):
         assert "lost ranks 0, 2" in str(error) and error.speaks == (r.rank == 1)
-    for error in at_once(*(r.call for r in rolls(3))):
+    for error in at_once(*(r.find_failure for r in stores(3))):
         assert "all of them are running" in str(error)
 
 
 def test_ranks_that_start_again_share_nothing_with_those_before() -> None:
     """torchrun's store outlives a restart; one rank of the first start never joined."""
     store = dist.HashStore()
-    first = at_once(*(lambda r=r: fresh(store, r, 3, 0.5) for r in range(2)))
+    first = at_once(*(lambda r=r: new_prefix(store, r, 3, 0.5) for r in range(2)))
     assert "ranks 2 did not join" in str(first[0]) and isinstance(first[1], str)
     for _ in range(2):
-        prefixes = at_once(*(lambda r=r: fresh(store, r, 3, 10) for r in range(3)))
+        prefixes = at_once(*(lambda r=r: new_prefix(store, r, 3, 10) for r in range(3)))
         assert len(set(prefixes)) == 1 and prefixes[0] != first[1]
         first = prefixes
 
 
 def test_rank_with_progress_is_awaited_and_one_without_is_named() -> None:
     """Embedding in parts: the time of a part has no limit in all, only that without progress."""
-    first, second, third = rolls(3, timeout=0.4)
+    first, second, third = stores(3, timeout=0.4)
 
-    def works(roll: RankStore, parts: int) -> None:
+    def works(store: RankStore, parts: int) -> None:
         for part in range(parts):
             time.sleep(0.1)
-            roll.advance("parts", finished=part == 7)
+            store.advance("parts", finished=part == 7)
 
     results = at_once(lambda: first.follow("parts", [1, 2]), lambda: works(second, 8), lambda: works(third, 8))
     assert results == [None] * 3
-    first, second, third = rolls(3, timeout=0.4)
+    first, second, third = stores(3, timeout=0.4)
     began = time.monotonic()
     error = at_once(lambda: first.follow("parts", [1, 2]), lambda: works(second, 8), lambda: works(third, 2))[0]
     assert isinstance(error, RankError) and "lost rank 2: no answer for 0 s" in str(error) and error.speaks
@@ -132,12 +132,12 @@ def test_rank_with_progress_is_awaited_and_one_without_is_named() -> None:
 
 
 def test_a_rank_that_a_signal_ends_is_named_by_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    first, second = rolls(2)
-    monkeypatch.setattr(f"{process_group.__module__}._roll", second)
+    first, second = stores(2)
+    monkeypatch.setattr(f"{process_group.__module__}._store", second)
     with pytest.raises(StopRequested), shared_errors():
         raise StopRequested(signal.SIGTERM)
     with pytest.raises(RankError, match=r"^rank 0: stopped by SIGTERM$"):  # this process counts as rank 0
-        first.meet({})
+        first.compare_facts({})
 
 
 def test_error_states_how_to_continue_the_command() -> None:
@@ -146,7 +146,7 @@ def test_error_states_how_to_continue_the_command() -> None:
         first.follow("parts", [1])
     second = RankStore(dist.HashStore(), "run 0", 0, 2, 0.1)
     with pytest.raises(RankError, match="continue from the last checkpoint with --resume"):
-        second.meet({})
+        second.compare_facts({})
 
 
 def endless(fault: str, bad: int) -> str:
@@ -306,9 +306,9 @@ def test_a_rank_without_the_checkpoint_is_named_before_a_run_is_planned(
     for name in ("recipe.json", "checkpoints/last.pt"):
         (tmp_path / "run" / name).touch()
 
-    def arrives(roll: RankStore, out: Path) -> None:
+    def arrives(store: RankStore, out: Path) -> None:
         with monkeypatch.context() as patch:
-            patch.setattr("inbatch.api.assert_equal_across_ranks", lambda facts: seen.append((roll, facts)) or stop())
+            patch.setattr("inbatch.api.assert_equal_across_ranks", lambda facts: seen.append((store, facts)) or stop())
             with pytest.raises(StopRequested):
                 inbatch.pretrain("missing", out=out, resume="auto", quiet=True)
 
@@ -316,9 +316,9 @@ def test_a_rank_without_the_checkpoint_is_named_before_a_run_is_planned(
         raise StopRequested(signal.SIGTERM)
 
     seen: list[tuple[RankStore, Any]] = []
-    for roll, out in zip(rolls(2), (tmp_path / "run", tmp_path / "other"), strict=True):
-        arrives(roll, out)
-    for error in at_once(*(lambda roll=roll, facts=facts: roll.meet(facts) for roll, facts in seen)):
+    for store, out in zip(stores(2), (tmp_path / "run", tmp_path / "other"), strict=True):
+        arrives(store, out)
+    for error in at_once(*(lambda store=store, facts=facts: store.compare_facts(facts) for store, facts in seen)):
         assert "about the checkpoint in the run directory, which all ranks must see: rank 1 has" in str(error)
 
 

@@ -50,7 +50,7 @@ WRONG: dict[type[Method], tuple[Callable[[Trial], Finding], str]] = {
     wrong.HasNoConstructor: (check._options, r"define __init__\(self\)"),
     wrong.ReturnsTensor: (check._loss, "loss returns Tensor: return a dict"),
 }
-TESTS = (check._made, check._parameters, check._loss, equation.rows, *check._ALONE, *check._STEPS[:-1])
+TESTS = (check._heads, check._parameters, check._loss, equation.rows, *check._ALONE, *check._STEPS[:-1])
 
 
 def test_each_fault_is_named() -> None:
@@ -72,7 +72,7 @@ def test_a_right_method_passes_and_the_report_is_plain() -> None:
 def test_tests_of_the_loss_pass_for_methods_with_memory_and_a_stop_gradient() -> None:
     for name in ("moco", "simsiam"):
         trial = Trial(METHODS[name], dict(SMALL[name]))
-        for test in (check._made, check._parameters, check._loss, equation.rows, *check._ALONE):
+        for test in (check._heads, check._parameters, check._loss, equation.rows, *check._ALONE):
             assert (finding := test(trial)).passed, (name, finding)
 
 

@@ -127,7 +127,7 @@ def test_a_group_that_is_halved_has_dry_steps() -> None:
     """Half of two samples has no norm statistics."""
     recipe, source = planned(batch_size=14, mix__name="mixco", encoder__name="tiny", image_size=12)
     fit = auto_context.fit(recipe, source, CPU)
-    assert fit.context == 14 and fit.meets
+    assert fit.context == 14 and fit.mixes_samples
 
 
 @pytest.mark.slow
@@ -154,8 +154,8 @@ def dry_and_real() -> tuple[int, int, int]:
     batch = next(iter(built.loader.epoch(0)))
     steps = []
     for step in range(3):  # libraries and allocator may add memory in one of them that is not a step's
-        memory_bench.settle(CPU)
-        before = memory_bench.held(CPU)
+        memory_bench.release_memory(CPU)
+        before = memory_bench.used_bytes(CPU)
         built.step(batch, step)
         steps.append(memory_bench.peak(CPU) - before)
     return fit.context, fit.needed, min(steps)
@@ -167,7 +167,7 @@ def test_the_dry_step_is_like_a_real_one() -> None:
 
     The test runs in a new process, because a process that has run for long reuses memory that it already holds.
     """
-    if memory_bench.held(CPU) is None:
+    if memory_bench.used_bytes(CPU) is None:
         pytest.skip("this system does not tell the peak of a process")
     ((context, needed, taken),) = on_ranks(1, dry_and_real)
     assert context < 512
@@ -221,7 +221,7 @@ def test_full_gpu_means_that_the_context_does_not_fit(
 def test_bytes_are_counted_if_the_system_reports_no_memory(
     free: Callable[[float], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(memory_bench, "held", lambda device: None)
+    monkeypatch.setattr(memory_bench, "used_bytes", lambda device: None)
     monkeypatch.setattr(memory_bench, "dry_step", lambda *_, **__: pytest.fail("a dry step that nothing measures"))
     free(20)
     fit = auto_context.fit(*planned(), CPU)

@@ -18,7 +18,7 @@ from inbatch.apps.cli import app
 from inbatch.errors import ConfigError, Preempted
 from inbatch.models import create_encoder, save_encoder
 from inbatch.training import budget, calibration, evaluation_plan, requested_settings
-from inbatch.training.budget import Keeper, Pace, Timeline, duration, parse_budget
+from inbatch.training.budget import Pace, RunClock, Timeline, duration, parse_budget
 from inbatch.training.budget_plan import Choice, plan_budget
 from inbatch.training.build import build
 from inbatch.training.extra_passes import ExtraPasses, combined, fitting_steps, run_seconds, survey_seconds
@@ -95,18 +95,18 @@ def test_pace_counts_cheaper_steps_of_a_run_whose_images_grow() -> None:
     assert math.isclose(pace.fitting(0.0, per_step=1.0, progress=0.75), 100, rel_tol=0.05)
 
 
-def test_keeper_ends_a_run_in_time_for_any_duration_of_steps() -> None:
+def test_run_clock_ends_a_run_in_time_for_any_duration_of_steps() -> None:
     for slow_from, factor in ((10**9, 1.0), (50, 2.0), (20, 0.5), (80, 5.0)):
         now = 0.0
         timeline = Timeline(100)
-        keeper = Keeper(Pace(110.0, reserve=5.0), lambda: now)  # noqa: B023
-        keeper.start(0, 100)
+        clock = RunClock(Pace(110.0, reserve=5.0), lambda: now)  # noqa: B023
+        clock.start(0, 100)
         step = 0
         while step < timeline.total:
             now += 1.0 * (factor if step >= slow_from else 1.0)
             step += 1
-            if keeper.due():
-                left, _ = keeper.check(step, timeline, 0)
+            if clock.due():
+                left, _ = clock.check(step, timeline, 0)
                 if left is not None:
                     timeline.change(step, left)
         assert 110 * 0.85 <= now + 5 <= 110 * 1.05, (slow_from, factor, now)
@@ -139,12 +139,12 @@ def test_surveys_and_curated_steps_are_counted_in_the_plan() -> None:
 
 
 @pytest.mark.parametrize("known", [0.0, 8.0])
-def test_keeper_leaves_time_for_surveys(known: float) -> None:
+def test_run_clock_leaves_time_for_surveys(known: float) -> None:
     """Before each epoch of 10 steps, from the fourth on; if the calibration knows their duration, the plan holds."""
     now, timeline, step = 0.0, Timeline(100), 0
-    keeper = Keeper(Pace(163.0), lambda: now)
-    keeper.survey_seconds = known
-    keeper.start(0, 100)
+    clock = RunClock(Pace(163.0), lambda: now)
+    clock.survey_seconds = known
+    clock.start(0, 100)
 
     def surveys(more: int) -> int:
         return len([epoch for epoch in range(-(-step // 10), -(-(step + more) // 10)) if epoch >= 3])
@@ -152,11 +152,11 @@ def test_keeper_leaves_time_for_surveys(known: float) -> None:
     while step < timeline.total:
         if step % 10 == 0 and step >= 30:
             now += 8.0
-            keeper.paused(8.0)
-            keeper.survey_seconds = 8.0
+            clock.paused(8.0)
+            clock.survey_seconds = 8.0
         now, step = now + 1.0, step + 1
-        if keeper.due():
-            left, _ = keeper.check(step, timeline, 0, 0, surveys)
+        if clock.due():
+            left, _ = clock.check(step, timeline, 0, 0, surveys)
             if left is not None:
                 timeline.change(step, left)
     assert 163 * 0.9 <= now <= 163 and (timeline.total == 100 or not known)
@@ -240,7 +240,7 @@ def test_a_budget_is_planned_kept_and_repeated_without_calibrating(
     inbatch.pretrain(
         IMAGES, config=tmp_path / "run/recipe.json", out=tmp_path / "again", quiet=True, settings={"budget": None}
     )
-    assert_same_state(saved(tmp_path / "run")["tower"], saved(tmp_path / "again")["tower"])
+    assert_same_state(saved(tmp_path / "run")["network"], saved(tmp_path / "again")["network"])
 
     before = (tmp_path / "run/result.json").read_bytes()
     again = inbatch.pretrain(IMAGES, resume=tmp_path / "run")
@@ -292,16 +292,16 @@ def test_whole_steps_are_not_made_if_they_would_take_the_budget(
 def test_command_line_replaces_length_and_parts_of_a_file() -> None:
     planned = {"budget": 60.0, "steps": 5, "epochs": 2, "replans": [[1, 2]], "evaluate_every": 3, "knn_k": 7}
     planned |= {"encoder.name": "fast", "encoder.width": 24, "schedule.warmup_epochs": 0.1}
-    assert requested_settings._over(planned, {"seed": 1}) == planned | {"seed": 1}
+    assert requested_settings._merged(planned, {"seed": 1}) == planned | {"seed": 1}
     kept = {"knn_k": 7, "encoder.name": "fast", "encoder.width": 24}
     for asked in ({"budget": "5m"}, {"epochs": 50}, {"steps": 500}):
-        assert requested_settings._over(planned, asked) == kept | asked
+        assert requested_settings._merged(planned, asked) == kept | asked
     with pytest.raises(ConfigError, match="replans end the run before its first step"):
         make({"data": "photos", "replans": [[0, 0]]})
     by_hand = {"epochs": 9, "evaluate_every": 3}
-    assert requested_settings._over(by_hand, {"budget": "5m"}) == {"evaluate_every": 3, "budget": "5m"}
-    assert requested_settings._over(planned, {"encoder.name": "tiny"})["encoder.name"] == "tiny"
-    assert "encoder.width" not in requested_settings._over(planned, {"encoder.name": "tiny"})
+    assert requested_settings._merged(by_hand, {"budget": "5m"}) == {"evaluate_every": 3, "budget": "5m"}
+    assert requested_settings._merged(planned, {"encoder.name": "tiny"})["encoder.name"] == "tiny"
+    assert "encoder.width" not in requested_settings._merged(planned, {"encoder.name": "tiny"})
 
 
 @pytest.mark.slow

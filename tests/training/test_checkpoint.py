@@ -78,6 +78,15 @@ def test_training_state_survives_bit_for_bit(tmp_path):
         assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
+@pytest.mark.parametrize("captured", [False, True])
+def test_the_network_of_earlier_versions_is_read(tmp_path, captured):
+    state = {"tower": {"weight": torch.arange(3)}, "method": {}}
+    checkpoint.save(tmp_path, {"parts": state} if captured else state, step=1)
+    loaded = checkpoint.load(tmp_path).state
+    parts = loaded["parts"] if captured else loaded
+    assert parts.keys() == {"network", "method"} and parts["network"]["weight"].tolist() == [0, 1, 2]
+
+
 @pytest.mark.parametrize("key", ["0.weight", "1.running_mean", "1.num_batches_tracked"])
 def test_a_missing_tensor_is_named(tmp_path, key):
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))

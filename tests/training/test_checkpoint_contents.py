@@ -83,18 +83,18 @@ CHANGES: dict[str, Callable[[dict[str, Any]], Any]] = {
     r"'optimizer': param_groups\.0\.lr is -1, not a number": lambda s: group(s).update(lr=-1),
     r"'optimizer': param_groups\.0\.params are not": lambda s: group(s)["params"].pop(),
     # modules
-    r"'tower': encoder\.\S+ is missing": lambda s: s["tower"].pop(next(iter(s["tower"]))),
+    r"'network': encoder\.\S+ is missing": lambda s: s["network"].pop(next(iter(s["network"]))),
     r"'target': more is unexpected": lambda s: s["target"].update(more=torch.zeros(1)),
     r"'target': encoder\.\S+ is float64 \[.*\], not float32": lambda s: s["target"].update(
         {(key := next(iter(s["target"]))): s["target"][key].double()}
     ),
-    r"'tower': \S+num_batches_tracked is -1, below 0": lambda s: s["tower"].update(
-        {next(key for key in s["tower"] if "num_batches" in key): torch.tensor(-1)}
+    r"'network': \S+num_batches_tracked is -1, below 0": lambda s: s["network"].update(
+        {next(key for key in s["network"] if "num_batches" in key): torch.tensor(-1)}
     ),
     r"'method'(?s:.*)pointer is 1000000": lambda s: s["method"].update(
         {next(key for key in s["method"] if "pointer" in key): torch.tensor(1_000_000)}
     ),
-    r"'tower': it is list, not a dict": lambda s: s.update(tower=[]),
+    r"'network': it is list, not a dict": lambda s: s.update(network=[]),
     # the training state
     r"'progress': step is -3, not a number of steps": lambda s: s["progress"].update(step=-3),
     r"'progress': step is 2\.0, not": lambda s: s["progress"].update(step=2.0),

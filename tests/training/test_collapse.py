@@ -19,7 +19,7 @@ from inbatch.models.network import Network
 from inbatch.nn.heads import Head, mlp
 from inbatch.training.build import RunComponents
 from inbatch.training.monitors import label_free
-from inbatch.training.monitors.collapse import signs, spread
+from inbatch.training.monitors.collapse import output_diversity, signs
 from inbatch.training.monitors.online_evaluation import OnlineEvaluator, make_online_evaluator
 
 BROKEN = {
@@ -73,7 +73,7 @@ def test_spread_of_equal_and_of_different_outputs() -> None:
     network = Network(nn.Sequential(nn.Flatten(), nn.BatchNorm1d(12)), heads, ["prediction"])
     before = {key: value.clone() for key, value in network.state_dict().items()}
     images = torch.randn(64, 3, 2, 2)
-    different, same = spread(network, images), spread(network, images[:1].expand(64, 3, 2, 2))
+    different, same = output_diversity(network, images), output_diversity(network, images[:1].expand(64, 3, 2, 2))
     assert set(different) == {"features_std", "features_rank", "projection_std", "projection_rank"}
     assert different["features_std"] > 0.9 and different["features_rank"] > 11
     assert same["projection_std"] < 1e-5 and same["projection_rank"] == pytest.approx(1, abs=1e-3)

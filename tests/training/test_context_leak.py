@@ -10,7 +10,7 @@ from small_runs import tiny
 
 from inbatch import api
 from inbatch.models.network import running_statistics
-from inbatch.training.monitors.context_leak import SURE, group_leak, leak, meets, sign
+from inbatch.training.monitors.context_leak import SURE, group_leak, leak, mixes_samples, sign
 
 
 def rows(strength: float, scale: float = 0.0) -> torch.Tensor:
@@ -46,7 +46,7 @@ def test_centred_group_is_not_a_leak() -> None:
 ])  # fmt: skip
 def test_leak_is_measured_if_samples_interact(fuse: str | None, attend: str | None, expected: bool) -> None:
     plugins = {key: value for key, value in (("fuse", fuse), ("attend", attend)) if value}
-    assert meets(api.prepare("digits-canvas", subset=80, batch_size=16, **plugins)) is expected
+    assert mixes_samples(api.prepare("digits-canvas", subset=80, batch_size=16, **plugins)) is expected
 
 
 @pytest.mark.grid(1)

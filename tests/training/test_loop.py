@@ -79,7 +79,7 @@ def test_clusters_are_in_the_checkpoint_and_their_agreement_in_the_log(
         tiny("pcl", tmp_path / "cut", **fields)
     assert saved(tmp_path / "cut")["method"]["clusterings.every.0.made"] == 0
     tiny("pcl", tmp_path / "cut", resume=True, **fields)
-    for part in ("method", "tower", "target"):
+    for part in ("method", "network", "target"):
         assert_same_state(saved(tmp_path / "cut")[part], saved(tmp_path / "whole")[part], part)
     assert saved(tmp_path / "cut")["method"]["clusterings.every.0.made"] == 1
     for name in ("whole", "cut"):

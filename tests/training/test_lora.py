@@ -214,7 +214,7 @@ def test_a_run_is_resumed_exactly_and_leaves_a_plain_encoder(
     with monkeypatch.context() as patch, pytest.warns(match="stopped at step"):
         patch.setitem(sys.modules, "peft", None)
         stopped = inbatch.load(tmp_path / "parts")
-    state = checkpoint.load(tmp_path / "parts" / "checkpoints").state["tower"]
+    state = checkpoint.load(tmp_path / "parts" / "checkpoints").state["network"]
     inside = {k.removeprefix("encoder.backbone."): v for k, v in state.items() if k.startswith("encoder.backbone.")}
     assert_same_state(dict(stopped.backbone.state_dict()), merged(inside))
     assert not torch.equal(stopped.backbone.blocks[0].mlp.fc1.weight, start.backbone.blocks[0].mlp.fc1.weight)
@@ -228,7 +228,7 @@ def test_a_run_is_resumed_exactly_and_leaves_a_plain_encoder(
         assert list(finished.state_dict()) == list(start.state_dict()) and np.isfinite(rows).all()
         assert "encoder.lora" not in with_encoder_of_init({"encoder.init": str(tmp_path / "whole")})
         inbatch.export_run(tmp_path / "whole", tmp_path / "export")
-    last = checkpoint.load(tmp_path / "whole" / "checkpoints").state["tower"]
+    last = checkpoint.load(tmp_path / "whole" / "checkpoints").state["network"]
     inside = {k.removeprefix("encoder.backbone."): v for k, v in last.items() if k.startswith("encoder.backbone.")}
     assert_same_state(dict(finished.backbone.state_dict()), merged(inside))
     assert_same_state(dict(load_encoder(tmp_path / "whole" / "initial").state_dict()), dict(start.state_dict()))

@@ -136,7 +136,7 @@ def test_own_method_and_views_do_not_depend_on_ranks(tmp_path: Path) -> None:
         on_ranks(world, run_on_rank, str(tmp_path / str(world)), world)
     one, two = (saved(tmp_path / str(world)) for world in (1, 2))
     assert one["callback Count"] == two["callback Count"] == {"steps": 5}
-    for part in ("tower", "method"):
+    for part in ("network", "method"):
         for key, value in one[part].items():
             torch.testing.assert_close(two[part][key], value, rtol=1e-4, atol=1e-5, msg=key)
 

@@ -116,10 +116,11 @@ def test_losses_are_compared_over_the_same_steps() -> None:
     reference = Reference("r", [every])
     for looks, losses in {(0, 2, 4): {2: 6.75, 4: 2.625}, (0, 3): {3: 5.5}, (0, 1, 2, 3, 4): {1: 9, 4: 2.25}}.items():
         for epoch, loss in losses.items():
-            assert reference.over(looks).band("loss", epoch)[1] == pytest.approx(loss)
-    sparse = reference.over((0, 4))
-    assert sparse.over((0, 1, 2, 3, 4)).band("loss", 4) == sparse.band("loss", 4)  # the last epoch alone is not known
-    assert Reference("r", [[every[0], every[4]]]).over(range(5)).band("loss", 4) is None
+            assert reference.average_losses(looks).band("loss", epoch)[1] == pytest.approx(loss)
+    sparse = reference.average_losses((0, 4))
+    # the last epoch alone is not known
+    assert sparse.average_losses((0, 1, 2, 3, 4)).band("loss", 4) == sparse.band("loss", 4)
+    assert Reference("r", [[every[0], every[4]]]).average_losses(range(5)).band("loss", 4) is None
     assert sparse.band("knn", 1)[1] == pytest.approx(0.1), "only losses are means"
 
 
@@ -141,7 +142,7 @@ def test_leaving_and_entering_the_band_are_reported_once() -> None:
     compared = Comparison(reference, mine, range(8), 5)
     for entry in curve(0.5, 0.4, 0.3, 0.9, math.nan, math.nan, 0.5, 0.5, 0.9):  # the last one beyond the reference
         mine.append(entry)
-        messages.append(" ".join(compared.news()))
+        messages.append(" ".join(compared.new_sentences()))
     for message, words in zip(
         messages, ["", "is below", "", "is above", "is not a number", "", "is back inside", "", ""], strict=True
     ):
@@ -241,7 +242,7 @@ def test_differences_from_the_reference_are_printed_at_the_start(finished: Path)
     recipe = load_run(finished).recipe.nested()
 
     def opening(looks: list[int], **other: Any) -> str:
-        return " ".join(Comparison(reference.over(looks), [], looks, 5).opening(recipe | other))
+        return " ".join(Comparison(reference.average_losses(looks), [], looks, 5).opening(recipe | other))
 
     assert opening([0, 1, 2], seed=7, epochs=2) == opening([0, 1, 2])
     assert "1 seed, 2 epochs" in opening([0, 1, 2]) and "Not " not in opening([0, 1, 2])

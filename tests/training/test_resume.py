@@ -143,7 +143,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(
 
 @pytest.mark.usefixtures("brief")
 @pytest.mark.slow
-@pytest.mark.parametrize("key", ["tower", "target", "method", "optimizer", "progress"])
+@pytest.mark.parametrize("key", ["network", "target", "method", "optimizer", "progress"])
 def test_a_checkpoint_without_a_part_is_refused(key: str, tmp_path: Path) -> None:
     tiny("moco", tmp_path, epochs=1)
     loaded = checkpoint.load(tmp_path / "checkpoints")

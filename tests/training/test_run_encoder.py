@@ -37,7 +37,7 @@ def stop(out: Path, method: str = "simclr", **fields: Any) -> Path:
 
 
 def in_checkpoint(out: Path) -> dict[str, torch.Tensor]:
-    network = checkpoint.load(out / "checkpoints").state["tower"]
+    network = checkpoint.load(out / "checkpoints").state["network"]
     return {key.removeprefix("encoder."): value for key, value in network.items() if key.startswith("encoder.")}
 
 
@@ -185,8 +185,8 @@ def test_the_initial_encoder_is_that_of_the_run_bit_for_bit(
 
 def test_averaged_weights_are_preferred(copy: Path) -> None:
     saved = checkpoint.load(copy / "checkpoints")
-    average = {key: value * 0.5 for key, value in saved.state["tower"].items() if value.is_floating_point()}
-    checkpoint.save(copy / "checkpoints", saved.state | {"average": saved.state["tower"] | average}, step=7)
+    average = {key: value * 0.5 for key, value in saved.state["network"].items() if value.is_floating_point()}
+    checkpoint.save(copy / "checkpoints", saved.state | {"average": saved.state["network"] | average}, step=7)
     own, weights = in_checkpoint(copy), loaded(copy).state_dict()
     assert all(torch.equal(weights[key], value * 0.5) for key, value in own.items() if value.is_floating_point())
 

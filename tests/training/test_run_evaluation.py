@@ -105,13 +105,13 @@ def test_whitened_features_are_measured_before_they_are() -> None:
     chosen = label_free.Chosen(source, None, 0)
     plain = label_free.embed_all({"it": encoder}, views, chosen, 0)["it"]
     expected = label_free.measures(plain)
-    assert encoder.readout is not None and plain.handed_out(plain.clean) is plain.clean
+    assert encoder.readout is not None and plain.neighbour_rows(plain.clean) is plain.clean
     encoder.readout.fit(plain.clean)
     embedded = label_free.embed_all({"it": encoder}, views, chosen, 0)["it"]
     assert int(encoder.readout.images) == 40
     assert torch.equal(embedded.clean, plain.clean)
     whitened = encoder.embed([source.image(int(i)) for i in chosen.indices])
-    np.testing.assert_allclose(embedded.handed_out(embedded.clean), whitened, rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(embedded.neighbour_rows(embedded.clean), whitened, rtol=1e-3, atol=1e-3)
     del expected["same_image"]
     assert label_free.measures(embedded) | expected == label_free.measures(embedded)
 

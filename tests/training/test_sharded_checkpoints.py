@@ -33,7 +33,7 @@ def parts(divided: bool, steps: int = 0) -> dict[str, Any]:
         network([torch.randn(6, 5, generator=g)])["projection"].square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-    return {"tower": network, "optimizer": optimizer}
+    return {"network": network, "optimizer": optimizer}
 
 
 def numbers(state: Any) -> Any:
@@ -115,7 +115,7 @@ def test_states_come_back_on_the_same_and_on_other_ranks(tmp_path: Path) -> None
     close = [np.allclose(x, y, atol=1e-6) for x, y in zip(leaves(of(alone)), leaves(expected), strict=True)]
     assert all(close)
     whole = checkpoint.load(tmp_path, "best.pt")  # as `inbatch.load` reads an unfinished run
-    assert whole.state["tower"]["encoder.2.weight"].shape == (7, 3)
+    assert whole.state["network"]["encoder.2.weight"].shape == (7, 3)
 
 
 def leaves(state: Any) -> list[Any]:
@@ -127,7 +127,7 @@ def leaves(state: Any) -> list[Any]:
 
 @pytest.mark.parametrize("problem", ["folder", "file", "size"])
 def test_a_checkpoint_that_lacks_its_shards_is_refused(tmp_path: Path, problem: str) -> None:
-    payload = {"step": 1, "state": {"tower": {"w": {"tensor in shards": "a", "shape": [2], "dtype": "float32"}}}}
+    payload = {"step": 1, "state": {"network": {"w": {"tensor in shards": "a", "shape": [2], "dtype": "float32"}}}}
     shards = {"folder": "shards-1", "files": {"a.safetensors": [1, "0" * 64]}}
     if problem == "folder":
         shards["folder"] = "../shards-1"

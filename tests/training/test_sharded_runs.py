@@ -58,7 +58,7 @@ def run(
 
 def state(out: Path) -> list[Any]:
     saved = checkpoint.load(out / "checkpoints").state
-    return [x.double().numpy() for part in ("tower", "target", "method", "optimizer") if part in saved
+    return [x.double().numpy() for part in ("network", "target", "method", "optimizer") if part in saved
             for x in leaves(saved[part]) if isinstance(x, torch.Tensor)]  # fmt: skip
 
 

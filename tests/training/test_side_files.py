@@ -11,7 +11,7 @@ from rich.console import Console
 from small_runs import assert_same_state, leave_out_evaluation, saved, stop_after, tiny, use_few_images
 
 from inbatch.errors import Preempted
-from inbatch.training.metric_logger import Log, spent
+from inbatch.training.metric_logger import Log, elapsed_seconds
 from inbatch.training.monitors.curve_plot import plot_curves
 from inbatch.training.side_files import damaged, move_aside, report_of
 
@@ -46,7 +46,7 @@ def test_damaged_lines_are_dropped_and_counted(tmp_path: Path) -> None:
     log = tmp_path / "metrics.jsonl"
     for name, line in LINES.items():
         log.write_bytes(line + b"\n" + GOOD + b"\n")
-        assert spent(log) == 3.0, name
+        assert elapsed_seconds(log) == 3.0, name
         console = Console(file=io.StringIO(), width=200)
         with Log(tmp_path, total_steps=9, resume_step=5, console=console):
             assert log.read_bytes() == GOOD + b"\n", name

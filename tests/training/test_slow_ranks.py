@@ -40,11 +40,11 @@ def test_a_sentence_when_a_rank_becomes_slow_and_when_it_recovers(monkeypatch: p
     monkeypatch.setattr(distributed, "gather", lambda x: torch.cat([x, torch.tensor([0.1, others.pop(0)]).double()]))
     messages = []
     for _ in range(4):
-        assert monitor.news() is None  # too few steps
+        assert monitor.new_sentence() is None  # too few steps
         for _ in range(slow_ranks.STEPS):
             monkeypatch.setattr(distributed, "_first", 7.1)
             monitor.add(began=7.0)
-        messages.append(monitor.news())
+        messages.append(monitor.new_sentence())
     assert messages[0] == (
         "the others wait for rank 2: it needs 300 ms for loading, views and forward pass of a step, the median of the "
         "others is 100 ms (50 steps). Check its machine for other processes, slow storage, or fewer cores."

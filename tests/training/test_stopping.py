@@ -202,7 +202,7 @@ def test_between_two_layers_of_the_backward_pass_a_signal_that_waits_is_answered
     reached: list[str] = []
     layers = [m for m in built.network.encoder.modules() if isinstance(m, nn.Conv2d)]
     with stop_on_signals() as stop:
-        handles = stopping.turns(built, stop)
+        handles = stopping.check_between_layers(built, stop)
 
         def ask(gradient: torch.Tensor) -> None:
             signal.raise_signal(signal.SIGTERM)  # of a short step, which then takes longer

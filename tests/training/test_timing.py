@@ -96,7 +96,7 @@ def test_a_run_that_does_not_fit_gets_a_smaller_context_or_is_refused(monkeypatc
     recipe, source = resolve_recipe(IMAGES, {"encoder.name": "tiny", "batch_size": 64, "epochs": 1, "image_size": 32})
     assert auto_context.within_memory(recipe, source, CPU) == (recipe, "")
     needed = memory_bench.MemoryBench(recipe, source, CPU, None).trial(64, dry=False).needed
-    monkeypatch.setattr(auto_context, "room", lambda device: int(needed * 0.9))
+    monkeypatch.setattr(auto_context, "free_device_bytes", lambda device: int(needed * 0.9))
     smaller, note = auto_context.within_memory(recipe, source, CPU)
     assert isinstance(smaller.context, int) and smaller.context < 64
     assert "context is" in note and "are free" in note

@@ -62,7 +62,7 @@ class BA2M(Grouped):
         self.gain = nn.Parameter(torch.zeros(1))
 
     def forward(self, x: Float[Tensor, "g c h w"]) -> Float[Tensor, "g c h w"]:
-        return x * self.weights(x).to(x.dtype) if self.meets else x
+        return x * self.weights(x).to(x.dtype) if self.mixes_samples else x
 
     def representation(self, x: Float[Tensor, "g c h w"]) -> Float[Tensor, "g c h w"]:
         """Return the sample-wise attention representation; each sample's is independent of the others."""
@@ -89,8 +89,8 @@ class BA2M(Grouped):
         small = F.avg_pool2d(x, side, ceil_mode=True) if side > 1 else x
         q, k, v = self.qkv(small).flatten(2).chunk(3, 1)
         attention = (q.mT @ k / q.shape[1] ** 0.5).softmax(2)
-        made = self.expand((v @ attention.mT).unflatten(2, small.shape[2:]))
-        return F.interpolate(made, scale_factor=side)[..., :height, :width] if side > 1 else made
+        output = self.expand((v @ attention.mT).unflatten(2, small.shape[2:]))
+        return F.interpolate(output, scale_factor=side)[..., :height, :width] if side > 1 else output
 
 
 class BatchFormer(Grouped):
@@ -127,7 +127,7 @@ class BatchFormer(Grouped):
                 nn.init.zeros_(parameter)
 
     def forward(self, x: Float[Tensor, "g f"]) -> Float[Tensor, "g f"]:
-        if not self.meets:
+        if not self.mixes_samples:
             return x
         attention, values = self._attention(x)
         y = x + self.out((attention.transpose(0, 1) @ values).transpose(0, 1).flatten(1))

@@ -143,7 +143,7 @@ class Curator(nn.Module):
             return batch, {}
         model, attempt = self._model(batch.epoch), torch.zeros_like(batch.index)
         rows = self._embed(model, batch)
-        bad, excess = self._judge(rows, gather, first)
+        bad, excess = self._find_violations(rows, gather, first)
         rounds, redrawn, before = 0, 0, int(bad.sum())
         while rounds < self.rounds and (count := int(min(int(bad.sum()), self.budget * len(bad) - redrawn))) > 0:
             rounds, redrawn = rounds + 1, redrawn + count
@@ -158,10 +158,10 @@ class Curator(nn.Module):
             if len(taken):
                 embedded = self._embed(model, replace(batch, attempt=attempt).take(taken))
                 rows[:, again] = embedded[:, : len(again)]
-            bad, excess = self._judge(rows, gather, first)
-        told = {"rounds": rounds, "redrawn": redrawn / len(bad), "violating_before": before / len(bad)}
-        told["violating"] = int(bad.sum()) / len(bad)
-        return replace(batch, attempt=attempt), {f"curate_{name}": float(value) for name, value in told.items()}
+            bad, excess = self._find_violations(rows, gather, first)
+        statistics = {"rounds": rounds, "redrawn": redrawn / len(bad), "violating_before": before / len(bad)}
+        statistics["violating"] = int(bad.sum()) / len(bad)
+        return replace(batch, attempt=attempt), {f"curate_{name}": float(value) for name, value in statistics.items()}
 
     def _model(self, epoch: int) -> nn.Module:
         if self.snapshot is None:
@@ -171,7 +171,7 @@ class Curator(nn.Module):
             self.epoch.fill_(epoch)
         return self.snapshot
 
-    def _judge(
+    def _find_violations(
         self, rows: Float[Tensor, "v b d"], gather: Gather, first: int
     ) -> tuple[Bool[Tensor, "n"], Float[Tensor, "n"]]:
         """Return the violating samples of the whole batch and their excess distance: the same on every rank."""

@@ -57,7 +57,7 @@ class Fusion(Grouped):
 
     def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         """Fuse normalised images of a group, or this process's part of them; the number of images is unchanged."""
-        if not self.meets or not self.layers:
+        if not self.mixes_samples or not self.layers:
             return images
         x = self.gather(images * self.std + self.mean if self.where == "before" else images)
         tokens = patches(x, self.patch)
@@ -95,9 +95,9 @@ class ConvFusion(Fusion):
             raise ConfigError(
                 f"fuse.bottleneck = {bottleneck} leaves a context of {group} no channel: choose 1 to {group}"
             )
-        made = [_Convolutions(group, group // bottleneck) for _ in range(_layers(layers))]
+        blocks = [_Convolutions(group, group // bottleneck) for _ in range(_layers(layers))]
         super().__init__(
-            made, patch=patch_for(size, patch), relu=relu, where=where, views=views, target=target, remember=remember,
+            blocks, patch=patch_for(size, patch), relu=relu, where=where, views=views, target=target, remember=remember,
             mean=mean, std=std,
         )  # fmt: skip
 
@@ -121,9 +121,9 @@ class SetFusion(Fusion):
         if heads < 1 or width < heads or width % heads:
             raise ConfigError(f"fuse.heads = {heads} does not divide fuse.width = {width}: choose a divisor")
         p = patch_for(size, patch)
-        made = [_Attention(p * p * len(mean), width, heads) for _ in range(_layers(layers))]
+        blocks = [_Attention(p * p * len(mean), width, heads) for _ in range(_layers(layers))]
         super().__init__(
-            made, patch=p, relu=relu, where=where, views=views, target=target, remember=remember, mean=mean, std=std
+            blocks, patch=p, relu=relu, where=where, views=views, target=target, remember=remember, mean=mean, std=std
         )
 
 

@@ -25,7 +25,7 @@ class Grouped(nn.Module):
     declared = False
 
     @property
-    def meets(self) -> bool:
+    def mixes_samples(self) -> bool:
         """Whether the samples of a call are a group: in training, or within `as_group`."""
         return self.training or self.declared
 

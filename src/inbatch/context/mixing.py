@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from inbatch.errors import ConfigError
-from inbatch.rng import fold, spread
+from inbatch.rng import fold, uniform_from_hash
 
 
 @dataclass(frozen=True)
@@ -173,12 +173,12 @@ def _positive(name: str, value: float) -> float:
 
 def _uniform(key: int, use: int, places: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """Return a number in [0, 1) for every place."""
-    return spread(fold(key, use), places, 1)[..., 0].double()
+    return uniform_from_hash(fold(key, use), places, 1)[..., 0].double()
 
 
 def _centres(key: int, places: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape 2"]:
     """Return a point of the unit square for every place."""
-    return spread(fold(key, 2), places, 2).double()
+    return uniform_from_hash(fold(key, 2), places, 2).double()
 
 
 def _permuted(key: int, places: Int[Tensor, "groups g"]) -> Int[Tensor, "groups g"]:

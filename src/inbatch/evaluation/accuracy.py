@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 
-def credit(
+def hit_shares(
     scores: Float[Tensor, "n c"], labels: Int[Tensor, "n"], top: int = 1, equal: float = 0.0
 ) -> Float[Tensor, "n"]:
     """Return the share of each sample that counts as a hit, float64 on the CPU: 1 if the label is among the best.
@@ -34,19 +34,19 @@ def credit(
 def hits(
     scores: Float[Tensor, "n c"], labels: Int[Tensor, "n"], classes: Sequence[str] = (), equal: float = 0.0
 ) -> dict[str, Any]:
-    """Return top1 and top5 in [0, 1] by the rule of `credit`, and top1 per class.
+    """Return top1 and top5 in [0, 1] by the rule of `hit_shares`, and top1 per class.
 
     Args:
         scores: score of every class.
         labels: true class.
         classes: names of the classes; their numbers by default.
-        equal: see `credit`.
+        equal: see `hit_shares`.
 
     Returns:
         "top1", "top5": share of the samples. "balanced": mean of top1 over the classes that occur in `labels`.
         "per_class": top1 of each of these classes by its name. "halves": see `halves`.
     """
-    first, five = (credit(scores, labels, top, equal) for top in (1, 5))
+    first, five = (hit_shares(scores, labels, top, equal) for top in (1, 5))
     labels = labels.cpu()
     counts = labels.bincount()
     rates = torch.zeros(len(counts), dtype=torch.float64).index_add_(0, labels, first) / counts

@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from inbatch.errors import DataError, listed
-from inbatch.evaluation.accuracy import class_name, credit
+from inbatch.evaluation.accuracy import class_name, hit_shares
 from inbatch.evaluation.confidence import calibration_error
 
 
@@ -28,7 +28,7 @@ class ClassFigures:
         known = labels >= 0
         logits, labels = logits[known].cpu(), labels[known].cpu()
         confidence, predicted = logits.softmax(1).max(1)
-        self._chunks.append((labels, predicted, confidence, credit(logits, labels, 5)))
+        self._chunks.append((labels, predicted, confidence, hit_shares(logits, labels, 5)))
 
     def figures(self, most: int = 20) -> dict[str, Any]:
         """Return the figures of all images, in JSON types.

@@ -165,9 +165,9 @@ class EmbeddingParts:
             advance(_JOIN, finished=True)
         else:
             follow(_JOIN, [0])
-        count, told = distributed.broadcast_object((count, missing))
+        count, unreadable = distributed.broadcast_object((count, missing))
         if missing is not None:
-            missing |= told
+            missing |= unreadable
         return count
 
     def _chunks(self, bad: dict[int, str]) -> Iterator[Embeddings]:

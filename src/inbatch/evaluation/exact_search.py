@@ -19,7 +19,7 @@ from inbatch.nn.cpu_matmul import fast_products
 
 _QUERIES, _BANK = 512, 1 << 15  # similarities in memory at a time: 64 MB
 _MORE = 16  # candidates in addition to k
-_SETTLED = 1 << 23  # numbers of candidates in memory at a time: 96 MB in both precisions
+_EXACT = 1 << 23  # numbers of candidates in memory at a time: 96 MB in both precisions
 _GRID = 2.0**26
 _NORMED = 256  # rows whose lengths are computed at a time: float64 doubles their memory
 
@@ -35,9 +35,9 @@ def unit_rows(vectors: Float[Tensor, "n f"]) -> Float[Tensor, "n f"]:
     if not rows.sum().isfinite() and not rows.isfinite().all():
         raise DataError(f"the features hold NaN or infinity: {DIVERGED}")
     units = torch.empty_like(rows)
-    for some, out in zip(rows.split(_NORMED), units.split(_NORMED), strict=True):
-        length = torch.linalg.vector_norm(some, dim=1, keepdim=True, dtype=torch.float64).clamp_(min=1e-12)
-        torch.div(some, length.float(), out=out).mul_(_GRID).round_().div_(_GRID)
+    for part, out in zip(rows.split(_NORMED), units.split(_NORMED), strict=True):
+        length = torch.linalg.vector_norm(part, dim=1, keepdim=True, dtype=torch.float64).clamp_(min=1e-12)
+        torch.div(part, length.float(), out=out).mul_(_GRID).round_().div_(_GRID)
     return units
 
 
@@ -108,7 +108,7 @@ def ordered(
     Negative positions stand for no row: their similarity is -inf.
     """
     similarity, chosen = torch.empty(len(query), k), torch.empty(len(query), k, dtype=torch.long)
-    for at in torch.arange(len(query)).split(max(1, _SETTLED // (place.shape[1] * query.shape[1]))):
+    for at in torch.arange(len(query)).split(max(1, _EXACT // (place.shape[1] * query.shape[1]))):
         places = place[at].sort(dim=1).values
         rows = unit_rows(bank[places.clamp(min=0).flatten()]).view(*places.shape, -1)
         exact = (rows.double() @ unit_rows(query[at]).double()[:, :, None])[:, :, 0].float()

@@ -24,7 +24,7 @@ from inbatch.runtime.isolation import usual_numerics, usual_state
 
 _QUERIES, _BANK = 256, 1 << 16  # similarities in memory at a time: at most 64 MB in float32
 _MORE = 32  # nearest rows that are listed in addition to k
-_SETTLED = 1 << 22  # numbers in float64 in memory at a time: 32 MB
+_EXACT = 1 << 22  # numbers in float64 in memory at a time: 32 MB
 _EQUAL = 1e-12  # difference of equal similarities in float64, relative to the largest possible similarity
 
 
@@ -91,7 +91,7 @@ def knn_scores(
     if query.device.type == "mps":  # it has no float64
         query, bank = query.cpu(), bank.cpu()
     search = _Search(bank, labels.cpu(), classes, k, temperature if distance == "cosine" else None)
-    near, place, size = search.listed(query, chunk or _QUERIES)
+    near, place, size = search.nearest_rows(query, chunk or _QUERIES)
     rounding = size * torch.finfo(query.dtype).eps * (math.sqrt(query.shape[1]) + 8)  # three times the measured one
     scores = search.scores(near[:, :k], search.labels[place[:, :k]])
     doubt = search.depends_on_rounding(near, scores, rounding)
@@ -100,7 +100,7 @@ def knn_scores(
     for queries, listed in ((doubt & ~beyond, True), (beyond, False)):
         if queries.any():
             at = queries.nonzero()[:, 0]
-            scores[at] = search.settled(query[at.to(query.device)], size[at], place[at] if listed else None)
+            scores[at] = search.exact_scores(query[at.to(query.device)], size[at], place[at] if listed else None)
     return scores
 
 
@@ -114,7 +114,7 @@ class _Search:
     k: int
     temperature: float | None
 
-    def listed(
+    def nearest_rows(
         self, query: Float[Tensor, "q d"], chunk: int
     ) -> tuple[Float[Tensor, "q n"], Int[Tensor, "q n"], Float[Tensor, "q"]]:
         """Return similarities of the k nearest rows and some more, nearest first, their places, and the largest size.
@@ -126,7 +126,7 @@ class _Search:
         bias = None if mean is None else -keys.square().sum(1) / 2
         count = min(self.k + _MORE, len(keys))
         memory = rows.new_empty(min(chunk, len(rows)) * min(_BANK, len(keys)))
-        parts = (_nearest(some, keys, bias, count, memory) for some in rows.split(chunk))
+        parts = (_nearest(block, keys, bias, count, memory) for block in rows.split(chunk))
         near, place = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
         near, order = near.double().sort(dim=1, descending=True)
         longest = keys.norm(dim=1).max()
@@ -161,7 +161,7 @@ class _Search:
             doubt |= (gap[:, ::4] <= rounding[:, None] / self.temperature).any(1)
         return doubt
 
-    def settled(
+    def exact_scores(
         self, query: Float[Tensor, "q d"], size: Float[Tensor, "q"], place: Int[Tensor, "q n"] | None
     ) -> Float[Tensor, "q c"]:
         """Return the scores from similarities in float64: those that differ by at most `_EQUAL` are equal.
@@ -172,16 +172,16 @@ class _Search:
             place: rows of the bank that include the k nearest and all that are as near; by default the whole bank.
         """
         mean = self.bank.mean(0, dtype=torch.float64) if self.temperature is None else None
-        rows = max(1, _SETTLED // (len(self.bank) if place is None else place.shape[1] * self.bank.shape[1]))
+        rows = max(1, _EXACT // (len(self.bank) if place is None else place.shape[1] * self.bank.shape[1]))
         scores = []
         for at in torch.arange(len(query)).split(rows):
-            some = query[at.to(query.device)]
+            block = query[at.to(query.device)]
             if place is None:
-                tiles = self.bank.split(max(1, _SETTLED // self.bank.shape[1]))
-                parts = [_exact(some, tile, mean) for tile in tiles]
-                labels = self.labels.expand(len(some), -1)
+                tiles = self.bank.split(max(1, _EXACT // self.bank.shape[1]))
+                parts = [_exact(block, tile, mean) for tile in tiles]
+                labels = self.labels.expand(len(block), -1)
             else:
-                parts = [_exact(some, self.bank[place[at].to(self.bank.device)], mean)]
+                parts = [_exact(block, self.bank[place[at].to(self.bank.device)], mean)]
                 labels = self.labels[place[at]]
             scores.append(self._shared(torch.cat(parts, 1), labels, _EQUAL * size[at, None]))
         return torch.cat(scores)

@@ -66,9 +66,9 @@ class SwAV(Method):
 
     def heads(self, width: int) -> dict[str, Head]:
         count, out = self.vectors.shape
-        made = nn.ModuleDict({"projection": mlp(width, self.hidden_dim, out), "prototypes": Prototypes(out, count)})
-        self.on_weights(made)
-        return {"projection": Head(made["projection"]), "prototypes": Head(made["prototypes"], "projection")}
+        modules = nn.ModuleDict({"projection": mlp(width, self.hidden_dim, out), "prototypes": Prototypes(out, count)})
+        self.on_weights(modules)
+        return {"projection": Head(modules["projection"]), "prototypes": Head(modules["prototypes"], "projection")}
 
     def loss(self, online: Rows, target: Rows, batch: Batch) -> Losses:
         scores = online["prototypes"]

@@ -94,12 +94,12 @@ def install(encoder: Encoder, name: str, options: Mapping[str, Any] | None = Non
         slots = []
         for block, norm in (place for stage in full["stages"] for place in places[stage - 1]):
             layer, owner = encoder.get_submodule(norm), encoder.get_submodule(block)
-            made = _make(maker, name, _channels(layer), inner)
+            module = _make(maker, name, _channels(layer), inner)
             if hasattr(owner, "se"):  # timm's own slot
-                owner.se = made
+                owner.se = module
                 slots.append(f"{block}.se")
             else:
-                encoder.set_submodule(norm, nn.Sequential(layer, made))
+                encoder.set_submodule(norm, nn.Sequential(layer, module))
                 slots.append(f"{norm}.1")
     encoder.attend, encoder.slots = {"name": name, "options": full}, tuple(slots)
     blocks(encoder).to(encoder.device).train(encoder.training)
@@ -148,7 +148,7 @@ def added(encoder: Encoder, group: int = 2) -> dict[str, Any]:
     }
 
 
-def meets_in_training_only(name: str) -> bool:
+def mixes_in_training_only(name: str) -> bool:
     """Return whether the block is inactive in evaluation, so that the plain backbone gives the same features."""
     maker = ATTENDS.get(name)
     return inspect.isclass(maker) and issubclass(maker, Grouped)

@@ -89,15 +89,15 @@ def own_backbone(own: OwnPart, size: int, channels: int, kwargs: dict[str, Any])
             raise ConfigError(f"encoder.{next(iter(kwargs))}: {own.name} is an existing module, which has no settings")
         return copy.deepcopy(maker).cpu()
     known = inspect.signature(maker).parameters
-    given = {key: value for key, value in (("size", size), ("channels", channels)) if key in known}
+    sizes = {key: value for key, value in (("size", size), ("channels", channels)) if key in known}
     any_name = any(p.kind is p.VAR_KEYWORD for p in known.values())
     for key in kwargs if not any_name else ():
         if key not in known:
-            near = closest(key, set(known) - set(given))
+            near = closest(key, set(known) - set(sizes))
             hint = f": did you mean {near[0]!r}?" if near else ""
             raise ConfigError(f"the encoder {own.name} has no setting {key!r}{hint}")
     try:
-        backbone = maker(**given | kwargs)
+        backbone = maker(**sizes | kwargs)
     except Exception as error:  # of any code
         raise ConfigError(f"the encoder {own.name} cannot be made with these settings: {reason(error)}") from error
     if not isinstance(backbone, nn.Module):

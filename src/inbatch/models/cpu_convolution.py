@@ -67,7 +67,7 @@ class _ByProduct(torch.autograd.Function):
             options = (None, stride, padding, (1, 1), False, (0, 0), 1, (True, False, False))
             back = torch.ops.aten.convolution_backward(gradient, x, weight, *options)[0]
         parts = zip(x.split(_SAMPLES), gradient.split(_SAMPLES), strict=True)
-        products = [_rows(g).T @ _patches(some, weight.shape[2:], stride, padding) for some, g in parts]
+        products = [_rows(g).T @ _patches(images, weight.shape[2:], stride, padding) for images, g in parts]
         whole = products[0] if len(products) == 1 else torch.stack(products).float().sum(0).to(weight.dtype)
         kernel, channels = weight.shape[2:], weight.shape[1]
         return back, whole.view(len(weight), *kernel, channels).permute(0, 3, 1, 2), None, None

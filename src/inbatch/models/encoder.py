@@ -117,8 +117,8 @@ class Encoder(nn.Module):
         if self.readout is None:
             return self(x)
         maps = getattr(self.backbone, "forward_features", None) if self.pooled is None else None
-        found = self(x) if maps is None else maps(x)
-        return self.readout(found if found.ndim in (2, 4) else self(x))
+        output = self(x) if maps is None else maps(x)
+        return self.readout(output if output.ndim in (2, 4) else self(x))
 
     @property
     def transform(self) -> Transform:

@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from inbatch.errors import ConfigError, DataError, check_whole, reason
-from inbatch.models.attention_slots import blocks, install, meets_in_training_only
+from inbatch.models.attention_slots import blocks, install, mixes_in_training_only
 from inbatch.models.backbones import arguments_for_own, build, cifar_stem, own_backbone, own_encoder
 from inbatch.models.encoder import MAX_SIDE, Encoder
 from inbatch.models.initial_weights import Initial, fill_backbone, read_initial, stem_of
@@ -178,7 +178,7 @@ def _fill_blocks(encoder: Encoder, initial: Initial) -> None:
     saved = initial.attend
     if saved and encoder.attend == saved:
         fill(blocks(encoder), initial.blocks, f"{saved['name']} ({initial.origin})")
-    elif saved and not meets_in_training_only(saved["name"]):
+    elif saved and not mixes_in_training_only(saved["name"]):
         raise ConfigError(
             f"the weights in {initial.origin} were trained with attend={saved['name']!r} and are of no use without "
             f"its blocks: ask for the same, attend_options={saved['options']}, not for {encoder.attend}."

@@ -48,7 +48,7 @@ def _check_patches(encoder: Encoder, side: int, setting: str) -> None:
         return
     (kernel, _), (stride, _), (padding, _) = first.kernel_size, first.stride, first.padding
     rest = (side - kernel) % stride
-    if padding or stride < _PATCH or side < kernel or not rest or _sees(encoder, side, rest):
+    if padding or stride < _PATCH or side < kernel or not rest or _reads_border(encoder, side, rest):
         return
     raise ConfigError(
         f"{encoder.name} divides images into patches of {kernel} pixels: of {side} pixels a side it would ignore the "
@@ -57,7 +57,7 @@ def _check_patches(encoder: Encoder, side: int, setting: str) -> None:
     )
 
 
-def _sees(encoder: Encoder, side: int, rest: int) -> bool:
+def _reads_border(encoder: Encoder, side: int, rest: int) -> bool:
     """Return whether the last `rest` rows and columns of an image reach the features: a model may pad its patches."""
     image = torch.zeros(1, encoder.channels, side, side, device=encoder.device)
     image[..., side - rest :, :] = image[..., side - rest :] = torch.nan

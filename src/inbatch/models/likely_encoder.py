@@ -87,7 +87,7 @@ def encoder_of_weights(init: str | Path) -> str | None:
         path = Path(init)
         if path.is_file() or is_sharded(path):
             return likely_encoder(read_contents(path))
-        found = folder_weights(path)
-        return None if found is None else likely_encoder(found[0])
+        weights = folder_weights(path)
+        return None if weights is None else likely_encoder(weights[0])
     except InbatchError:
         return None  # reported when the weights are loaded

@@ -94,13 +94,13 @@ class Network(nn.Module):
             with self.autocast(views[0]):
                 rows = self._heads(torch.cat(features))
             split = {name: rows[name].split(sizes) for name in self.reads}
-            made = [{name: x[i] for name, x in split.items()} for i in range(len(views))]
+            outputs = [{name: x[i] for name, x in split.items()} for i in range(len(views))]
         else:
-            made = []
+            outputs = []
             for feature, changed in zip(features, altered, strict=True):
                 with remembered(changed), self.autocast(views[0]):
-                    made.append(self._heads(feature))
-        return _by_name(made, numbers, self.reads)
+                    outputs.append(self._heads(feature))
+        return _by_name(outputs, numbers, self.reads)
 
     def outputs(self, images: Tensor) -> Rows:
         """Return the "features" (G, F) and the rows (G, D) of all heads for images (G, C, H, W)."""
@@ -142,21 +142,21 @@ class Network(nn.Module):
             norm.track_running_stats = not (frozen or self.adapted)
 
     def _heads(self, features: Tensor) -> Rows:
-        made = {"features": features}
+        outputs = {"features": features}
         for name, head in self.heads.items():
-            made[name] = head(made[self.sources[name]])
-        return {name: _wide(x) for name, x in made.items()}
+            outputs[name] = head(outputs[self.sources[name]])
+        return {name: _wide(x) for name, x in outputs.items()}
 
     def evaluating(self) -> AbstractContextManager[None]:
         """Set evaluation mode without gradient within the context."""
         return evaluating(self)
 
 
-def _by_name(made: Sequence[Rows], numbers: Sequence[int], names: Sequence[str]) -> Rows:
+def _by_name(outputs: Sequence[Rows], numbers: Sequence[int], names: Sequence[str]) -> Rows:
     """Return the rows of the plain views by head, and those of mixed images by MIXED + head."""
     rows: Rows = {}
     for start, below in (("", False), (MIXED, True)):
-        chosen = [view for view, n in zip(made, numbers, strict=True) if (n < 0) == below]
+        chosen = [view for view, n in zip(outputs, numbers, strict=True) if (n < 0) == below]
         rows |= {start + name: torch.stack([view[name] for view in chosen]) for name in names if chosen}
     return rows
 
@@ -206,11 +206,11 @@ def mixes(module: nn.Module) -> bool:
     They do through batch statistics or attention over samples, or if a custom module declares it (`mixes = True`).
     """
 
-    def meets(m: nn.Module) -> bool:
+    def interacts(m: nn.Module) -> bool:
         known = isinstance(m, Grouped | nn.modules.batchnorm._BatchNorm) or "running_" in "".join(m._buffers)
         return known or getattr(m, "mixes", False)
 
-    return any(map(meets, module.modules()))
+    return any(map(interacts, module.modules()))
 
 
 def norms(module: nn.Module) -> list[Any]:

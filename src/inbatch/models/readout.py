@@ -53,8 +53,8 @@ class Readout(nn.Module):
         """
         if not int(self.images):
             return rows
-        found = torch.linalg.solve(self.matrix.double(), rows.to(self.mean.device).double(), left=False)
-        return (found + self.mean).to(rows)
+        centred = torch.linalg.solve(self.matrix.double(), rows.to(self.mean.device).double(), left=False)
+        return (centred + self.mean).to(rows)
 
     @contextmanager
     def paused(self) -> Iterator[None]:

@@ -120,7 +120,7 @@ _PARTS = re.compile(r"^(.*\battn\.)(query|key|value)\.(weight|bias)$")
 def namings(tensors: Tensors) -> Iterator[Tensors]:
     """Yield the tensors by their own names, and by timm's names for each family of which they have the names."""
     yield tensors
-    tower = next((found[1] for name in tensors if (found := _VISION.match(name))), "")  # not the text tower of CLIP
+    tower = next((match[1] for name in tensors if (match := _VISION.match(name))), "")  # not the text tower of CLIP
     for mark, rules in _FAMILIES:
         if any(re.search(mark, name) for name in tensors):
             names = {name: _renamed(name, rules) if name.startswith(tower) else name for name in tensors}

@@ -33,10 +33,10 @@ def fill(backbone: nn.Module, weights: dict[str, Tensor], what: str) -> None:
         "unexpected": [k for k in weights if k not in own],
         "of another shape": [k for k in own if k in weights and own[k].shape != weights[k].shape],
     }
-    found = [f"{len(v)} {k} ({', '.join(v[:3])}{', ...' if len(v) > 3 else ''})" for k, v in problems.items() if v]
-    if found:
+    mismatches = [f"{len(v)} {k} ({', '.join(v[:3])}{', ...' if len(v) > 3 else ''})" for k, v in problems.items() if v]
+    if mismatches:
         raise ConfigError(
-            f"the weights do not fit {what}: {'; '.join(found)}. Choose weights of the same architecture."
+            f"the weights do not fit {what}: {'; '.join(mismatches)}. Choose weights of the same architecture."
         )
     backbone.load_state_dict(weights)
 

@@ -46,8 +46,8 @@ def k_means(
         raise ValueError(f"{count:,} clusters cannot be made of {len(rows):,} rows")
 
     def begin(x: Any, count: int, random_state: Any) -> Any:
-        some = x if len(x) <= 10 * count else x[random_state.permutation(len(x))[: 10 * count]]
-        return kmeans_plusplus(some, count, random_state=random_state)[0]
+        sample = x if len(x) <= 10 * count else x[random_state.permutation(len(x))[: 10 * count]]
+        return kmeans_plusplus(sample, count, random_state=random_state)[0]
 
     means = KMeans(count, init=begin, n_init=restarts, max_iter=iterations, random_state=seed % 2**32)
     with threadpool_limits(1), ignore_missing_clusters():

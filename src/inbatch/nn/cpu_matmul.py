@@ -51,7 +51,7 @@ def onednn() -> bool:
     exact = x.double() @ x.double().T
     before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
     try:
-        found = x @ x.T
+        result = x @ x.T
     finally:
         matmul.fp32_precision = before
-    return bool((found - exact).abs().max() < 1e-5 * exact.abs().max())
+    return bool((result - exact).abs().max() < 1e-5 * exact.abs().max())

@@ -100,7 +100,7 @@ def sums(tiles: Exponentials, weighs: bool) -> Found:
                 mean[rows].addmm_(e, k[columns])
         return sums, mean
 
-    sums, mean = tiles.spread(work)
+    sums, mean = tiles.sum_parts(work)
     assert sums is not None
     plan.add(sums)
     if mean is not None:
@@ -120,7 +120,7 @@ def both_sums(tiles: Exponentials) -> tuple[Tensor, Tensor]:
             column_sums[columns].add_(e.sum(0))
         return rows_sums, column_sums
 
-    row_sums, column_sums = tiles.spread(work)
+    row_sums, column_sums = tiles.sum_parts(work)
     assert row_sums is not None and column_sums is not None
     return row_sums.log_(), column_sums.log_()
 
@@ -156,7 +156,7 @@ def pair_gradients(
                 add_product(dk[columns], e.T, left[rows])
         return [dq, dk]
 
-    dq, dk = tiles.spread(work)
+    dq, dk = tiles.sum_parts(work)
     for x in (dq, dk):
         if x is not None:
             x *= tiles.scale * top
@@ -192,7 +192,7 @@ def gradients(
                 add_product(dk[columns], e.T, left[rows])
         return dq, dk
 
-    dq, dk = tiles.spread(work)
+    dq, dk = tiles.sum_parts(work)
     if dq is not None:
         plan.add(dq)
         dq *= scale * top if symmetric else (scale * top * weight)[:, None]
@@ -210,10 +210,10 @@ def kernel_sums(
     start, stop = share(len(q), plan)
     lse, mean = q.new_zeros(len(q)), zeros(q) if weighs else None
     keys, how = q if k is None else k, (weighs, plan.products, kernel_weights(weights))
-    lse[start:stop], some = triton_logsumexp.forward(q, keys, scale, exclude_self, start, stop, *how)
+    lse[start:stop], own_mean = triton_logsumexp.forward(q, keys, scale, exclude_self, start, stop, *how)
     plan.add(lse)
-    if mean is not None and some is not None:
-        mean[start:stop] = some
+    if mean is not None and own_mean is not None:
+        mean[start:stop] = own_mean
         plan.add(mean)
     return lse, mean
 

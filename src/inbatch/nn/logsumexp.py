@@ -86,8 +86,8 @@ def logsumexp(
         return _Tiled.apply(q, None if symmetric else k, scale, exclude_self, weights, plan)
     # Logits too large for exponentials without a running maximum, which would double the cost of a tile.
     size = max(1, _BLOCK // max(1, len(k)))
-    parts = [checkpoint(_whole, some, k, scale, exclude_self, weights, i * size, use_reentrant=False)
-             for i, some in enumerate(q.split(size))]  # fmt: skip
+    parts = [checkpoint(_whole, block, k, scale, exclude_self, weights, i * size, use_reentrant=False)
+             for i, block in enumerate(q.split(size))]  # fmt: skip
     return torch.cat(parts)
 
 
@@ -96,8 +96,8 @@ def nearest(
 ) -> Int[Tensor, "n count"]:
     """Return the indices of the rows of k (except `leave_out`) with the largest products with each row of q."""
 
-    def best(some: Tensor) -> Tensor:
-        products = some @ k.T
+    def best(rows: Tensor) -> Tensor:
+        products = rows @ k.T
         products = products if leave_out is None else products.masked_fill_(leave_out, -torch.inf)
         return products.argmax(1, keepdim=True) if count == 1 else products.topk(count).indices
 

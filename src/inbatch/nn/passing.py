@@ -31,7 +31,7 @@ Receive = Callable[[slice, list[Tensor]], None]
 """(piece of the own rows, what it has collected)."""
 
 
-def travel(peers: Peers, sizes: Sequence[int], held: Sequence[Tensor], stops: int, first: Callable[[], None],
+def pass_blocks(peers: Peers, sizes: Sequence[int], tensors: Sequence[Tensor], stops: int, first: Callable[[], None],
            visit: Visit, receive: Receive | None) -> None:  # fmt: skip
     """Send own rows to the next `stops` ranks, `PIECE` at a time, and visit the blocks that arrive here.
 
@@ -40,7 +40,7 @@ def travel(peers: Peers, sizes: Sequence[int], held: Sequence[Tensor], stops: in
     Args:
         peers: the ranks.
         sizes: number of rows of every rank.
-        held: tensors with an entry for each own row.
+        tensors: tensors with an entry for each own row.
         stops: number of ranks that every block visits.
         first: called while the first block is on its way.
         visit: called for every block.
@@ -54,9 +54,9 @@ def travel(peers: Peers, sizes: Sequence[int], held: Sequence[Tensor], stops: in
     def send(number: int) -> Arrival | None:
         if number == len(pieces):
             return None
-        return peers.exchange([x[own[number]] for x in held], 1, pieces[number][peers.rank - 1])
+        return peers.exchange([x[own[number]] for x in tensors], 1, pieces[number][peers.rank - 1])
 
-    def bring_home(number: int, home: Arrival | None) -> None:
+    def receive_piece(number: int, home: Arrival | None) -> None:
         if receive is not None and home is not None:
             receive(own[number], home())
 
@@ -65,12 +65,12 @@ def travel(peers: Peers, sizes: Sequence[int], held: Sequence[Tensor], stops: in
     first()
     for number, counts in enumerate(pieces):
         arrives, following = following, send(number + 1)
-        before, home = home, _travel_once(peers, counts, arrives, stops, visit, receive is not None)
-        bring_home(number - 1, before)
-    bring_home(len(pieces) - 1, home)
+        before, home = home, _pass_piece(peers, counts, arrives, stops, visit, receive is not None)
+        receive_piece(number - 1, before)
+    receive_piece(len(pieces) - 1, home)
 
 
-def _travel_once(peers: Peers, sizes: Sequence[int], arrives: Arrival | None, stops: int, visit: Visit,
+def _pass_piece(peers: Peers, sizes: Sequence[int], arrives: Arrival | None, stops: int, visit: Visit,
                  collects: bool) -> Arrival | None:  # fmt: skip
     """Visit one block of every rank, send it on, and return what waits for what the own one has collected."""
     rank, world = peers.rank, peers.world
@@ -153,7 +153,7 @@ class _Ring:
         def visit(block: Sequence[Tensor], origin: int, totals: list[Tensor] | None) -> list[Tensor]:
             if symmetric and totals is None:
                 totals = [lse.new_full((len(block[0]),), -torch.inf)]
-            for rows, columns in self._meetings(origin, len(q), len(block[0]), symmetric):
+            for rows, columns in self._compared_slices(origin, len(q), len(block[0]), symmetric):
                 here, other, near = self._block(q, block, rows, columns).sums(columns=symmetric, weighs=weighs)
                 before = lse[rows].clone()
                 torch.logaddexp(before, here, out=lse[rows])
@@ -166,7 +166,7 @@ class _Ring:
         def receive(piece: slice, home: list[Tensor]) -> None:
             torch.logaddexp(lse[piece], home[0], out=lse[piece])
 
-        self._travel([keys], symmetric, first, visit, receive if symmetric else None)
+        self._pass_blocks([keys], symmetric, first, visit, receive if symmetric else None)
         return lse, mean
 
     def gradients(
@@ -185,7 +185,7 @@ class _Ring:
         def visit(block: Sequence[Tensor], origin: int, totals: list[Tensor] | None) -> list[Tensor]:
             if collects and totals is None:
                 totals = [zeros(block[0])]
-            for rows, columns in self._meetings(origin, len(q), len(block[0]), symmetric):
+            for rows, columns in self._compared_slices(origin, len(q), len(block[0]), symmetric):
                 own, entries = (side[0][rows], side[1][rows]), block[1:]
                 other = (block[1][columns], block[2][columns]) if symmetric else None
                 pair = self._block(q, [block[0], *(entries[2:] if symmetric else entries)], rows, columns)
@@ -201,17 +201,17 @@ class _Ring:
             assert total is not None
             total[piece] += home[0]
 
-        held = [q, *side] if k is None else [k]
-        self._travel(held, symmetric, first, visit, receive if collects else None)
+        tensors = [q, *side] if k is None else [k]
+        self._pass_blocks(tensors, symmetric, first, visit, receive if collects else None)
         return dq, dk
 
-    def _travel(
-        self, held: list[Tensor], symmetric: bool, first: Callable[[], None], visit: Visit, receive: Receive | None
+    def _pass_blocks(
+        self, tensors: list[Tensor], symmetric: bool, first: Callable[[], None], visit: Visit, receive: Receive | None
     ) -> None:
         stops = self.peers.world // 2 if symmetric else self.peers.world - 1
-        travel(self.peers, self.sizes, [*held, *self.entries], stops, first, visit, receive)
+        pass_blocks(self.peers, self.sizes, [*tensors, *self.entries], stops, first, visit, receive)
 
-    def _meetings(self, origin: int, own: int, count: int, symmetric: bool) -> Iterator[tuple[slice, slice]]:
+    def _compared_slices(self, origin: int, own: int, count: int, symmetric: bool) -> Iterator[tuple[slice, slice]]:
         """Yield the own rows and the rows of a piece that this rank compares: half of them if another rank does, too.
 
         Every piece of the lower rank is halved: its first half meets on the higher rank, its second half on itself, so
@@ -224,14 +224,14 @@ class _Ring:
             symmetric: whether pairs of rows meet once.
         """
         rank, world = self.peers.rank, self.peers.world
-        meetings = [(slice(own), slice(count))]
+        slices = [(slice(own), slice(count))]
         if symmetric and (rank - origin) % world * 2 == world:
             if rank > origin:
-                meetings = [(slice(own), slice(count // 2))]
+                slices = [(slice(own), slice(count // 2))]
             else:
                 ends = [(start, min(own, start + PIECE)) for start in range(0, own, PIECE)]
-                meetings = [(slice(start + (end - start) // 2, end), slice(count)) for start, end in ends]
-        yield from (pair for pair in meetings if own and count and pair[1].stop)
+                slices = [(slice(start + (end - start) // 2, end), slice(count)) for start, end in ends]
+        yield from (pair for pair in slices if own and count and pair[1].stop)
 
     def _block(self, q: Tensor, block: Sequence[Tensor], rows: slice, columns: slice) -> Block:
         """Return the pairs of own rows and a block: its keys, and the entries of its weights."""

@@ -19,7 +19,7 @@ from inbatch.nn.batch_sums import loss_sum
 from inbatch.nn.exponentials import kernel_weights, on_kernels, reach
 from inbatch.nn.logsumexp import LEAST
 from inbatch.nn.pair_weights import PairWeights, PassingWeights, SameGroup, group_multiplier, multiplier
-from inbatch.nn.passing import travel
+from inbatch.nn.passing import pass_blocks
 from inbatch.nn.tiles import PLAN, LogSumExpConfig, Tiles, add_product, diagonal, rounded, share, zeros
 
 CAP = {torch.float32: 80.0, torch.float64: 600.0}
@@ -116,10 +116,10 @@ def _by_kernels(
     """Compute `_sums` with the Triton kernel; each rank computes its share of the rows, of queries and of keys."""
 
     def placed(x: Tensor, start: int, stop: int, sums: list[Tensor | None]) -> list[Tensor | None]:
-        whole = [None if some is None else some.new_zeros(len(x), *some.shape[1:]) for some in sums]
-        for total, some in zip(whole, sums, strict=True):
-            if total is not None and some is not None:
-                total[start:stop] = some
+        whole = [None if part is None else part.new_zeros(len(x), *part.shape[1:]) for part in sums]
+        for total, part in zip(whole, sums, strict=True):
+            if total is not None and part is not None:
+                total[start:stop] = part
         return whole
 
     start, stop = share(len(q), plan)
@@ -170,7 +170,7 @@ class _LogisticTiles(Tiles):
                     db[rows].add_(slope.sum(1))
             return [losses, *gradients]
 
-        return self.spread(work)
+        return self.sum_parts(work)
 
     def _slopes(self, x: Tensor, rows: slice, columns: slice, spare: Tensor, losses: Tensor, needed: bool) -> Tensor:
         """Replace products / log 2 by the slopes of the losses of their pairs; add the losses to those of the rows."""
@@ -211,12 +211,12 @@ def _passing(
         keys, rest = block[0], block[1 + len(groups) :]
         same = None if positive is None else positive.among(slice(None), block[1:2])
         among = None if weights is None else weights.among(slice(None), rest)
-        found = _sums(q, keys, bias, same, among, plan, needs, diagonal=False)
+        sums = _sums(q, keys, bias, same, among, plan, needs, diagonal=False)
         for i in (0, 1, 3):
-            total, x = totals[i], found[i]
+            total, x = totals[i], sums[i]
             if total is not None and x is not None:
                 total += x
-        dk = found[2]
+        dk = sums[2]
         return [] if dk is None else [dk if collected is None else collected[0].add_(dk)]
 
     def receive(piece: slice, home: list[Tensor]) -> None:
@@ -224,7 +224,7 @@ def _passing(
             total[piece] += home[0]
 
     stops, sizes = plan.peers.world - 1, plan.peers.sizes(k)
-    travel(plan.peers, sizes, [k, *groups, *entries], stops, first, visit, receive if needs[1] else None)
+    pass_blocks(plan.peers, sizes, [k, *groups, *entries], stops, first, visit, receive if needs[1] else None)
     return totals
 
 

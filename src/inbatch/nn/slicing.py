@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from inbatch.nn.batch_sums import batch_count, batch_sum, loss_sum, own_rows, own_share, replicated, whole
 from inbatch.nn.functional import normalize, product, wide
 from inbatch.nn.logsumexp import using
-from inbatch.rng import head, spread
+from inbatch.rng import head, uniform_from_hash
 
 VIEW = -2
 """View in the key of the directions; views are 0, 1, ..., and -1 is that of W-MSE's sub-batches."""
@@ -48,7 +48,7 @@ def random_directions(
     """
     half = (width + 1) // 2
     place = torch.arange(count, device=device)
-    length, turn = spread(head(seed, 0, VIEW, step), place, 2 * half).double().split(half, 1)
+    length, turn = uniform_from_hash(head(seed, 0, VIEW, step), place, 2 * half).double().split(half, 1)
     length, turn = (-2 * (1 - length).log()).sqrt(), 2 * math.pi * turn  # Box and Muller: pairs of normal numbers
     return normalize(torch.cat([length * turn.cos(), length * turn.sin()], 1)[:, :width]).T
 

@@ -172,7 +172,7 @@ class Tiles:
         n, m = rows.stop - rows.start, columns.stop - columns.start
         return memory[: n * m].view(n, m)
 
-    def spread(self, work: Callable[[int], Sequence[Tensor | None]]) -> list[Tensor | None]:
+    def sum_parts(self, work: Callable[[int], Sequence[Tensor | None]]) -> list[Tensor | None]:
         """Compute the tensors of all parts in parallel and add them up in a fixed order."""
 
         @torch.no_grad()  # gradient mode is per thread
@@ -182,9 +182,9 @@ class Tiles:
         with fast_products():
             if self.parts == 1:
                 return list(work(0))
-            found = list(_pool(os.getpid(), self.parts, self.threads // self.parts).map(alone, range(self.parts)))
-        total = list(found[0])
-        for more in found[1:]:
+            partial = list(_pool(os.getpid(), self.parts, self.threads // self.parts).map(alone, range(self.parts)))
+        total = list(partial[0])
+        for more in partial[1:]:
             for summed, x in zip(total, more, strict=True):
                 if summed is not None and x is not None:
                     summed += x

@@ -80,9 +80,9 @@ def log_sums(
         else:
             s = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
             for c in range(0, WIDTH, DEPTH):
-                some = c + tl.arange(0, DEPTH)[None, :]
-                x = tl.load(mine + some, mask=inside[:, None] & (some < d), other=0.0)
-                y = tl.load(theirs + some, mask=real[:, None] & (some < d), other=0.0)
+                dims = c + tl.arange(0, DEPTH)[None, :]
+                x = tl.load(mine + dims, mask=inside[:, None] & (dims < d), other=0.0)
+                y = tl.load(theirs + dims, mask=real[:, None] & (dims < d), other=0.0)
                 s = tl.dot(x, tl.trans(y), s, input_precision=PRECISION)
         s = s * scale2 + tl.where(real, 0.0, float("-inf"))[None, :]
         if OTHERS:
@@ -147,9 +147,9 @@ def gradients(
         else:
             s = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
             for c in range(0, WIDTH, DEPTH):
-                some = c + tl.arange(0, DEPTH)[None, :]
-                x = tl.load(mine + some, mask=inside[:, None] & (some < d), other=0.0)
-                y = tl.load(theirs + some, mask=real[:, None] & (some < d), other=0.0)
+                dims = c + tl.arange(0, DEPTH)[None, :]
+                x = tl.load(mine + dims, mask=inside[:, None] & (dims < d), other=0.0)
+                y = tl.load(theirs + dims, mask=real[:, None] & (dims < d), other=0.0)
                 s = tl.dot(x, tl.trans(y), s, input_precision=PRECISION)
         s = s * scale2 + tl.where(real, 0.0, float("-inf"))[None, :]
         if OTHERS:
@@ -213,9 +213,9 @@ def logistic(
         else:
             s = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
             for c in range(0, WIDTH, DEPTH):
-                some = c + tl.arange(0, DEPTH)[None, :]
-                x = tl.load(mine + some, mask=inside[:, None] & (some < d), other=0.0)
-                y = tl.load(theirs + some, mask=real[:, None] & (some < d), other=0.0)
+                dims = c + tl.arange(0, DEPTH)[None, :]
+                x = tl.load(mine + dims, mask=inside[:, None] & (dims < d), other=0.0)
+                y = tl.load(theirs + dims, mask=real[:, None] & (dims < d), other=0.0)
                 s = tl.dot(x, tl.trans(y), s, input_precision=PRECISION)
         if bias_a is not None:
             s += own[:, None]

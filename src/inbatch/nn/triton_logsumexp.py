@@ -53,7 +53,7 @@ def forward(
     q, k = operands(products, q, k)
     rows, (m, d) = stop - start, k.shape
     tile = tile_of(products, d)
-    parts, span = deal(rows, m, tile)
+    parts, span = split_columns(rows, m, tile)
     lse = torch.empty(parts, rows, device=q.device)
     means = torch.empty(parts, rows, d, device=q.device) if mean else None
     if rows:
@@ -90,7 +90,7 @@ def backward(
     lse_a, grad_a, lse_b, grad_b = (None if x is None else x.detach().float().contiguous() for x in pairs)
     rows, (m, d) = stop - start, b.shape
     tile = tile_of(products, d)
-    parts, span = deal(rows, m, tile)
+    parts, span = split_columns(rows, m, tile)
     out = torch.empty(parts, rows, d, device=a.device)
     if rows:
         kernel = triton_kernels.kernels()[1]
@@ -189,7 +189,7 @@ def tile_of(products: MatmulPrecision, d: int) -> dict[str, int]:
     }  # fmt: skip
 
 
-def deal(rows: int, m: int, tile: dict[str, int]) -> tuple[int, int]:
+def split_columns(rows: int, m: int, tile: dict[str, int]) -> tuple[int, int]:
     """Return how many programs share the columns of a block, and how many columns each takes: at least 8 tiles."""
     blocks, columns = max(1, -(-rows // tile["BLOCK_M"])), tile["BLOCK_N"]
     parts = max(1, min(PROGRAMS // blocks, m // (8 * columns)))

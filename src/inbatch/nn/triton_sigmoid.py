@@ -8,7 +8,7 @@ from torch import Tensor
 
 from inbatch.nn import triton_kernels
 from inbatch.nn.pair_weights import SameGroup
-from inbatch.nn.triton_logsumexp import MatmulPrecision, deal, groups_of, operands, precision, tile_of
+from inbatch.nn.triton_logsumexp import MatmulPrecision, groups_of, operands, precision, split_columns, tile_of
 
 
 def row_sums(
@@ -39,7 +39,7 @@ def row_sums(
     bias_a, bias_b = (None if x is None else x.detach().float().contiguous() for x in (bias_a, bias_b))
     rows, (m, d) = stop - start, b.shape
     tile = tile_of(products, d)
-    parts, span = deal(rows, m, tile)
+    parts, span = split_columns(rows, m, tile)
     shapes = (parts, rows), (parts, rows, d), (parts, rows)
     losses, out, slopes = (
         torch.empty(*shape, device=a.device) if want else None for shape, want in zip(shapes, wants, strict=True)

@@ -80,17 +80,17 @@ def end_with_parent(parent: int | None = None) -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if sys.platform != "linux" or above != parent:
         threading.Thread(target=_watch, args=(above, parent), daemon=True).start()
-    if not _lives(above, parent):  # it ended before the call to the kernel
+    if not _is_alive(above, parent):  # it ended before the call to the kernel
         os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _watch(above: int, parent: int) -> None:
-    while _lives(above, parent):
+    while _is_alive(above, parent):
         time.sleep(_POLL)
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _lives(above: int, parent: int) -> bool:
+def _is_alive(above: int, parent: int) -> bool:
     """Return whether the parent and the process directly above (possibly a wrapper or a fork server) are alive."""
     if os.getppid() != above:
         return False
@@ -134,9 +134,9 @@ def end_workers(batches: Any) -> None:
 
 def batches(loader: Iterable[Any]) -> Iterator[Any]:
     """Yield the batches of a DataLoader with `begin_worker` workers, which end with this generator, or at exit."""
-    found = iter(loader)
-    end = Finalize(None, end_workers, (found,), exitpriority=10)
+    iterator = iter(loader)
+    end = Finalize(None, end_workers, (iterator,), exitpriority=10)
     try:
-        yield from found
+        yield from iterator
     finally:
         end()

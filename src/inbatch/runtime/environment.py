@@ -49,13 +49,13 @@ _version = cache(version)  # reading all of them takes 50 ms
 
 
 def _optional() -> dict[str, str | None]:
-    found: dict[str, str | None] = {}
+    versions: dict[str, str | None] = {}
     for name in OPTIONAL:
         try:
-            found[name] = _version(name)
+            versions[name] = _version(name)
         except PackageNotFoundError:
-            found[name] = None
-    return found
+            versions[name] = None
+    return versions
 
 
 def _flags(device: torch.device) -> dict[str, Any]:

@@ -179,19 +179,19 @@ def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file; DataError if it cannot be read or holds no object."""
     try:
         with open_regular(path) as file:
-            found = json.loads(file.read().decode("utf-8"))
+            content = json.loads(file.read().decode("utf-8"))
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path} cannot be read: {error}; restore the file") from None
-    if not isinstance(found, dict):
+    if not isinstance(content, dict):
         raise DataError(f"{path} cannot be read: it is not a JSON object; restore the file")
-    return found
+    return content
 
 
-def object_in(found: Mapping[str, Any], name: str, path: Path) -> dict[str, Any]:
+def object_in(content: Mapping[str, Any], name: str, path: Path) -> dict[str, Any]:
     """Return the object of this name in the object of a file, empty if it is null or missing; else DataError."""
-    part = found.get(name)
+    part = content.get(name)
     if part is not None and not isinstance(part, dict):
         raise DataError(f"{path} cannot be read: {name!r} is not a JSON object; restore the file")
     return part or {}

@@ -37,7 +37,7 @@ def threads() -> int:
     return min(torch.get_num_threads(), cores())
 
 
-def settle(device: torch.device) -> None:
+def release_memory(device: torch.device) -> None:
     """Release unused memory, so that it is neither counted as needed by a step nor hides that need."""
     gc.collect()
     if device.type == "cuda":
@@ -49,7 +49,7 @@ def settle(device: torch.device) -> None:
         forget_peak(device)
 
 
-def held(device: torch.device) -> int | None:
+def used_bytes(device: torch.device) -> int | None:
     """Return the bytes that this process holds; None if the system does not report them, or cannot reset the peak."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)

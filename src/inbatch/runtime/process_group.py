@@ -13,14 +13,14 @@ from torch.distributed.rendezvous import rendezvous
 
 from inbatch.errors import ConfigError, InbatchError, Interrupted, Preempted, RankError, TrainingError
 from inbatch.runtime.distributed import rank, world
-from inbatch.runtime.rank_store import RankStore, fresh
+from inbatch.runtime.rank_store import RankStore, new_prefix
 from inbatch.runtime.resources import launched
 from inbatch.runtime.signals import StopRequested
 
 _TIMEOUT = 1800.0
 _LINGER = 2.0
 _RUNS = itertools.count()  # all ranks count the same runs
-_roll: RankStore | None = None
+_store: RankStore | None = None
 """Store of the current run."""
 
 
@@ -37,7 +37,7 @@ def setup(expect: int | None = None, device: str = "cpu", timeout: float = _TIME
     Returns:
         Whether a group was created here, which the caller must then destroy.
     """
-    made = False
+    created = False
     if not (dist.is_available() and dist.is_initialized()):
         if "WORLD_SIZE" not in os.environ and launched("SLURM_NTASKS") > 1 and "SLURM_PROCID" in os.environ:
             os.environ["WORLD_SIZE"], os.environ["RANK"] = (
@@ -59,16 +59,16 @@ def setup(expect: int | None = None, device: str = "cpu", timeout: float = _TIME
             except RuntimeError as error:
                 many = f"{os.environ['WORLD_SIZE']} processes did not connect within {timeout:,.0f} s"
                 raise RankError(f"{many}: {error}", speaks=True) from error
-            made = True
+            created = True
     if expect is not None and expect != world():
-        found = world()
-        if made:
+        started = world()
+        if created:
             dist.destroy_process_group()
         raise ConfigError(
-            f"{expect} processes were expected, {found} started: correct the command of the launcher "
+            f"{expect} processes were expected, {started} started: correct the command of the launcher "
             f"(torchrun --nproc-per-node {expect} -m inbatch ...)"
         )
-    return made
+    return created
 
 
 def _init(backend: str, timeout: float) -> None:
@@ -78,7 +78,7 @@ def _init(backend: str, timeout: float) -> None:
         dist.init_process_group(backend, timeout=wait)
         return
     store, number, count = next(rendezvous("env://", timeout=wait))
-    store = dist.PrefixStore(fresh(store, number, count, timeout), store)
+    store = dist.PrefixStore(new_prefix(store, number, count, timeout), store)
     dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=wait)
 
 
@@ -90,16 +90,17 @@ def process_group(
 
     how: how the work of a lost rank is continued; by default with --resume.
     """
-    global _roll
-    made, before = setup(expect, device, timeout), _roll
+    global _store
+    created, before = setup(expect, device, timeout), _store
     try:
         if world() > 1:
-            _roll = _new_roll(timeout, how)
+            _store = _new_store(timeout, how)
         with shared_errors():
             yield
     except Exception as error:
-        if made and not isinstance(error, Preempted | Interrupted):
-            _hang_up()  # references to the group (DDP) outlive its end, and the others would wait for this process
+        if created and not isinstance(error, Preempted | Interrupted):
+            # References to the group (DDP) outlive its end, and the others would wait for this process.
+            _close_connections()
             ours = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
             # The store with its messages may be in rank 0, which then waits. If it is in the launcher, which ends all
             # ranks when one has ended, rank 0 ends first: it reports an error that all ranks have found.
@@ -108,8 +109,8 @@ def process_group(
                 time.sleep(_LINGER)
         raise
     finally:
-        _roll = before
-        if made:
+        _store = before
+        if created:
             dist.destroy_process_group()
 
 
@@ -124,15 +125,15 @@ def shared_errors() -> Iterator[None]:
     except (RankError, Preempted, Interrupted):
         raise
     except BaseException as error:
-        if _roll is None:
+        if _store is None:
             raise
         if _is_loss(error):
-            _hang_up()
-            raise _roll.call() from error
+            _close_connections()
+            raise _store.find_failure() from error
         with suppress(RuntimeError):  # the store may be lost
             known = isinstance(error, InbatchError | StopRequested)
             own = str(error) if known else f"{type(error).__name__}: {error}"
-            _roll.tell(f"rank {rank()}: {own}", getattr(error, "exit_code", InbatchError.exit_code))
+            _store.report(f"rank {rank()}: {own}", getattr(error, "exit_code", InbatchError.exit_code))
         raise
 
 
@@ -143,7 +144,7 @@ def _is_loss(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and ("gloo" in str(error) or "NCCL" in str(error))
 
 
-def _hang_up() -> None:
+def _close_connections() -> None:
     """Close gloo's connections, so that ranks that wait for this one, not for the lost one, notice it now.
 
     After a failed context gloo closes nothing; on a timeout it closes everything.
@@ -157,32 +158,32 @@ def _hang_up() -> None:
                         waiting.wait(datetime.timedelta(milliseconds=1))
 
 
-def _new_roll(timeout: float, how: str = "") -> RankStore:
+def _new_store(timeout: float, how: str = "") -> RankStore:
     store = dist.distributed_c10d._get_default_store()  # there is no other way to get the store of an existing group
     return RankStore(store, f"inbatch run {next(_RUNS)}", rank(), world(), timeout, how)
 
 
 def interrupt(number: int) -> None:
     """Tell the other ranks, without waiting for them, that this one was stopped by a signal."""
-    if _roll is not None:
-        _roll.interrupt(number)
+    if _store is not None:
+        _store.interrupt(number)
 
 
 def interrupted() -> int:
     """Return the signal by which another rank was stopped; 0 without one."""
-    return 0 if _roll is None else _roll.interrupted()
+    return 0 if _store is None else _store.interrupted()
 
 
 def advance(work: str, finished: bool = False) -> None:
     """Record that this rank goes on with some work, or has finished it, for the ranks that `follow` it."""
-    if _roll is not None:
-        _roll.advance(work, finished)
+    if _store is not None:
+        _store.advance(work, finished)
 
 
 def follow(work: str, ranks: Iterable[int]) -> None:
     """Wait until ranks have finished some work, as long as each of them goes on; no collective, so no limit in all."""
-    if _roll is not None:
-        _roll.follow(work, ranks)
+    if _store is not None:
+        _store.follow(work, ranks)
 
 
 def assert_equal_across_ranks(facts: Mapping[str, object]) -> None:
@@ -192,4 +193,4 @@ def assert_equal_across_ranks(facts: Mapping[str, object]) -> None:
     is used: the first one of NCCL would wait for that rank until its timeout.
     """
     if world() > 1:
-        (_roll or _new_roll(_TIMEOUT)).meet({name: str(value) for name, value in facts.items()})
+        (_store or _new_store(_TIMEOUT)).compare_facts({name: str(value) for name, value in facts.items()})

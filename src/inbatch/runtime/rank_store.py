@@ -9,7 +9,7 @@ from typing import Any
 from inbatch.errors import ConfigError, DataError, InbatchError, RankError, TrainingError
 
 GRACE = 10.0
-"""Seconds in which ranks must answer `call`. torchrun kills the survivors of a dead process after 30."""
+"""Seconds in which ranks must answer `find_failure`. torchrun kills the survivors of a dead process after 30."""
 
 _KINDS: dict[int, type[InbatchError]] = {kind.exit_code: kind for kind in (ConfigError, DataError, TrainingError)}
 
@@ -28,19 +28,19 @@ class RankStore:
 
     def __init__(self, store: Any, run: str, rank: int, world: int, timeout: float, how: str = "") -> None:
         self.store, self.run, self.rank, self.world, self.timeout = store, run, rank, world, timeout
-        self._meetings, self._advice = 0, f"{_ADVICE} {how or _RESUME}"
+        self._comparisons, self._advice = 0, f"{_ADVICE} {how or _RESUME}"
 
-    def meet(self, facts: Mapping[str, str]) -> None:
+    def compare_facts(self, facts: Mapping[str, str]) -> None:
         """Wait until all ranks have arrived with the same facts; ConfigError on every rank names the differences.
 
-        An error that a rank has reported (`tell`) ends the waiting of all others, with its message.
+        An error that a rank has reported (`report`) ends the waiting of all others, with its message.
         """
-        self._meetings += 1
-        here, came = f"meeting {self._meetings}", f"meeting {self._meetings} came"
-        self._set(f"{here} {self.rank}", json.dumps(dict(facts)))
-        if not self._wait(lambda: self._has(f"{here} 0"), self.timeout):
-            raise self._lost(self._missing(here), self.timeout)
-        first = json.loads(self._get(f"{here} 0"))
+        self._comparisons += 1
+        key, arrivals = f"meeting {self._comparisons}", f"meeting {self._comparisons} came"
+        self._set(f"{key} {self.rank}", json.dumps(dict(facts)))
+        if not self._wait(lambda: self._has(f"{key} 0"), self.timeout):
+            raise self._lost(self._missing(key), self.timeout)
+        first = json.loads(self._get(f"{key} 0"))
         differences = [
             f"the {name}: rank {self.rank} has a different one from rank 0 ({_short(mine)}, not {_short(other)})"
             for name in sorted(first.keys() | facts.keys())
@@ -50,29 +50,29 @@ class RankStore:
             problem = (
                 f"ranks disagree about {', and about '.join(differences)}. Start all with the same command and files"
             )
-            self.tell(problem, ConfigError.exit_code)
+            self.report(problem, ConfigError.exit_code)
             error = ConfigError(problem)
             error.alone = True  # rank 0 may be ended before it receives the error
             raise error
-        if self._add(came) == self.world:
-            self._set(f"{here} all", "")
-        if not self._wait(lambda: self._has(f"{here} all"), self.timeout):
-            raise self._lost(self._missing(here), self.timeout)
+        if self._add(arrivals) == self.world:
+            self._set(f"{key} all", "")
+        if not self._wait(lambda: self._has(f"{key} all"), self.timeout):
+            raise self._lost(self._missing(key), self.timeout)
 
-    def tell(self, sentence: str, code: int) -> None:
+    def report(self, sentence: str, code: int) -> None:
         """Record why this rank ends, for the other ranks to report; the first record wins."""
         if self._add("endings") == 1:
             self._set("ended", json.dumps({"sentence": sentence, "code": code, "rank": self.rank}))
 
-    def call(self) -> InbatchError:
+    def find_failure(self) -> InbatchError:
         """Return the error after a failed collective: one reported by a rank, else one that names silent ranks."""
         grace = min(GRACE, self.timeout)
         try:
             self._set(f"here {self.rank}", "")
             self._wait(lambda: not self._missing("here"), grace)
             return self._lost(self._missing("here"), grace)
-        except InbatchError as told:
-            return told
+        except InbatchError as error:
+            return error
         except RuntimeError:  # the store may be lost, too: it is in the process of rank 0 or of the launcher
             return self._lost([0], 0, f"lost the store of the ranks, and so rank 0 or the launcher: {self._advice}")
 
@@ -127,10 +127,10 @@ class RankStore:
         end, pause = time.monotonic() + seconds, 0.005
         while not until():
             if self._has("ended"):
-                told = json.loads(self._get("ended"))
-                if told["rank"] != self.rank:
-                    kind = _KINDS.get(told["code"], RankError)
-                    raise kind(told["sentence"])
+                ended = json.loads(self._get("ended"))
+                if ended["rank"] != self.rank:
+                    kind = _KINDS.get(ended["code"], RankError)
+                    raise kind(ended["sentence"])
             if time.monotonic() > end:
                 return False
             time.sleep(pause)
@@ -150,7 +150,7 @@ class RankStore:
         return self.store.add(f"{self.run} {key}", 1)
 
 
-def fresh(store: Any, rank: int, world: int, timeout: float) -> str:
+def new_prefix(store: Any, rank: int, world: int, timeout: float) -> str:
     """Return a prefix for keys that all ranks share and no earlier start has used.
 
     The store of torchrun survives restarts, including the keys of the previous processes: gloo then connects to dead

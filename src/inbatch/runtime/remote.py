@@ -57,12 +57,12 @@ def files(url: str) -> list[Url]:
     with reaching(at):
         fs, path = _file_system(at)
         if any(sign in _without_query(url) for sign in "*["):
-            found = fs.glob(path)
+            paths = fs.glob(path)
         elif url.endswith("/") or fs.isdir(path):
-            found = [one["name"] for one in fs.ls(path, detail=True) if one["type"] == "file"]
+            paths = [one["name"] for one in fs.ls(path, detail=True) if one["type"] == "file"]
         else:
             return [at]
-        return [Url(url, one, fs.unstrip_protocol(one)) for one in sorted(found)]
+        return [Url(url, one, fs.unstrip_protocol(one)) for one in sorted(paths)]
 
 
 def open_url(url: Url) -> BinaryIO:

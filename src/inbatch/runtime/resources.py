@@ -10,10 +10,10 @@ from inbatch.runtime.paths import variable
 
 def launched(name: str, default: int = 1) -> int:
     """Return an integer that a launcher set in the environment; ConfigError if the value is not an integer."""
-    given = variable(name) or str(default)
-    if not given.isdecimal():
-        raise ConfigError(f"{name} is {given!r} in the environment: a launcher sets it to a whole number")
-    return int(given)
+    value = variable(name) or str(default)
+    if not value.isdecimal():
+        raise ConfigError(f"{name} is {value!r} in the environment: a launcher sets it to a whole number")
+    return int(value)
 
 
 def launch_id() -> str | None:
@@ -40,7 +40,7 @@ def affine() -> int:
 
 def _quotas(root: Path) -> list[float]:
     """Return the CPU quotas, in cores, of this process's control groups and their ancestors; Linux, v2 and v1."""
-    found = []
+    quotas = []
     for kinds, folder in _folders(root, "cpu"):
         try:
             if kinds:
@@ -48,10 +48,10 @@ def _quotas(root: Path) -> list[float]:
             else:
                 quota, period = (folder / "cpu.max").read_text().split()
             if quota != "max" and int(quota) > 0:
-                found.append(int(quota) / int(period))
+                quotas.append(int(quota) / int(period))
         except (OSError, ValueError):
             continue  # a group invisible from inside a container, or the root, which has no limit
-    return found
+    return quotas
 
 
 def limited_bytes(root: Path = Path("/")) -> list[int]:
@@ -70,10 +70,10 @@ def limited_bytes(root: Path = Path("/")) -> list[int]:
         try:
             used = int((folder / usage).read_text())
             stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines() if line)
-            given = [(folder / name).read_text().strip() for name in limits if (folder / name).exists()]
+            values = [(folder / name).read_text().strip() for name in limits if (folder / name).exists()]
         except (OSError, ValueError):
             continue
-        left += [max(0, int(x) - used + int(stat.get(cached, 0))) for x in given if x != "max"]
+        left += [max(0, int(x) - used + int(stat.get(cached, 0))) for x in values if x != "max"]
     return left
 
 
@@ -83,14 +83,14 @@ def _folders(root: Path, controller: str) -> list[tuple[str, Path]]:
         lines = [line.split(":", 2) for line in (root / "proc/self/cgroup").read_text().splitlines()]
     except OSError:
         return []
-    found = []
+    folders = []
     for _, kinds, path in lines:
         if kinds and controller not in kinds.split(","):
             continue
         mount = root / "sys/fs/cgroup" / (kinds and _mounted(root, kinds, controller))
         group = mount / path.strip("/")
-        found += [(kinds, folder) for folder in (group, *group.parents) if folder.is_relative_to(mount)]
-    return found
+        folders += [(kinds, folder) for folder in (group, *group.parents) if folder.is_relative_to(mount)]
+    return folders
 
 
 def _mounted(root: Path, kinds: str, controller: str) -> str:

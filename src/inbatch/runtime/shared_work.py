@@ -95,7 +95,7 @@ def span(count: int, size: int) -> range:
     return range(cuts * rank // world * size, min(count, cuts * (rank + 1) // world * size))
 
 
-def dealt(count: int) -> range:
+def own_tasks(count: int) -> range:
     """Return those of 0, ..., count - 1 that this rank does, spread over all of them: every one, alone."""
     return range(distributed.rank(), count, distributed.world()) if _active else range(count)
 

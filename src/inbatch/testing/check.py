@@ -45,7 +45,7 @@ _IMPLIED: dict[Test, set[Test]] = {
     equation.randomness: {equation.order, training.resume, training.repeat, training.groups, two_ranks},
 }
 """Test -> tests that would fail for the same reason."""
-_KIND = {"made": "heads", "constancy": "value", "randomness": "random", "rank_free": "ranks", "derivative": "gradient",
+_KIND = {"constancy": "value", "randomness": "random", "rank_free": "ranks", "derivative": "gradient",
     "saved_state": "state", "ranks": "two ranks"}  # fmt: skip
 
 
@@ -109,7 +109,7 @@ def _report(
 def _findings(trial: Trial, skipped: set[Test]) -> Iterator[Finding]:
     """Yield all findings; end early if the method cannot be made, or its loss cannot be computed."""
     yield _options(trial)
-    first = _attempt(_made, trial)
+    first = _attempt(_heads, trial)
     yield first
     if not first.passed:
         return
@@ -170,7 +170,7 @@ def _plain(value: Any) -> Any:
     return [_plain(x) for x in value] if isinstance(value, list | tuple) else value
 
 
-def _made(trial: Trial) -> Finding:
+def _heads(trial: Trial) -> Finding:
     """Test that the method can be made, and that its heads and views fit each other."""
 
     def fails(sentence: str) -> Finding:

@@ -41,9 +41,9 @@ class Call:
             self.losses["loss"].backward()
         self.gradients = {n: torch.zeros_like(x) if x.grad is None else x.grad for n, x in self.leaves.items()}
         self.buffers, self.attributes = changed(saved, buffers(method)), changed(plain, attributes(method))
-        given = [*online.values(), *target.values(), batch.index, batch.label]
+        before = [*online.values(), *target.values(), batch.index, batch.label]
         after = [*self.leaves.values(), *inputs[1].values(), inputs[2].index, inputs[2].label]
-        self.overwritten = any(not torch.equal(a, b) for a, b in zip(given, after, strict=True))
+        self.overwritten = any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
     def equals(self, other: "Call") -> bool:
         """Return whether value, gradients and next state have the same bits."""

@@ -64,8 +64,8 @@ def resume(trial: Trial) -> Finding:
     except RuntimeError as error:
         return Finding("resume", False, f"a checkpoint cannot be loaded ({reason(error)}): make every buffer, with its "
                        "final shape, in the constructor or in prepare")  # fmt: skip
-    expected, found = (trial.train(parts, first=2) for parts in (whole, resumed))
-    gap, where = difference(found, expected)
+    expected, actual = (trial.train(parts, first=2) for parts in (whole, resumed))
+    gap, where = difference(actual, expected)
     if gap:
         return Finding("resume", False, f"a resumed run differs from an uninterrupted one by {gap:.2g} in {where}: "
                        "state_dict() must hold all state that the loss and the hooks use")  # fmt: skip

@@ -14,9 +14,9 @@ from inbatch.context.mixing import MIXERS
 from inbatch.data import Source
 from inbatch.errors import ConfigError
 from inbatch.runtime import distributed
-from inbatch.runtime.memory import settle
+from inbatch.runtime.memory import release_memory
 from inbatch.training.build_checks import local_batch_size
-from inbatch.training.memory_bench import FULL, MARGIN, MemoryBench, MemoryProbe, predict, room
+from inbatch.training.memory_bench import FULL, MARGIN, MemoryBench, MemoryProbe, free_device_bytes, predict
 from inbatch.training.recipe import Recipe
 
 LIMIT = 0.8
@@ -44,7 +44,7 @@ class ContextSize:
         larger: The next larger group and its bytes (None if it ran out of memory); None if there is no larger group.
         how: Whether the group itself was measured, as text.
         noisy: Batch norm has few samples per group.
-        meets: Samples of a group interact before the loss (batch norm, plug-ins).
+        mixes_samples: Samples of a group interact before the loss (batch norm, plug-ins).
     """
 
     context: int
@@ -54,7 +54,7 @@ class ContextSize:
     larger: tuple[int, int | None] | None
     how: str
     noisy: bool
-    meets: bool
+    mixes_samples: bool
 
     def sentence(self) -> str:
         """Return one line for the user: the context, the reason, its cost, and how to repeat the run."""
@@ -68,7 +68,7 @@ class ContextSize:
             text += " One more forward pass per group: about 1.3 times the time per image."
         if self.noisy:
             text += f" Norm statistics of fewer than {SMALL} samples are noisy: a smaller encoder gives more memory."
-        if self.meets:
+        if self.mixes_samples:
             text += (
                 " The context affects results if samples interact (batch norm, plug-ins): "
                 f"to repeat this run on another machine, set context={self.context}."
@@ -122,7 +122,7 @@ def within_memory(
         return recipe, ""
     requested, share = recipe.context is not None, local_batch_size(recipe, distributed.world())
     context = int(recipe.context) if isinstance(recipe.context, int) else share
-    free = -distributed.all_reduce_max(-room(device))
+    free = -distributed.all_reduce_max(-free_device_bytes(device))
     needed = MemoryBench(recipe, source, device, workers).trial(context, dry=False).needed
     if needed <= (free if requested else LIMIT * free):
         return recipe, ""
@@ -172,11 +172,11 @@ def fit(recipe: Recipe, source: Source, device: torch.device, workers: int | Non
         ConfigError: If not even the smallest group fits.
     """
     sizes = candidates(recipe, distributed.world())
-    free = -distributed.all_reduce_max(-room(device))
+    free = -distributed.all_reduce_max(-free_device_bytes(device))
     limit, bench = int(LIMIT * free), MemoryBench(recipe, source, device, workers)
     tried: dict[int, MemoryProbe] = {}
 
-    def climb(top: int, goal: int) -> int:
+    def next_group(top: int, goal: int) -> int:
         """Return the next group to measure between one that fits and one that should fit."""
         most = top * (_CLIMB if recipe.fuse is None and recipe.attend is None else _CAREFUL)
         near = [c for c in sizes if top < c <= min(goal, most)]
@@ -206,7 +206,7 @@ def fit(recipe: Recipe, source: Source, device: torch.device, workers: int | Non
         best = max(c for c in sizes if predict(tried, c) <= limit)
         top = max(c for c in tried if tried[c].needed <= limit)
         if best > top:
-            step = climb(top, best)
+            step = next_group(top, best)
         else:  # near the limit a prediction is not reliable: measure the next group as well if memory permits
             step = next((c for c in sizes if c > best), best)
             if step in tried or trial.seconds is None or predict(tried, step) > free:
@@ -217,14 +217,14 @@ def fit(recipe: Recipe, source: Source, device: torch.device, workers: int | Non
         tried[step] = bench.trial(step)
     if trial.seconds is None:
         how = f"counted with a margin of {100 * (MARGIN - 1):.0f} %, as this system does not report peak memory"
-    settle(device)
+    release_memory(device)
     larger = next((c for c in sizes if c > best), None)
     more = predict(tried, larger) if larger else 0
     return ContextSize(
         context=best, share=local_batch_size(recipe, distributed.world()), needed=predict(tried, best), free=free,
         how=how,
         larger=(larger, more if more < FULL else None) if larger else None, noisy=trial.norm and best < SMALL,
-        meets=trial.norm or any(part is not None for part in (recipe.fuse, recipe.attend, recipe.mix)),
+        mixes_samples=trial.norm or any(part is not None for part in (recipe.fuse, recipe.attend, recipe.mix)),
     )  # fmt: skip
 
 

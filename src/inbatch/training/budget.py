@@ -161,7 +161,7 @@ class Pace:
         return total / (1 - progress)
 
 
-class Keeper:
+class RunClock:
     """Monitor the clock of a run: when to check it, whether the length must change, when to save a checkpoint.
 
     One process decides (rank 0), because clocks differ.
@@ -173,7 +173,7 @@ class Keeper:
     """
 
     def __init__(self, pace: Pace | None, clock: Callable[[], float], every: float = 600.0) -> None:
-        self.pace, self.clock, self.every = pace, clock, every
+        self.pace, self.elapsed, self.every = pace, clock, every
         self.per_step: float | None = None
         self.evaluation_seconds = self.survey_seconds = 0.0
         self.reported_total = 0  # the final step that was last reported to the user
@@ -184,11 +184,11 @@ class Keeper:
     def start(self, step: int, total: int) -> None:
         """Start timing with the next step; the run currently ends at step `total`."""
         self.reported_total = total
-        self._step, self._checked, self._idle = step, self.clock(), 0.0
+        self._step, self._checked, self._idle = step, self.elapsed(), 0.0
 
     def due(self) -> bool:
         """Return whether the clock must be checked."""
-        now = self.clock()
+        now = self.elapsed()
         hurry = self.pace is not None and now > 0.9 * (self.pace.seconds - self.pace.reserve)
         return now - self._checked >= self._interval * (0.2 if hurry else 1) or now - self._saved >= self.every
 
@@ -198,7 +198,7 @@ class Keeper:
 
     def saved(self) -> None:
         """Record that a checkpoint has been written."""
-        self._saved = self.clock()
+        self._saved = self.elapsed()
 
     def check(
         self, step: int, timeline: Timeline, evaluations_left: int, frozen: int = 0,
@@ -213,7 +213,7 @@ class Keeper:
             frozen: Number of steps at the start in which the encoder does not learn; they do not predict the others.
             surveys_left: Return the number of surveys of the data set before so many more steps.
         """
-        now = self.clock()
+        now = self.elapsed()
         cost = self.pace.cost(timeline.progress(step)) if self.pace else 1.0
         if self._step < frozen:
             self.per_step = None

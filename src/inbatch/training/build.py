@@ -75,7 +75,7 @@ class RunComponents:
 
     def parts(self) -> dict[str, Any]:
         """Return every component that has state to save in a checkpoint, by name."""
-        parts: dict[str, Any] = {"tower": self.network, "method": self.method, "optimizer": self.optimizer}
+        parts: dict[str, Any] = {"network": self.network, "method": self.method, "optimizer": self.optimizer}
         optional = {
             "target": None if self.method.teacher else self.target,
             "curator": self.step.curator,

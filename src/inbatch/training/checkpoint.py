@@ -32,6 +32,8 @@ LAST, PREVIOUS, BEST, DAMAGED = "last.pt", "previous.pt", "best.pt", "damaged.pt
 _NO_COMMENT = b"\0\0"
 _COMMENT = (64).to_bytes(2, "little")
 _TAIL = len(_COMMENT) + 64
+_EARLIER = "tower"
+"""Name of the part "network" in checkpoints of earlier versions."""
 
 
 @dataclass(frozen=True)
@@ -216,6 +218,9 @@ def _read(path: Path, mapped: bool) -> dict[str, Any]:
         raise ValueError("is not a checkpoint of a run: its shards have other names")
     if payload["step"] < 0:
         raise ValueError(f"is not a checkpoint of a run: its step is {payload['step']}")
+    for state in (payload["state"], payload["state"].get("parts")):  # "parts" is that of a captured step
+        if isinstance(state, dict) and _EARLIER in state and "network" not in state:
+            state["network"] = state.pop(_EARLIER)
     return payload
 
 

@@ -39,8 +39,8 @@ def save_places(run: Path, recipe: Recipe, here: Recipe) -> None:
     write_json(run / FILE, {key: place for key, place in places.items() if place is not None})
 
 
-def _place(run: Path, given: str | None, path: str | None) -> dict[str, str] | None:
-    if given is None or path is None or not _is_path(path):
+def _place(run: Path, setting: str | None, path: str | None) -> dict[str, str] | None:
+    if setting is None or path is None or not _is_path(path):
         return None
     paths = [os.path.abspath(one) for one in listed_paths(path)]
     here = os.path.abspath(run)
@@ -48,7 +48,7 @@ def _place(run: Path, given: str | None, path: str | None) -> dict[str, str] | N
         relative = [os.path.relpath(one, here) for one in paths]
     except ValueError:  # another drive of Windows
         relative = paths
-    return {"given": given, "absolute": os.pathsep.join(paths), "from_run": os.pathsep.join(relative)}
+    return {"given": setting, "absolute": os.pathsep.join(paths), "from_run": os.pathsep.join(relative)}
 
 
 def located(run: Path, recipe: Recipe) -> Recipe:
@@ -85,13 +85,13 @@ def opening(run: Path, recipe: Recipe) -> Iterator[None]:
         ) from error
 
 
-def _last_place(run: Path, given: str) -> str:
+def _last_place(run: Path, setting: str) -> str:
     """Return where the images of a run were at its last start."""
     try:
         place = read_json(run / FILE).get("data")
     except DataError:
-        return given
-    return str(place.get("absolute")) if isinstance(place, dict) and place.get("given") == given else given
+        return setting
+    return str(place.get("absolute")) if isinstance(place, dict) and place.get("given") == setting else setting
 
 
 def images_signature(source: Source) -> str:
@@ -109,9 +109,9 @@ def check_same_images(then: str, now: str) -> None:
         )
 
 
-def _first(run: Path, place: Any, given: str | None) -> str | None:
+def _first(run: Path, place: Any, setting: str | None) -> str | None:
     """Return the first place of a setting that exists; None if none does, or if the recipe has another path now."""
-    if not isinstance(place, dict) or given is None or place.get("given") != given:
+    if not isinstance(place, dict) or setting is None or place.get("given") != setting:
         return None
     absolute, relative = (str(place.get(key, "")) for key in ("absolute", "from_run"))
     moved = [os.path.normpath(os.path.join(run, one)) for one in relative.split(os.pathsep)]

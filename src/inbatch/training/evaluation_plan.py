@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from inbatch.evaluation import evaluate
 from inbatch.runtime import distributed, shared_work
-from inbatch.training.budget import Keeper, Pace
+from inbatch.training.budget import Pace, RunClock
 from inbatch.training.build import RunComponents
 from inbatch.training.extra_passes import combined
 from inbatch.training.holdout import EvaluationSplit
@@ -45,11 +45,11 @@ class RunEvaluations:
     compared: int = IMAGES
     pace: Pace | None = None
 
-    def keeper(self, progress: TrainState) -> Keeper:
+    def clock(self, progress: TrainState) -> RunClock:
         """Return the monitor of the run's clock."""
-        keeper = Keeper(self.pace, lambda: progress.wall, SAVE_EVERY if self.pace is None else self.pace.seconds / 20)
-        keeper.survey_seconds = (progress.calibration or {}).get("survey", 0.0)
-        return keeper
+        clock = RunClock(self.pace, lambda: progress.wall, SAVE_EVERY if self.pace is None else self.pace.seconds / 20)
+        clock.survey_seconds = (progress.calibration or {}).get("survey", 0.0)
+        return clock
 
 
 def plan_evaluations(built: RunComponents, split: EvaluationSplit | None, progress: TrainState) -> RunEvaluations:

@@ -15,7 +15,7 @@ from inbatch.errors import InbatchError, TrainingError
 from inbatch.runtime import distributed
 from inbatch.runtime.files import write_json
 from inbatch.runtime.threads import Threads
-from inbatch.training.budget import Keeper
+from inbatch.training.budget import RunClock
 from inbatch.training.build import RunComponents
 from inbatch.training.callbacks import Callback, Callbacks
 from inbatch.training.checkpoint import save
@@ -52,7 +52,7 @@ class Loop:
         log: Log of the run.
         followers: Processes of its trackers.
         stopping: Answers signals.
-        keeper: Monitor of the run's clock.
+        clock: Monitor of the run's clock.
         threads: Number of threads, chosen again for every epoch.
         compared: Comparison with a reference; None without one.
         split: Images of the online evaluation; None without labels.
@@ -70,7 +70,7 @@ class Loop:
     log: Log
     followers: Followers
     stopping: Stopping
-    keeper: Keeper
+    clock: RunClock
     threads: Threads
     compared: Comparison | None
     split: EvaluationSplit | None
@@ -99,7 +99,7 @@ class Loop:
                 raise TrainingError(f"a callback asked to stop before the first step ({asked})")
         elif progress.ended < progress.step // steps or progress.curve[-1]["step"] < progress.step == built.total:
             self.end_epoch()  # stopped by a signal at the last step of an epoch
-        self.keeper.start(progress.step, built.total)
+        self.clock.start(progress.step, built.total)
         while progress.step < built.total:
             if sentence := self.threads.decide():
                 self.log.note(sentence)
@@ -107,7 +107,7 @@ class Loop:
             if progress.step % steps == 0 or progress.step >= built.total:
                 ended = time.perf_counter()
                 self.end_epoch()
-                self.keeper.paused(time.perf_counter() - ended)
+                self.clock.paused(time.perf_counter() - ended)
 
     def train_epoch(self) -> None:
         """Do the remaining steps of the current epoch."""
@@ -118,8 +118,8 @@ class Loop:
         if first == 0 and surveyed(built, epoch):
             if values := survey(built, epoch):
                 self.log.evaluation(progress.step, values)
-            self.keeper.survey_seconds = time.perf_counter() - began
-            self.keeper.paused(self.keeper.survey_seconds)
+            self.clock.survey_seconds = time.perf_counter() - began
+            self.clock.paused(self.clock.survey_seconds)
         for batch in built.loader.epoch(epoch, start=first, stop=min(steps, built.total - epoch * steps)):
             self.stopping.begin()
             losses = self.train_step(batch)
@@ -134,12 +134,12 @@ class Loop:
             state: dict[str, Tensor | float] = {"lr": logged_rate(built.optimizer, built.lr), "elapsed": progress.wall}
             self.log.step(progress.step, epoch, losses | state, built.recipe.batch_size)
             asked = self.call("on_step", progress.step, epoch + 1, losses | state)
-            if self.answer_and_keep_time():
+            if self.check_signals_and_clock():
                 self.save(best=False)
-                self.keeper.paused(time.perf_counter() - now)
+                self.clock.paused(time.perf_counter() - now)
                 began, used = time.perf_counter(), time.process_time()
             if asked:
-                self.end_here(asked)
+                self.end_run(asked)
             self.stopping.finished()
             if progress.step >= built.total:
                 break
@@ -152,15 +152,15 @@ class Loop:
             kept = capture(self.out, self.built, error)
             raise TrainingError(f"{error}. The step is kept in {kept}: inbatch replay {self.out}") from error
 
-    def answer_and_keep_time(self) -> bool:
+    def check_signals_and_clock(self) -> bool:
         """Raise Preempted or Interrupted if any rank got a signal; return whether a checkpoint is due."""
-        due = distributed.rank() == 0 and self.keeper.due()
+        due = distributed.rank() == 0 and self.clock.due()
         # One collective communicates a signal on any rank, and whether rank 0 must check its clock.
         signal, check = divmod(distributed.all_reduce_max(2 * (self.stopping.stop.requested or 0) + int(due)), 2)
         if signal:
             self.save(best=False)
             raise self.stopping.answer(signal)
-        return bool(check) and self.keep_time()
+        return bool(check) and self.check_clock()
 
     def end_epoch(self) -> None:
         """Check the features after an epoch, the last one possibly incomplete, and save."""
@@ -169,7 +169,7 @@ class Loop:
         before = set(progress.collapsed)
         check_collapse(built, self.watched, progress, epoch, self.log)
         self.unreadable = report_unreadable(built, self.out, self.log, self.unreadable)
-        if sentence := self.slow_ranks.news():
+        if sentence := self.slow_ranks.new_sentence():
             self.log.note(f"epoch {epoch}: {sentence}")
             self.stopping.report.slow = None if self.slow_ranks.slow is None else sentence
             self.stopping.report.status("running")
@@ -183,7 +183,7 @@ class Loop:
         self.stopping.stop.hold()
         asked = self.call("on_evaluation", progress.step, epoch, progress.curve[-1]) if evaluated else None
         if asked := self.call("on_epoch", progress.step, epoch, self.values) or asked:
-            self.end_here(asked)
+            self.end_run(asked)
             best, last = best if evaluated else self.evaluate(epoch), True
         progress.ended = progress.step // built.loader.steps
         if best or epoch % recipe.checkpoint_every == 0 or last or stays:
@@ -195,7 +195,7 @@ class Loop:
             )
         self.stopping.finished()
 
-    def end_here(self, why: str) -> None:
+    def end_run(self, why: str) -> None:
         """Make the current step the last one of the run, as a callback asks."""
         step, built = self.progress.step, self.built
         if step < built.total:
@@ -216,12 +216,12 @@ class Loop:
         report_comparison(self.compared, self.out, self.log)
         if progress.step:
             check_leak(built, progress, epoch, self.log)
-        self.keeper.evaluation_seconds = time.perf_counter() - began
+        self.clock.evaluation_seconds = time.perf_counter() - began
         return best
 
-    def keep_time(self) -> bool:
+    def check_clock(self) -> bool:
         """Change the length of the run if its budget requires it; return whether a checkpoint is due."""
-        built, keeper, step, recipe = self.built, self.keeper, self.progress.step, self.built.recipe
+        built, clock, step, recipe = self.built, self.clock, self.progress.step, self.built.recipe
         between = recipe.evaluate_every * built.loader.steps
         evaluations = -(-built.total // between) - step // between
 
@@ -231,17 +231,17 @@ class Loop:
 
         events = evaluations, built.step.frozen, surveys
         left, save_now = distributed.broadcast_object(
-            keeper.check(step, built.timeline, *events) if distributed.rank() == 0 else None
+            clock.check(step, built.timeline, *events) if distributed.rank() == 0 else None
         )
         if left is not None:
             self._set_length(step, left)
-            if abs(built.total - keeper.reported_total) > 0.25 * keeper.reported_total:
-                why = "longer" if built.total < keeper.reported_total else "less time"
+            if abs(built.total - clock.reported_total) > 0.25 * clock.reported_total:
+                why = "longer" if built.total < clock.reported_total else "less time"
                 self.log.note(
                     f"Budget: steps take {why} than planned; the run now ends at step {built.total:,}, not "
-                    f"{keeper.reported_total:,}, and its schedule is fitted to that."
+                    f"{clock.reported_total:,}, and its schedule is fitted to that."
                 )
-                keeper.reported_total = built.total
+                clock.reported_total = built.total
         return save_now
 
     def _set_length(self, step: int, left: int) -> None:
@@ -265,4 +265,4 @@ class Loop:
         if problem := distributed.broadcast_object(problem):
             raise InbatchError(problem)
         progress.saved = progress.step, progress.ended
-        self.keeper.saved()
+        self.clock.saved()

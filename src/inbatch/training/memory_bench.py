@@ -18,7 +18,7 @@ from inbatch.data.loader import PIECE, processes
 from inbatch.data.resident import estimate, resides
 from inbatch.models.network import norms
 from inbatch.runtime import distributed
-from inbatch.runtime.memory import forget_peak, free_bytes, held, peak, settle
+from inbatch.runtime.memory import forget_peak, free_bytes, peak, release_memory, used_bytes
 from inbatch.runtime.resources import launched
 from inbatch.training.build import RunComponents, build
 from inbatch.training.mixing import stand_ins
@@ -80,12 +80,12 @@ class MemoryBench:
         return MemoryProbe(needed, kept, None if micros < 0 else micros / 1e6, norm)
 
     def _try(self, context: int, dry: bool) -> MemoryProbe:
-        settle(self.device)
-        before, most, seconds = held(self.device), None, None
+        release_memory(self.device)
+        before, most, seconds = used_bytes(self.device), None, None
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []), torch.enable_grad():
             built = build(replace(self.recipe, context=context), self.source, device=self.device, workers=0)
             memory = count(built)["memory_bytes_estimate"]
-            side = self._weigh(built, memory)
+            side = self._count_batch_bytes(built, memory)
             growing = memory["activations_of_a_group"] + memory["views_of_a_group"]
             counted = memory["sum"] - memory["pixels_of_a_batch"] - memory["rows_of_a_batch"]
             if dry and before is not None:
@@ -99,7 +99,7 @@ class MemoryBench:
         needed = max(counted, most) if most is not None else counted + (MARGIN - 1) * growing
         return MemoryProbe(self.batch + max(self.next, round(needed)), growing, seconds, bool(norms(built.network)))
 
-    def _weigh(self, built: RunComponents, memory: dict[str, int]) -> int:
+    def _count_batch_bytes(self, built: RunComponents, memory: dict[str, int]) -> int:
         """Count the bytes that do not depend on the group; return the side of the images from which views are drawn."""
         sizes = [view.size for view in built.views.views]
         canvas, channels = 2 * max(sizes), self.source.channels
@@ -137,7 +137,7 @@ def predict(tried: dict[int, MemoryProbe], context: int) -> int:
     return min(FULL, tried[last].needed + math.ceil(slope * (context - last)))
 
 
-def room(device: torch.device) -> int:
+def free_device_bytes(device: torch.device) -> int:
     """Return the free bytes for this rank on the device of its step: GPU memory, else main memory."""
     near = launched("LOCAL_WORLD_SIZE", distributed.world())  # ranks on this machine
     if device.type != "cuda":

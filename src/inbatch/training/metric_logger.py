@@ -202,7 +202,7 @@ class Log:
             self._bar.show(step, epoch, "  ".join(text))
 
 
-def spent(path: Path) -> float:
+def elapsed_seconds(path: Path) -> float:
     """Return the seconds that a run had used when its log was last written; 0 if the log does not contain them."""
     seconds = 0.0
     with suppress(OSError):

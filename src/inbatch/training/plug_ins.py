@@ -124,7 +124,7 @@ def mixer_of(recipe: Recipe, method: Method, views: int, context: int) -> Mixer 
     mixer: Mixer = MIXERS[recipe.mix.name](**recipe.mix.options)
     name, flag = recipe.method.name, f"mix {recipe.mix.name}"
     if method.mixed_keys is None:
-        fitting = ", ".join(key for key, made in METHODS.items() if made.mixed_keys and key != name)
+        fitting = ", ".join(key for key, cls in METHODS.items() if cls.mixed_keys and key != name)
         whose = " with these options" if type(method).mixed_keys else ""
         needs = f": set {_MIXED_IF[name]}, or choose another method" if name in _MIXED_IF else ""
         raise ConfigError(f"{flag}: {name}{whose} has no soft targets{needs}; images can be mixed with {fitting}")

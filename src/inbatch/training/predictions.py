@@ -123,10 +123,10 @@ class _Seen:
         for place in range(1, self.top):
             table |= {f"class_{place + 1}": names[place], f"probability_{place + 1}": _rounded(likely[:, place])}
         if self.labelled:
-            table["true_class"] = self._judge(chunk, logits)
+            table["true_class"] = self._add_labelled(chunk, logits)
         return table
 
-    def _judge(self, chunk: Embeddings, logits: Tensor) -> list[str | None]:
+    def _add_labelled(self, chunk: Embeddings, logits: Tensor) -> list[str | None]:
         """Add the labelled images of a chunk to the figures; return the names of their classes."""
         if chunk.labels.ndim != 1:
             return [None] * len(chunk)

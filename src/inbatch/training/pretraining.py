@@ -22,7 +22,7 @@ from inbatch.training.evaluation_plan import plan_evaluations
 from inbatch.training.holdout import EvaluationSplit
 from inbatch.training.loop import Loop
 from inbatch.training.machine import machine, record
-from inbatch.training.metric_logger import Log, spent
+from inbatch.training.metric_logger import Log, elapsed_seconds
 from inbatch.training.monitors.comparison import Comparison
 from inbatch.training.monitors.online_evaluation import evaluation_epochs
 from inbatch.training.monitors.reference import Reference
@@ -87,7 +87,9 @@ def train(
         set_aside(saved)
     progress.data = data
     epochs = evaluation_epochs(built.recipe)
-    compared = Comparison(reference.over(epochs), progress.curve, epochs, built.loader.steps) if reference else None
+    compared = (
+        Comparison(reference.average_losses(epochs), progress.curve, epochs, built.loader.steps) if reference else None
+    )
 
     where = machine(built.loader.device, built.network.precision)  # now: a checkout may change during the run
     notes = [*notes, *filter(None, [record(progress.machines, where)])]
@@ -112,7 +114,7 @@ def train(
                         plan = plan_evaluations(built, split, progress)
                         followers.start(progress.step, log.note)  # now: the steps before were timed
                         loop = Loop(
-                            built, progress, parts, out, log, followers, stopping, plan.keeper(progress), threads,
+                            built, progress, parts, out, log, followers, stopping, plan.clock(progress), threads,
                             compared, plan.online, stop_on_collapse, called,
                         )  # fmt: skip
                         loop.run()
@@ -145,7 +147,7 @@ def _restore(built: RunComponents, parts: dict[str, Any], progress: TrainState, 
             f"progress.ended {progress.ended:,} epochs, in a run of {built.total:,} steps of {built.loader.steps:,} an "
             "epoch. Restore the file, or start a new run."
         )
-    progress.before = max(progress.before, spent(out / "metrics.jsonl"))  # with that of a killed process
+    progress.before = max(progress.before, elapsed_seconds(out / "metrics.jsonl"))  # with that of a killed process
     return saved
 
 

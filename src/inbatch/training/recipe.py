@@ -256,9 +256,9 @@ class Recipe:
         # A part with another name than in the preset starts without the preset's options; the same holds here.
         names = {key: value for key, value in mine.items() if key.endswith(".name") and key != "schedule.name"}
         own = {key: value for key, value in mine.items() if key.split(".")[0] in self.own}
-        given = {key: mine[key] for key in ("data", "preset", "image_size", "channels")} | own | names
-        named = {key: value for key, value in make(given).flat().items() if key not in own or key in names}
-        less = {key: given[key] for key in ("data", "preset", "image_size", "channels", "method.name")} | {
+        settings = {key: mine[key] for key in ("data", "preset", "image_size", "channels")} | own | names
+        named = {key: value for key, value in make(settings).flat().items() if key not in own or key in names}
+        less = {key: settings[key] for key in ("data", "preset", "image_size", "channels", "method.name")} | {
             key: value for key, value in own.items() if key.startswith("method.")
         }
         preset = make(less).flat()

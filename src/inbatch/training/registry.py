@@ -51,7 +51,7 @@ PARTS: dict[str, Mapping[str, Callable[..., Any]] | None] = {
 """Part -> its implementations by name."""
 OPTIONAL = ("fuse", "curate", "attend", "negatives", "mix", "sampler")
 """Parts that a run may omit."""
-_GIVEN = {
+_SUPPLIED = {
     "optimizer": {"params"},
     "fuse": {"group", "size", "mean", "std"},
     "attend": {"channels", "width"},
@@ -159,12 +159,12 @@ def without_rates(optimizer: Any) -> set[str]:
 
 def plugins() -> dict[str, tuple[str, str, dict[str, Any]]]:
     """Return every named plug-in: name -> its part, its docstring, and its options with their defaults."""
-    found = {}
+    entries = {}
     for part in OPTIONAL:
         for name, maker in (PARTS[part] or {}).items():
             defaults = {key: field.default for key, field in _model(part, name, maker).model_fields.items()}
-            found[name] = (part, inspect.getdoc(maker) or "", defaults)
-    return found
+            entries[name] = (part, inspect.getdoc(maker) or "", defaults)
+    return entries
 
 
 @functools.cache
@@ -184,7 +184,7 @@ def _model(part: str, name: str, maker: Callable[..., Any]) -> type[pydantic.Bas
     for p in inspect.signature(maker).parameters.values():
         if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) or p.name.startswith("_"):
             continue
-        if p.name not in _GIVEN.get(part, ()):
+        if p.name not in _SUPPLIED.get(part, ()):
             required = p.default is inspect.Parameter.empty
             hint = hints.get(p.name, Any)
             if part == "method" and p.name in _ABOVE_0:

@@ -93,7 +93,7 @@ def replay(path: Path, device: torch.device) -> dict[str, Any]:
         raise ConfigError(f"{path} holds no captured step: one is written where a loss or gradient is not finite")
     record, saved = _read_capture(folder / "capture.json"), checkpoint.load(folder)
     check_recipe(saved, make(read_file(folder / "recipe.json")), folder / "recipe.json")
-    repeated = _again(folder, record, saved.state, device, None)
+    repeated = _repeat_step(folder, record, saved.state, device, None)
     result = {
         "capture": str(folder),
         "step": record["step"],
@@ -102,7 +102,7 @@ def replay(path: Path, device: torch.device) -> dict[str, Any]:
         **repeated,
     }
     if repeated["precision"] == "bfloat16":
-        result["float32"] = _again(folder, record, saved.state, device, "float32")
+        result["float32"] = _repeat_step(folder, record, saved.state, device, "float32")
     return result
 
 
@@ -121,7 +121,7 @@ def _read_capture(path: Path) -> dict[str, Any]:
     return record
 
 
-def _again(
+def _repeat_step(
     folder: Path, record: dict[str, Any], saved: dict[str, Any], device: torch.device, precision: str | None
 ) -> dict[str, Any]:
     """Repeat the step; return whether it fails again, and the places of non-finite values, in order."""

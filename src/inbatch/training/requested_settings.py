@@ -46,7 +46,7 @@ def merged_settings(
         )
     if "own" in requested:
         raise ConfigError("the setting own is written by the run: leave it out")
-    requested = requested if config is None else _over(read_file(config), requested)
+    requested = requested if config is None else _merged(read_file(config), requested)
     return _with_own_parts(requested)
 
 
@@ -73,7 +73,7 @@ _PLANNED = ("evaluate_every", "checkpoint_every", "schedule.warmup_epochs")
 """Settings that a budget plans in addition to the length; a settings file without a budget defines them itself."""
 
 
-def _over(file: Settings, requested: Settings) -> Settings:
+def _merged(file: Settings, requested: Settings) -> Settings:
     """Return the settings of a file, overridden by the requested ones.
 
     A requested length replaces that of the file and everything derived from it. Options apply to one part only.

@@ -222,7 +222,7 @@ def _from_checkpoint(path: Path, report: dict[str, Any]) -> RunEncoder:
         raise DataError(f"the run in {path} has no encoder, and no checkpoint of it can be used: {error}") from None
     check_recipe(saved, recipe, path / "recipe.json")
     encoder, notes = _without_weights(recipe, path)
-    network = saved.state.get("average") or saved.state.get("tower")
+    network = saved.state.get("average") or saved.state.get("network")
     try:
         weights = {k.removeprefix("encoder."): v for k, v in dict(network or {}).items() if k.startswith("encoder.")}
         fill(encoder, merged(weights) if recipe.lora else weights, f"the encoder {recipe.encoder.name}")

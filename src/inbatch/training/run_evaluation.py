@@ -54,7 +54,7 @@ def compare_with_initial(
     if distributed.rank() == 0:
         shown = source.only(embedded["after"].number)
         near = min(5, len(shown) - 1)
-        old, new = (embedded[name].handed_out(embedded[name].clean) for name in ("before", "after"))
+        old, new = (embedded[name].neighbour_rows(embedded[name].clean) for name in ("before", "after"))
         save_neighbour_grid(shown, new, out / "neighbours.png", 8, near, before=old)
     return {
         "initial": initial_name(recipe),

@@ -60,13 +60,13 @@ def assemble(
             return part_of(x, template)
         return x
 
-    made: dict[str, Any] = _mapped(state, placed)
+    whole: dict[str, Any] = _mapped(state, placed)
     if wanted:
         read(wanted)
     for name, part in (parts or {}).items():
-        if isinstance(part, Optimizer) and _divided(part) and _is_optimizer(made.get(name)):
-            made[name] = _split(made[name], part)
-    return made
+        if isinstance(part, Optimizer) and _divided(part) and _is_optimizer(whole.get(name)):
+            whole[name] = _split(whole[name], part)
+    return whole
 
 
 def _mapped(x: Any, change: Callable[[Path, Any], Any], path: Path = ()) -> Any:

@@ -35,7 +35,7 @@ class SlowRanks:
         self.seconds += 0.0 if first is None else first - began
         self.steps += 1
 
-    def news(self) -> str | None:
+    def new_sentence(self) -> str | None:
         """Return a sentence if another rank is slow than at the last call, or none any more. All ranks call it."""
         if distributed.world() == 1 or self.steps < STEPS:
             return None

@@ -51,7 +51,7 @@ class Stopping:
         """Save a checkpoint and raise Preempted or Interrupted after a signal in the context."""
         watchdog.answer = self.answer
         self.built.step.commit = self.stop.hold
-        handles = turns(self.built, self.stop) if self.alone else []
+        handles = check_between_layers(self.built, self.stop) if self.alone else []
         try:
             self.finished()
             yield
@@ -145,7 +145,7 @@ class Stopping:
         return state
 
 
-def turns(built: RunComponents, stop: Stop) -> list[Any]:
+def check_between_layers(built: RunComponents, stop: Stop) -> list[Any]:
     """Let Python run between the layers of a step, so that signals are handled there; return the handles of the hooks.
 
     The backward pass runs outside Python, on a CPU for minutes. On a GPU it only launches kernels, and a compiled

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from inbatch.evaluation import embed, knn_scores
-from inbatch.evaluation.accuracy import credit
+from inbatch.evaluation.accuracy import hit_shares
 from inbatch.evaluation.embeddings import matched
 from inbatch.evaluation.knn import equal_scores
 from inbatch.evaluation.linear_probe import fit
@@ -40,6 +40,6 @@ def measure_hits(encoder: Encoder, split: EvaluationSplit, recipe: Recipe, devic
     scores = knn_scores(queries.vectors.to(device), vectors, bank.labels, classes, k=near, temperature=TEMPERATURE)
     probe = fit(bank, classes, seed=recipe.seed, device=device)
     return Hits(
-        credit(scores, queries.labels, equal=equal_scores(TEMPERATURE, "cosine")),
-        credit(probe.scores(queries.vectors), queries.labels),
+        hit_shares(scores, queries.labels, equal=equal_scores(TEMPERATURE, "cosine")),
+        hit_shares(probe.scores(queries.vectors), queries.labels),
     )

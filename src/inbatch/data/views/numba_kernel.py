@@ -88,7 +88,7 @@ def _weighted_sum(lanes):
     @no_type_check
     def vectors(typing, out, to, x, start, step, weights, first, taps):
         vector, element = ir.VectorType(ir.FloatType(), lanes), ir.IntType(32)
-        unset, spread = ir.Constant(vector, ir.Undefined), ir.Constant(ir.VectorType(element, lanes), [0] * lanes)
+        unset, broadcast = ir.Constant(vector, ir.Undefined), ir.Constant(ir.VectorType(element, lanes), [0] * lanes)
 
         def generate(context, builder, signature, arguments):
             out, to, x, start, step, weights, first, taps = arguments
@@ -109,7 +109,7 @@ def _weighted_sum(lanes):
                     values = builder.uitofp(bytes_, vector)
                 weight = builder.load(at(5, weights, builder.add(first, loop.index)))
                 weight = builder.insert_element(unset, weight, ir.Constant(element, 0))
-                product = builder.fmul(builder.shuffle_vector(weight, unset, spread), values, flags=("contract",))
+                product = builder.fmul(builder.shuffle_vector(weight, unset, broadcast), values, flags=("contract",))
                 builder.store(builder.fadd(builder.load(total), product, flags=("contract",)), total)
             builder.store(builder.load(total), at(0, out, to, vector), align=4)
             return context.get_dummy_value()

@@ -17,7 +17,7 @@ from inbatch.data.views.filters import Affine, Blur
 from inbatch.data.views.operation import Operation, idle
 from inbatch.data.views.view import View
 from inbatch.errors import ConfigError, DataError
-from inbatch.rng import head, spread
+from inbatch.rng import head, uniform_from_hash
 
 _CACHE = 2**17
 """Values per core processed at a time on a CPU: half a megabyte stays in its cache."""
@@ -110,7 +110,7 @@ class Views:
     ) -> Int[Tensor, "v b 4"]:  # fmt: skip
         """Return each view's box: top, left, height, width in pixels of images of these sizes; a pure function."""
         heads = self._heads(seed, epoch, attempt, index.device)
-        return self._boxes(spread(heads[:-1], index, crop.DRAWS), heads[-1], index, size)
+        return self._boxes(uniform_from_hash(heads[:-1], index, crop.DRAWS), heads[-1], index, size)
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Drawn:
@@ -150,7 +150,7 @@ class Views:
         ).unflatten(0, (len(self), len(index)))
         if self.pairs is None:
             return alone
-        paired = self.pairs(spread(pair_head, index, self.pairs.draws), size)
+        paired = self.pairs(uniform_from_hash(pair_head, index, self.pairs.draws), size)
         return torch.where(paired[..., 2:3] > 0, paired, alone)
 
     def _draw(
@@ -158,7 +158,7 @@ class Views:
         cut: Tensor | None,
     ) -> Drawn:  # fmt: skip
         """Draw views from images of `size` at positions `at` of given[0], or from crops `given` with boxes `cut`."""
-        count, drawn = len(index), spread(heads[:-1], index, COLUMNS)
+        count, drawn = len(index), uniform_from_hash(heads[:-1], index, COLUMNS)
         if cut is None:
             assert size is not None and at is not None
             placed = self._boxes(drawn, heads[-1], index, size)

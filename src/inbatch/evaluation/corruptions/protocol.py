@@ -9,7 +9,7 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from inbatch.errors import ConfigError
-from inbatch.evaluation.accuracy import credit
+from inbatch.evaluation.accuracy import hit_shares
 from inbatch.evaluation.corruptions.image_rng import Chance
 from inbatch.evaluation.corruptions.registry import CORRUPTIONS, SEVERITIES, SMALL
 from inbatch.evaluation.embed import Encoder, Source, encode
@@ -70,15 +70,15 @@ def corruptions(
     linear, nearest = fit(train, classes, probe, seed=seed, device=device), min(k, len(train))
     bank = train.vectors.to(device)
 
-    def right(vectors: Tensor, labels: Int[Tensor, "n"]) -> Float[Tensor, "2"]:
+    def count_hits(vectors: Tensor, labels: Int[Tensor, "n"]) -> Float[Tensor, "2"]:
         """Return the numbers of hits of k-NN and of the probe."""
         near = knn_scores(
             vectors.to(device), bank, train.labels, classes, k=nearest, temperature=temperature, distance=distance
         )
-        of_knn, of_probe = credit(near, labels, equal=equal), credit(linear.scores(vectors), labels)
+        of_knn, of_probe = hit_shares(near, labels, equal=equal), hit_shares(linear.scores(vectors), labels)
         return torch.stack([of_knn.sum(), of_probe.sum()])
 
-    clean = right(test.vectors, test.labels)
+    clean = count_hits(test.vectors, test.labels)
     correct = torch.zeros(len(CORRUPTIONS), len(SEVERITIES), 2, dtype=torch.float64)
     side = 0
     for images, part in _chunks(encoder, source, test, batch):
@@ -87,7 +87,7 @@ def corruptions(
             chance = Chance(fold(seed, number), index)
             for severity in SEVERITIES:
                 corrupted = encoder.prepare(corruption(images, severity, chance))
-                correct[number, severity - 1] += right(encode(encoder, corrupted, precision).float(), part.labels)
+                correct[number, severity - 1] += count_hits(encode(encoder, corrupted, precision).float(), part.labels)
     kinds = dict.fromkeys(corruption.kind for corruption in CORRUPTIONS.values())
     of_kind = {kind: [c.kind == kind for c in CORRUPTIONS.values()] for kind in kinds}
     share, before = correct / len(test), clean / len(test)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from inbatch.errors import ConfigError
-from inbatch.models.attention_slots import meets_in_training_only, without
+from inbatch.models.attention_slots import mixes_in_training_only, without
 from inbatch.models.classifier import Classifier, save_classifier
 from inbatch.models.encoder import Encoder
 from inbatch.models.export.target import Written, compare, library, refused
@@ -83,7 +83,7 @@ def as_timm(encoder: Encoder, target: str = "timm") -> Encoder:
         if encoder.stem == "cifar":
             raise ConfigError(CIFAR.format(library="timm"))
         plain, arguments = encoder, dict(encoder.arguments)
-        if encoder.attend is not None and meets_in_training_only(encoder.attend["name"]):
+        if encoder.attend is not None and mixes_in_training_only(encoder.attend["name"]):
             plain = without(encoder)
         elif encoder.attend is not None:
             arguments["block_args"] = {**arguments.get("block_args", {}), "attn_layer": encoder.attend["name"]}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from inbatch.errors import ConfigError
-from inbatch.models.attention_slots import meets_in_training_only, without
+from inbatch.models.attention_slots import mixes_in_training_only, without
 from inbatch.models.backbones import torchvision_defaults
 from inbatch.models.encoder import Encoder
 from inbatch.models.export.target import Written, compare, library, refused
@@ -76,7 +76,7 @@ def _weights(encoder: Encoder, model: nn.Module) -> dict[str, Tensor]:
     """Return the tensors of the backbone for three channels; ConfigError for attention that torchvision lacks."""
     plain = encoder
     if encoder.attend is not None:
-        if not meets_in_training_only(encoder.attend["name"]):
+        if not mixes_in_training_only(encoder.attend["name"]):
             raise ConfigError(f"torchvision has no attention {encoder.attend['name']!r}")
         plain = without(encoder)
     weights = {k: v.detach().cpu().contiguous().clone() for k, v in plain.backbone.state_dict().items()}

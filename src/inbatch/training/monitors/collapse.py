@@ -22,7 +22,7 @@ _TRY = (
 )
 
 
-def spread(network: Network, images: Tensor) -> dict[str, float]:
+def output_diversity(network: Network, images: Tensor) -> dict[str, float]:
     """Return how different the outputs of clean images (N, C, H, W) are, per dimension and in rank, in evaluation mode.
 
     "features_std" and "features_rank" are those of the encoder's output, with the same for every head that reads it. A

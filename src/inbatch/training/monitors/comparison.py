@@ -48,7 +48,7 @@ class Comparison:
             notes.append(f"Not compared, because the reference has no values at these evaluations: {', '.join(gone)}.")
         return notes
 
-    def news(self) -> list[str]:
+    def new_sentences(self) -> list[str]:
         """Return a sentence for each measure that has left its band, or returned to it, at the last evaluation."""
         notes = []
         for measure in MEASURES:

@@ -57,7 +57,7 @@ def group_leak(rows: Float[Tensor, "v k g d"]) -> dict[str, float]:
     return {"leak": max(right), "leak_chance": chance, "leak_error": (chance * (1 - chance) / len(group)) ** 0.5}
 
 
-def meets(built: RunComponents) -> bool:
+def mixes_samples(built: RunComponents) -> bool:
     """Return whether samples of a group interact outside norm layers."""
     return built.network.fuse is not None or any(isinstance(m, Grouped) for m in built.encoder.modules())
 

@@ -90,7 +90,7 @@ class Embedded:
     readout: Readout | None = None
     viewed: Viewed | None = None
 
-    def handed_out(self, rows: Rows) -> Rows:
+    def neighbour_rows(self, rows: Rows) -> Rows:
         """Return the features in which nearest neighbours are searched."""
         if self.readout is None or not int(self.readout.images):
             return rows
@@ -195,7 +195,7 @@ def lidar_of(viewed: Viewed | None) -> float:
 def _decoded(source: Source, canvas: int, seed: int) -> Iterator[tuple[Tensor, Batch]]:
     """Yield the readable images in chunks, with their indices in the source: of several ranks, each gets others."""
     parts = torch.arange(len(source)).split(_CHUNK)
-    for part in (parts[i] for i in shared_work.dealt(len(parts))):
+    for part in (parts[i] for i in shared_work.own_tasks(len(parts))):
         shared_work.check()
         chunk = Subset(source, part, "a chunk")
         try:
@@ -229,7 +229,7 @@ def measures(embedded: Embedded) -> dict[str, float]:
     first, second = (F.normalize(rows, dim=1) for rows in (embedded.first, embedded.second))
     return {
         "same_image": same_image(
-            *(F.normalize(embedded.handed_out(x), dim=1) for x in (embedded.first, embedded.second))
+            *(F.normalize(embedded.neighbour_rows(x), dim=1) for x in (embedded.first, embedded.second))
         ),
         "rankme": float(rankme(embedded.clean)),
         "lidar": lidar_of(embedded.viewed),

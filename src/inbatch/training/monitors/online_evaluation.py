@@ -31,9 +31,9 @@ from inbatch.training.build import RunComponents
 from inbatch.training.head_evaluation import evaluate_head
 from inbatch.training.holdout import EvaluationSplit, Images
 from inbatch.training.metric_logger import Log
-from inbatch.training.monitors.collapse import SETTLED, signs, spread
+from inbatch.training.monitors.collapse import SETTLED, output_diversity, signs
 from inbatch.training.monitors.comparison import Comparison
-from inbatch.training.monitors.context_leak import leak, meets, sign
+from inbatch.training.monitors.context_leak import leak, mixes_samples, sign
 from inbatch.training.monitors.curve_plot import plot_curves
 from inbatch.training.monitors.label_free import Chosen, embed_views, lidar_of
 from inbatch.training.recipe import Recipe
@@ -139,7 +139,7 @@ def check_collapse(built: RunComponents, watched: Subset, progress: TrainState, 
     if distributed.rank() and built.whole is None:
         return
     images = built.encoder.prepare(readable(watched, range(len(watched))))
-    now = spread(built.network, images.to(built.loader.device))  # a sharded network is computed by all ranks
+    now = output_diversity(built.network, images.to(built.loader.device))  # a sharded network is computed by all ranks
     if distributed.rank():
         return
     log.record(progress.step, now)
@@ -157,7 +157,7 @@ def check_collapse(built: RunComponents, watched: Subset, progress: TrainState, 
 
 def check_leak(built: RunComponents, progress: TrainState, epoch: int, log: Log) -> None:
     """Log whether an embedding identifies its group, if samples interact before the loss."""
-    figures = leak(built, epoch) if meets(built) else {}
+    figures = leak(built, epoch) if mixes_samples(built) else {}
     if figures:
         progress.leak = figures
         log.record(progress.step, figures)
@@ -185,9 +185,9 @@ def make_online_evaluator(built: RunComponents, split: EvaluationSplit | None) -
             most = 2048 if built.encoder.readout is None else 4 * built.encoder.readout.width
             indices = torch.arange(min(most, len(built.loader.source)))
             watched = Subset(built.loader.source, indices, "to watch the features")
-            return _spread(built.encoder, embed_bank(built.encoder, watched, **options).vectors[:2048])
+            return _feature_measures(built.encoder, embed_bank(built.encoder, watched, **options).vectors[:2048])
         bank, queries = embed_bank(built.encoder, split.bank, **options), embed(built.encoder, split.queries, **options)
-        measures = _spread(built.encoder, queries.vectors)
+        measures = _feature_measures(built.encoder, queries.vectors)
         bank = bank.labelled()
         near = knn(bank, queries, k=min(built.recipe.knn_k, len(bank)), device=built.loader.device)
         return {"knn": near["top1"]} | measures
@@ -195,13 +195,13 @@ def make_online_evaluator(built: RunComponents, split: EvaluationSplit | None) -
     return evaluate_features
 
 
-def _spread(encoder: Encoder, rows: Tensor) -> dict[str, float]:
+def _feature_measures(encoder: Encoder, rows: Tensor) -> dict[str, float]:
     """Return how different and how normal features are, and how their spectrum decays, before any whitening."""
     plain = rows if encoder.readout is None else encoder.readout.unwhitened(rows)
-    some = plain[:2048]
+    sample = plain[:2048]
     return {
-        "feature_std": float(feature_std(plain)), "rankme": float(rankme(some)), "alpha": float(alpha_req(some)),
-        "sigreg_distance": float(sigreg_distance(some)),
+        "feature_std": float(feature_std(plain)), "rankme": float(rankme(sample)), "alpha": float(alpha_req(sample)),
+        "sigreg_distance": float(sigreg_distance(sample)),
     }  # fmt: skip
 
 
@@ -235,7 +235,7 @@ def report_comparison(compared: Comparison | None, out: Path, log: Log) -> None:
     """Report measures that have left the band of the reference or returned to it, and plot both curves."""
     if compared is None:
         return
-    for sentence in compared.news():
+    for sentence in compared.new_sentences():
         log.note(sentence)
     plot_curves(out / "metrics.jsonl", out / "curves.png", compared)
     log.reset_throughput()

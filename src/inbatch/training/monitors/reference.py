@@ -68,15 +68,15 @@ class Reference:
         difference of another seed from it, s sqrt(1 + 1/n), where s is the deviation at this evaluation or the usual
         one, whichever is larger. The band is never narrower than `FLOORS`, which alone determines it for one seed.
         """
-        seeds = self._at(measure, epoch)
+        seeds = self._values_at(measure, epoch)
         if not seeds:
             return None
         mean, (fixed, share) = statistics.fmean(seeds), FLOORS[measure]
-        deviation = max(_deviation(seeds), self._usual[measure]) * math.sqrt(1 + 1 / len(seeds))
+        deviation = max(_deviation(seeds), self._usual_deviation[measure]) * math.sqrt(1 + 1 / len(seeds))
         half = max(3 * deviation, fixed, share * abs(mean))
         return Band(mean - half, mean, mean + half)
 
-    def _at(self, measure: str, epoch: float) -> list[float]:
+    def _values_at(self, measure: str, epoch: float) -> list[float]:
         """Return the value of every seed that has one at this epoch."""
         values = []
         for curve in self.curves:
@@ -86,7 +86,7 @@ class Reference:
         return values
 
     @cached_property
-    def _usual(self) -> dict[str, float]:
+    def _usual_deviation(self) -> dict[str, float]:
         """The deviation between seeds over all evaluations except that of the untrained encoder, as a root mean square.
 
         The deviation at one evaluation of a few seeds is often far too small: with two seeds, below a tenth of the true
@@ -94,7 +94,7 @@ class Reference:
         """
         deviations = {}
         for measure in MEASURES:
-            evaluations = [self._at(measure, epoch) for epoch in self.epochs if epoch > 0]
+            evaluations = [self._values_at(measure, epoch) for epoch in self.epochs if epoch > 0]
             squares = [_deviation(seeds) ** 2 for seeds in evaluations if len(seeds) > 1]
             deviations[measure] = math.sqrt(statistics.fmean(squares)) if squares else 0.0
         return deviations
@@ -121,20 +121,20 @@ class Reference:
         """Return a sentence for every measure of an entry outside its band."""
         return [self.sentence(m, entry) for m in MEASURES if self.place(m, entry) not in (None, "inside")]
 
-    def over(self, epochs: Sequence[int]) -> "Reference":
+    def average_losses(self, epochs: Sequence[int]) -> "Reference":
         """Return the reference with its losses averaged between these evaluations.
 
         The mean over ten epochs is not the mean over the last of them. A loss is kept if the reference was evaluated at
         both ends of an interval, and omitted otherwise.
         """
-        return replace(self, curves=[_over(curve, epochs) for curve in self.curves])
+        return replace(self, curves=[_averaged(curve, epochs) for curve in self.curves])
 
 
 def _deviation(seeds: Sequence[float]) -> float:
     return statistics.stdev(seeds) if len(seeds) > 1 else 0.0
 
 
-def _over(curve: Curve, epochs: Sequence[int]) -> Curve:
+def _averaged(curve: Curve, epochs: Sequence[int]) -> Curve:
     losses: dict[float, dict[str, float]] = {}
     for a, b in pairwise(epochs):
         parts = [
