@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from inbatch.apps.console import complain, print_table, say
+from inbatch.apps.console import print_error, print_table, say
 from inbatch.nn import logsumexp, triton_logsumexp
 from inbatch.runtime.environment import environment
 from inbatch.runtime.files import write_json
@@ -170,13 +170,13 @@ def main(words: Sequence[str] | None = None) -> int:
     if min(*args.rows, args.queue, args.dim, args.repeat) < 1:
         parser.error("--rows, --queue, --dim and --repeat are 1 or more")
     if not torch.cuda.is_available():
-        complain(
+        print_error(
             "There is no CUDA device: these kernels are measured on a card. tests/nn/test_kernels.py tries them here."
         )
         return 1
     device = torch.device("cuda", torch.cuda.current_device())
     if not triton_logsumexp.usable(torch.empty(1, args.dim, device=device)):
-        complain(f"The kernels cannot be used: {torch.cuda.get_device_name(device)}, rows {args.dim} wide.")
+        print_error(f"The kernels cannot be used: {torch.cuda.get_device_name(device)}, rows {args.dim} wide.")
         return 1
     settings = {name: value for name, value in vars(args).items() if name != "out"} | {"temperature": TEMPERATURE}
     result: dict[str, Any] = {"environment": environment(device), "settings": settings, "cases": {}}
@@ -193,7 +193,7 @@ def main(words: Sequence[str] | None = None) -> int:
             write_json(args.out, result)
     say(f"Written to {args.out}")
     if not right:
-        complain("Some results are wrong: see the table.")
+        print_error("Some results are wrong: see the table.")
     return 0 if right else 1
 
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from inbatch.api import prepare
-from inbatch.apps.console import complain, say
+from inbatch.apps.console import print_error, say
 from inbatch.nn.functional import normalize
 from inbatch.runtime.environment import environment
 from inbatch.runtime.files import write_json
@@ -133,7 +133,7 @@ def main() -> int:
         say(f"{method}: {groups} take {one['ratio']:.2f} times one group's time per image")
     off = [abs(s["loss"] - s["literal"]) / s["literal"] for s in result.get("steps", {}).get("steps", [])]
     if off and max(off) > TOLERANCE:
-        complain(f"a loss is {max(off):.1e} off its literal version")
+        print_error(f"a loss is {max(off):.1e} off its literal version")
         return 1
     return 0
 

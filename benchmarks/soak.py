@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from inbatch.apps.console import complain, say
+from inbatch.apps.console import print_error, say
 from inbatch.data import open_data, write_folder
 from inbatch.errors import InbatchError
 from inbatch.runtime.child_processes import start
@@ -546,7 +546,7 @@ def main() -> int:
         say(f"{question}: {'yes' if answer else 'NO'}")
     say(f"{len(disturbance.events)} blows in {minutes:.1f} minutes; {args.out}, {args.png}")
     if not verdict["equal"]:
-        complain(f"{verdict.get('reason', 'not the same')}: {json.dumps({**verdict, 'answers': None})}; see {work}")
+        print_error(f"{verdict.get('reason', 'not the same')}: {json.dumps({**verdict, 'answers': None})}; see {work}")
         return 1
     if args.work is None:
         shutil.rmtree(work)

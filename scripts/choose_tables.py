@@ -178,9 +178,9 @@ def tables(runs: list[Run]) -> dict[str, str]:
     known = {name: SCORES[name] for name in ("rankme", "std", "loss")}
     recorded = {name: score for name, score in SCORES.items() if name != "same_image"}
     later = {"step": lambda entry: entry["step"]}
-    found = {"between new": table(new, between, SCORES), "within new": table(new, within, recorded | later)}
-    found |= {"between records": table(old, between, known), "within records": table(old, within, known | later)}
-    return found | {"across": across(new, old), "estimates": estimates(new)}
+    texts = {"between new": table(new, between, SCORES), "within new": table(new, within, recorded | later)}
+    texts |= {"between records": table(old, between, known), "within records": table(old, within, known | later)}
+    return texts | {"across": across(new, old), "estimates": estimates(new)}
 
 
 def across(new: list[Run], old: list[Run]) -> str:

@@ -72,9 +72,9 @@ def train(method: str, number: int) -> dict[str, Any]:
         for batch in built.loader.epoch(epoch):
             losses.append(float(built.step(batch, step)["loss"]))
             step += 1
-        then = time.perf_counter()
+        start = time.perf_counter()
         curve.append({"step": step, "epoch": epoch + 1, "loss": sum(losses) / len(losses)} | evaluate())
-        evaluating += time.perf_counter() - then
+        evaluating += time.perf_counter() - start
     result = {"method": method, "number": number, "settings": chosen, "width": built.encoder.width, "curve": curve}
     seconds = {"all": time.perf_counter() - began, "evaluation": evaluating}
     return result | {"last": last(built)} | {"seconds": seconds, "command": built.recipe.command()}

@@ -27,7 +27,7 @@ ENTRIES = {
 SEEDS = 3
 
 
-def ask(data: str, plugs: dict[str, object], seed: int) -> dict[str, dict[str, float]]:
+def measure_leak(data: str, plugs: dict[str, object], seed: int) -> dict[str, dict[str, float]]:
     """Return the leak of a new network, and of the same network after an epoch."""
     fields = {"preset": "digits", "subset": 4000, "image_size": 32, "context": 32, "epochs": 1, "seed": seed} | plugs
     built = prepare(data, "simclr", settings={"views.name": "simclr_cifar"}, device="cpu", **fields)
@@ -41,8 +41,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="the folder of the images")
     data = parser.parse_args().data
-    found = {name: [ask(data, plugs, seed) for seed in range(SEEDS)] for name, plugs in ENTRIES.items()}
-    result = {"environment": environment(torch.device("cpu")), "entries": found}
+    entries = {name: [measure_leak(data, plugs, seed) for seed in range(SEEDS)] for name, plugs in ENTRIES.items()}
+    result = {"environment": environment(torch.device("cpu")), "entries": entries}
     (Path(__file__).resolve().parents[1] / "results" / "leak.json").write_text(json.dumps(result, indent=1) + "\n")
 
 

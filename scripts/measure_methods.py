@@ -63,8 +63,10 @@ def budget(kind: str) -> tuple[dict[str, list[str]], int]:
     if kind == "digits":
         return {name: [*words, "epochs=30"] for name, words in ENTRIES.items()}, 3
     views = {"supervised": "views.name=supervised"}
-    made = {name: [*words, *PHOTOS, views.get(words[0], "views.name=simclr_cifar")] for name, words in ENTRIES.items()}
-    return made | {name: [*words, *PHOTOS] for name, words in MANY_VIEWS.items()}, 1
+    entries = {
+        name: [*words, *PHOTOS, views.get(words[0], "views.name=simclr_cifar")] for name, words in ENTRIES.items()
+    }
+    return entries | {name: [*words, *PHOTOS] for name, words in MANY_VIEWS.items()}, 1
 
 
 def run(data: str, words: list[str], seed: int) -> dict[str, Any]:
@@ -115,21 +117,21 @@ def main() -> None:
     parser.add_argument("entries", nargs="*", help="all by default")
     parser.add_argument("--data", default="digits-canvas-colour", help="for cifar: the folder of its images, relative")
     parser.add_argument("--jobs", type=int, default=2)
-    given = parser.parse_args()
-    known, seeds = budget(given.budget)
-    file = HERE / f"{given.budget}.json"
+    args = parser.parse_args()
+    known, seeds = budget(args.budget)
+    file = HERE / f"{args.budget}.json"
     entries: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
 
-    with concurrent.futures.ThreadPoolExecutor(given.jobs) as pool:
+    with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
         waiting = {
-            name: [pool.submit(run, given.data, known[name], seed) for seed in range(seeds)]
-            for name in given.entries or known
+            name: [pool.submit(run, args.data, known[name], seed) for seed in range(seeds)]
+            for name in args.entries or known
         }
         for name, futures in waiting.items():
             entries[name] = entry([future.result() for future in futures])
             if UNTRAINED not in entries:
                 recipe = entries[name]["recipe"]
-                entries[UNTRAINED] = {"runs": [untrained(recipe, given.data, seed) for seed in range(seeds)]}
+                entries[UNTRAINED] = {"runs": [untrained(recipe, args.data, seed) for seed in range(seeds)]}
             file.parent.mkdir(exist_ok=True)
             ordered = {key: entries[key] for key in (UNTRAINED, *known) if key in entries}
             file.write_text(json.dumps(ordered, indent=1) + "\n")

@@ -42,14 +42,14 @@ def measure(mix: str | None, seed: int) -> dict[str, Any]:
 
 def main() -> None:
     torch.set_num_threads(1)
-    found = json.loads(FILE.read_text()) if FILE.exists() else {"environment": environment(torch.device("cpu"))}
-    entries = found.setdefault("entries", {})
+    record = json.loads(FILE.read_text()) if FILE.exists() else {"environment": environment(torch.device("cpu"))}
+    entries = record.setdefault("entries", {})
     for seed in range(SEEDS):
         for mix in RULES:
             runs = entries.setdefault(mix or "off", {"runs": []})["runs"]
             if seed not in [run["seed"] for run in runs]:
                 runs.append(measure(mix, seed))
-                FILE.write_text(json.dumps(found, indent=1) + "\n")
+                FILE.write_text(json.dumps(record, indent=1) + "\n")
                 print(mix or "off", runs[-1], flush=True)
 
 

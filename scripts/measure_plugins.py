@@ -35,7 +35,7 @@ def questions(kind: str) -> dict[str, dict[str, list[str]]]:
     """Question -> name in the table -> method and settings."""
     more = ("eca", "batchformer") if kind == "digits" else ()
     encoder = RESNET if kind == "cifar" else []
-    asked = {
+    table = {
         "fusion": {f"{m}, {f}": [*words, *plug] for m, words in METHODS.items() for f, plug in FUSED.items()},
         "crops": {name: [*CROPPED, f"crops={name}"] for name in CROPS},
         "curation": {name: [*CROPPED, *words] for name, words in CURATED.items()},
@@ -45,8 +45,8 @@ def questions(kind: str) -> dict[str, dict[str, list[str]]]:
         },
     }  # fmt: skip
     if kind == "digits":
-        asked["defaults"] = {name: ["simclr", *_fusion(*name.split())] for name in DEFAULTS}
-    return {q: {name: shared(kind, words) for name, words in entries.items()} for q, entries in asked.items()}
+        table["defaults"] = {name: ["simclr", *_fusion(*name.split())] for name in DEFAULTS}
+    return {q: {name: shared(kind, words) for name, words in entries.items()} for q, entries in table.items()}
 
 
 def _fusion(name: str, *options: str) -> list[str]:
@@ -68,26 +68,26 @@ def main() -> None:
     parser.add_argument("questions", nargs="*", help="all by default")
     parser.add_argument("--data", default="digits-canvas-colour", help="for cifar: the folder of its images, relative")
     parser.add_argument("--jobs", type=int, default=2)
-    given = parser.parse_args()
-    known, file = questions(given.budget), HERE / f"{given.budget}.json"
-    found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    args = parser.parse_args()
+    known, file = questions(args.budget), HERE / f"{args.budget}.json"
+    record: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
 
-    with concurrent.futures.ThreadPoolExecutor(given.jobs) as pool:
+    with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
         waiting = {
-            (question, name): [pool.submit(run, given.data, known[question][name], seed) for seed in range(SEEDS)]
-            for question in given.questions or known
+            (question, name): [pool.submit(run, args.data, known[question][name], seed) for seed in range(SEEDS)]
+            for question in args.questions or known
             for name in known[question]
-            if name not in found.get(question, {})
+            if name not in record.get(question, {})
         }
         for (question, name), futures in waiting.items():
             results = [future.result() for future in futures]
-            found.setdefault(question, {})[name] = entry(results)
-            if UNTRAINED not in found:
+            record.setdefault(question, {})[name] = entry(results)
+            if UNTRAINED not in record:
                 recipe = results[0]["recipe"]
-                found[UNTRAINED] = {"runs": [untrained(recipe, given.data, seed) for seed in range(SEEDS)]}
+                record[UNTRAINED] = {"runs": [untrained(recipe, args.data, seed) for seed in range(SEEDS)]}
             HERE.mkdir(exist_ok=True)
-            file.write_text(json.dumps(found, indent=1) + "\n")
-            knn = [round(100 * one["evaluation"]["knn"]["top1"], 1) for one in found[question][name]["runs"]]
+            file.write_text(json.dumps(record, indent=1) + "\n")
+            knn = [round(100 * one["evaluation"]["knn"]["top1"], 1) for one in record[question][name]["runs"]]
             print(question, name, knn, flush=True)
 
 

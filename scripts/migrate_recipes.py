@@ -148,7 +148,7 @@ def rename_record(path: Path) -> Path:
     from inbatch.apps.papers.results import read_record
 
     record = read_record(path)
-    identity, data, seed = record.told
+    identity, data, seed = record.run_key
     what = record.recipe["crops"] if "pairs" in record.recipe else record.recipe["method"]["name"]
     return path.rename(path.with_name(f"{what}-{data}-{identity}-s{seed}.json"))
 

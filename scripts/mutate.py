@@ -143,7 +143,7 @@ def pytest(copy: Path, words: list[str]) -> bool:
     return done.returncode == 0
 
 
-def noticed(fault: Fault, copy: Path, nearest_only: bool) -> str:
+def detect(fault: Fault, copy: Path, nearest_only: bool) -> str:
     """Return which tests detect a fault: "nearest", "suite", or "" if none does."""
     file = copy / "src" / "inbatch" / fault.file
     text = file.read_text(encoding="utf-8")
@@ -173,7 +173,7 @@ def main() -> int:
         assert pytest(copy, ["-n", "0", *tests]), "the tests fail without any fault: nothing can be concluded from them"
         for number in chosen:
             fault, began = FAULTS[number - 1], time.monotonic()
-            by = noticed(fault, copy, args.nearest)
+            by = detect(fault, copy, args.nearest)
             missed += not by
             seconds = time.monotonic() - began
             rows.append(f"| {number} | {fault.what} | `{fault.file}` | {by or 'NOTHING'} | {seconds:.0f} |")

@@ -83,8 +83,8 @@ def python(text: str) -> Iterator[tuple[int, str]]:
 def files(paths: list[str]) -> Iterator[Path]:
     """Yield the Markdown and Python files under the paths, without generated ones."""
     for path in (ROOT / name for name in paths):
-        found = sorted(path.rglob("*")) if path.is_dir() else [path]
-        for file in found:
+        candidates = sorted(path.rglob("*")) if path.is_dir() else [path]
+        for file in candidates:
             name = file.relative_to(ROOT).as_posix() if file.is_relative_to(ROOT) else ""
             skipped = name in QUOTES_IDIOMS or any(name == g or name.startswith(g + "/") for g in GENERATED)
             if file.suffix in (".md", ".py") and not skipped:

@@ -47,73 +47,73 @@ chance. `inbatch pretrain ... --compare auto` compares a run with the [curves](.
 """
 
 
-def stem(sheet: FilledTable) -> str:
+def stem(filled: FilledTable) -> str:
     """Return the file name of a page, without its ending."""
-    return sheet.table.name if sheet.scale == "cpu" else f"{sheet.table.name}-{sheet.scale}"
+    return filled.table.name if filled.scale == "cpu" else f"{filled.table.name}-{filled.scale}"
 
 
-def filled(records: Records) -> dict[tuple[str, str], FilledTable]:
+def fill_tables(records: Records) -> dict[tuple[str, str], FilledTable]:
     """Return every table at every scale, by their names."""
     return {(table.name, scale): fill(table, scale, records) for table in TABLES.values() for scale in SCALES}
 
 
-def sheets(every: dict[tuple[str, str], FilledTable]) -> list[FilledTable]:
-    """Return those tables of `filled` whose runs answer something."""
+def tables_with_results(every: dict[tuple[str, str], FilledTable]) -> list[FilledTable]:
+    """Return those tables of `fill_tables` whose runs answer something."""
     return [
-        sheet
-        for sheet in every.values()
-        if sheet.records and (sheet.scale == "cpu" or (_learned(sheet) and _compared(sheet)))
+        filled
+        for filled in every.values()
+        if filled.records and (filled.scale == "cpu" or (_has_training(filled) and _has_comparison(filled)))
     ]
 
 
-def _compared(sheet: FilledTable) -> bool:
+def _has_comparison(filled: FilledTable) -> bool:
     """Return whether two rows can be compared: tables share runs, so that one row alone may have some."""
-    compares = any(line.row.against for line in sheet.lines)
+    compares = any(line.row.against for line in filled.lines)
     return (
-        any(effect.time for effect in effects(sheet))
+        any(effect.time for effect in effects(filled))
         if compares
-        else sum(bool(line.records) for line in sheet.lines) > 1
+        else sum(bool(line.records) for line in filled.lines) > 1
     )
 
 
-def _learned(sheet: FilledTable) -> bool:
+def _has_training(filled: FilledTable) -> bool:
     """Return whether a network was trained: counts alone are the same at every scale."""
-    return any("pairs" not in record.recipe for record in sheet.records.values())
+    return any("pairs" not in record.recipe for record in filled.records.values())
 
 
 def pages(records: Records) -> dict[str, str]:
     """Return the text of every page by file name."""
-    made, every = {}, filled(records)
-    for sheet in sheets(every):
-        picture = f"{stem(sheet)}.png" if sheet.table.curve_at(sheet.scale) else None
-        made[f"{stem(sheet)}.md"] = markdown(sheet, picture=picture, runs="../../results/records")
+    texts, every = {}, fill_tables(records)
+    for filled in tables_with_results(every):
+        picture = f"{stem(filled)}.png" if filled.table.curve_at(filled.scale) else None
+        texts[f"{stem(filled)}.md"] = markdown(filled, picture=picture, runs="../../results/records")
     lines = []
     for table in TABLES.values():
-        name = f"[{table.name}]({table.name}.md)" if f"{table.name}.md" in made else table.name
+        name = f"[{table.name}]({table.name}.md)" if f"{table.name}.md" in texts else table.name
         cells = [name, table.title]
         for scale in ("cpu", "laptop"):
-            sheet = every[table.name, scale]
-            done = sum(record.status == "finished" for record in sheet.records.values())
-            page = f"{stem(sheet)}.md"
-            told = f"{done} of {sheet.wanted} runs"
-            cells.append(f"[{told}]({page})" if scale == "laptop" and page in made else told)
-            cells.append(hours(wall_seconds(sheet.records.values())) if done else "")
+            filled = every[table.name, scale]
+            done = sum(record.status == "finished" for record in filled.records.values())
+            page = f"{stem(filled)}.md"
+            count = f"{done} of {filled.total_runs} runs"
+            cells.append(f"[{count}]({page})" if scale == "laptop" and page in texts else count)
+            cells.append(hours(wall_seconds(filled.records.values())) if done else "")
         lines.append(f"| {' | '.join(cells)} |")
-    return {"README.md": HEAD + "\n".join(lines) + "\n"} | made
+    return {"README.md": HEAD + "\n".join(lines) + "\n"} | texts
 
 
 def main() -> None:
     records = read_records(HERE / "records")
     DOCS.mkdir(exist_ok=True)
-    made = pages(records)
+    texts = pages(records)
     for old in DOCS.glob("*.md"):
-        if old.name not in made:
+        if old.name not in texts:
             old.unlink()
-    for name, text in made.items():
+    for name, text in texts.items():
         (DOCS / name).write_text(text)
-    for sheet in sheets(filled(records)):
-        if sheet.table.curve_at(sheet.scale) and (png := curves(sheet)):
-            (DOCS / f"{stem(sheet)}.png").write_bytes(png)
+    for filled in tables_with_results(fill_tables(records)):
+        if filled.table.curve_at(filled.scale) and (png := curves(filled)):
+            (DOCS / f"{stem(filled)}.png").write_bytes(png)
 
 
 if __name__ == "__main__":

@@ -212,15 +212,15 @@ def options() -> dict[str, str]:
     """Return the command-line options of `inbatch pretrain` by the setting that they set."""
     callback = next(info.callback for info in app.registered_commands if info.callback.__name__ == "pretrain")
     hints = typing.get_type_hints(callback, include_extras=True)
-    found = {"optimizer.lr": "--lr"}
+    flags = {"optimizer.lr": "--lr"}
     for field in dataclasses.fields(Recipe):
         information = typing.get_args(hints[field.name])[1] if field.name in hints else None
         if information is not None and type(information).__name__ == "OptionInfo":
             declared = [information.default, *(information.param_decls or ())]  # typer's default is the first one
             names = [name for name in declared if isinstance(name, str) and name.startswith("--")]
             option = next(iter(names), f"--{field.name.replace('_', '-')}")
-            found[f"{field.name}.name" if field.name in PARTS else field.name] = option
-    return found
+            flags[f"{field.name}.name" if field.name in PARTS else field.name] = option
+    return flags
 
 
 def page() -> str:

@@ -33,8 +33,8 @@ KEPT = ("command", "recipe", "environment", "images", "steps", "training_seconds
 def evaluate(folder: Path, data: Path, *words: str) -> dict[str, Any]:
     """Return the figures of `inbatch evaluate` for the encoder in a folder."""
     line = [sys.executable, "-m", "inbatch", "evaluate", str(folder), "--data", str(data), "--device", "cpu", *words]
-    found: dict[str, Any] = json.loads(subprocess.run([*line, "--json"], stdout=subprocess.PIPE, check=True).stdout)
-    return found
+    result: dict[str, Any] = json.loads(subprocess.run([*line, "--json"], stdout=subprocess.PIPE, check=True).stdout)
+    return result
 
 
 def rounded(run: Path) -> Encoder:
@@ -46,10 +46,10 @@ def rounded(run: Path) -> Encoder:
     return encoder
 
 
-def figures(found: dict[str, Any]) -> dict[str, Any]:
+def figures(evaluation: dict[str, Any]) -> dict[str, Any]:
     """Return the figures of an evaluation that are part of the record."""
     names = ("train", "test", "knn", "linear", "clustering", "untrained", "few")
-    return {name: found[name] for name in names if name in found}
+    return {name: evaluation[name] for name in names if name in evaluation}
 
 
 def main() -> None:
@@ -71,17 +71,17 @@ def main() -> None:
             if (args.run / file).exists():
                 (trial / file).symlink_to((args.run / file).resolve())
         save_encoder(rounded(args.run), trial / "encoder")
-        told = figures(evaluate(trial, args.data, "--protocol", PROTOCOLS))
-        lost = [exact[part]["top1"] - told[part]["top1"] for part in ("knn", "linear")]
+        evaluation = figures(evaluate(trial, args.data, "--protocol", PROTOCOLS))
+        lost = [exact[part]["top1"] - evaluation[part]["top1"] for part in ("knn", "linear")]
         if max(map(abs, lost)) < LOSS:
             save_encoder(rounded(args.run), folder)
         else:
             save_encoder(load(args.run), trial / "encoder")
-            told = figures(evaluate(trial, args.data, "--protocol", PROTOCOLS))
+            evaluation = figures(evaluate(trial, args.data, "--protocol", PROTOCOLS))
         transfer = {}
         for what, _, place in others:
-            found = evaluate(trial, Path(place), "--protocol", "linear")["linear"]
-            transfer[what] = {name: found[name] for name in ("top1", "top5", "probe", "c", "normalisation")}
+            linear = evaluate(trial, Path(place), "--protocol", "linear")["linear"]
+            transfer[what] = {name: linear[name] for name in ("top1", "top5", "probe", "c", "normalisation")}
     source = args.data.resolve().name
     record = {name: result[name] for name in KEPT if name in result}
     record |= {
@@ -89,14 +89,14 @@ def main() -> None:
         "recipe": record["recipe"] | {"data": source}, "seed": record["recipe"]["seed"],
         "versions": record["environment"]["versions"], "data": {"name": source, "terms": args.terms},
         "licence": "Apache-2.0", "precision": "bf16" if max(map(abs, lost)) < LOSS else "float32",
-        "lost_by_bf16": dict(zip(("knn", "linear"), lost, strict=True)), "evaluation": told, "transfer": transfer,
+        "lost_by_bf16": dict(zip(("knn", "linear"), lost, strict=True)), "evaluation": evaluation, "transfer": transfer,
         "sha256": hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest(),
     }  # fmt: skip
     for where, name in ((str(args.data), source), *((place, what) for what, _, place in others)):
         record = json.loads(json.dumps(record).replace(json.dumps(where)[1:-1], name))  # no path of this machine
     write_json(folder / "record.json", record)
     say(f"{folder}: {sum(f.stat().st_size for f in folder.iterdir()) / 1e6:.2f} MB, {record['precision']}")
-    say(f"k-NN {told['knn']['top1']:.2%}, probe {told['linear']['top1']:.2%}; lost by bf16: {lost}")
+    say(f"k-NN {evaluation['knn']['top1']:.2%}, probe {evaluation['linear']['top1']:.2%}; lost by bf16: {lost}")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from inbatch.runtime.terminal import progress
 from inbatch.training.advice import advice
 from inbatch.training.budget import duration
 from inbatch.training.build import RunComponents, build
-from inbatch.training.claim import check_free, check_unchanged, claim, numbered, occupant
+from inbatch.training.claim import check_free, check_unchanged, claim, numbered, run_identity
 from inbatch.training.classifier import train_classifier
 from inbatch.training.evaluation_plan import evaluation_seconds
 from inbatch.training.holdout import evaluation_split
@@ -143,7 +143,7 @@ def pretrain(
         previous, replaces = run_to_resume(out, resume), overwrite or barely_begun(out, resume)
         seen = "none" if previous is None else "found"  # before any rank plans a new run, which all do together
         assert_equal_across_ranks({"checkpoint in the run directory, which all ranks must see": seen})
-        before = occupant(previous or out)
+        before = run_identity(previous or out)
         with progress(quiet) as (notify, _):
             if previous is not None:
                 if finished := finished_run(previous, data, requested, download, notify):
@@ -165,7 +165,7 @@ def pretrain(
         )  # fmt: skip
         here = plan.here or plan.recipe
         split = evaluation_split(here, built.loader.source, plan.data, test, download)
-        directory = previous or _claimed(out, plan.recipe)
+        directory = previous or _claim_directory(out, plan.recipe)
         lock = locked(directory) if distributed.rank() == 0 else contextlib.nullcontext()
         with lock as stale:  # writing starts here: all checks that can refuse the run have passed
             notes = _notes(plan, built, stale)
@@ -270,7 +270,7 @@ def _check_out(out: Path | None, replaces: bool) -> None:
         check_free(out)
 
 
-def _claimed(out: Path | None, recipe: Recipe) -> Path:
+def _claim_directory(out: Path | None, recipe: Recipe) -> Path:
     """Return the directory of a new run; without `out`, rank 0 creates the first free one of its name in runs/."""
     if out is not None:
         return out

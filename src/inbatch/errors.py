@@ -77,12 +77,12 @@ class RankError(InbatchError):
 
     Args:
         message: text of the error.
-        speaks: whether this process is the first of the remaining ones and reports the error for all of them.
+        reports_for_all: whether this process is the first of the remaining ones and reports the error for all of them.
     """
 
-    def __init__(self, message: str, speaks: bool = False) -> None:
+    def __init__(self, message: str, reports_for_all: bool = False) -> None:
         super().__init__(message)
-        self.speaks = speaks
+        self.reports_for_all = reports_for_all
 
 
 def many(count: int, noun: str) -> str:

@@ -113,7 +113,7 @@ class BatchEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         learns = self.method in METHODS and METHODS[self.method].labels
         if learns and y is None:
             raise ValueError(f"method={self.method!r} learns from labels: requires y to be passed, but it is None")
-        images = self._checked(X, reset=True)
+        images = self._check_images(X, reset=True)
         if len(images) < 2:
             raise ValueError(f"Found array with {len(images)} sample(s) while a minimum of 2 is required to train.")
         with self._run_folder() as run:
@@ -132,7 +132,7 @@ class BatchEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
     def transform(self, X: Any) -> Float[np.ndarray, "n f"]:
         """Return the features (N, F) float32 of images; DataError if one cannot be read."""
         check_is_fitted(self)
-        images = self._checked(X, reset=False)
+        images = self._check_images(X, reset=False)
         encoder = self.encoder_.to(device_for(self.device))
         if isinstance(images, list):
             reading = Reading(self.channels_, self.levels)
@@ -153,7 +153,7 @@ class BatchEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         fields = {key: value for key, value in fields.items() if value is not None}
         return pretrain(data, self.method, settings=settings, quiet=True, **fields).encoder
 
-    def _checked(self, X: Any, *, reset: bool) -> np.ndarray | list[str]:
+    def _check_images(self, X: Any, *, reset: bool) -> np.ndarray | list[str]:
         """Return images as an array of three or four sides, or a list of paths; ValueError for other forms."""
         if isinstance(X, str | os.PathLike):
             raise ValueError(f"X must be images or a list of paths, not one path, {X!r}")

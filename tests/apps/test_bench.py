@@ -318,6 +318,6 @@ def test_the_folder_of_a_killed_benchmark_is_removed(tmp_path: Path, monkeypatch
 
 def test_the_page_is_what_the_files_make() -> None:
     page = ROOT / "docs" / "speed.md"
-    assert page.read_text() == load(ROOT / "scripts" / "render_results.py").measured(page), (
+    assert page.read_text() == load(ROOT / "scripts" / "render_results.py").benchmark_page(page), (
         "python scripts/render_results.py"
     )

@@ -90,7 +90,7 @@ def test_the_file_is_whole(measured: dict[str, Any], folder: Path) -> None:
 
 @pytest.mark.slow
 def test_tables_and_plot_of_a_file(measured: dict[str, Any], tmp_path: Path) -> None:
-    tables = RENDER.losses(measured)
+    tables = RENDER.loss_tables(measured)
     rows = [line for line in tables["nt_xent"].splitlines() if line.startswith("| 64 |")]
     assert [row.split(" | ")[1] for row in rows] == list(measured["losses"]["nt_xent"]["64"])
     assert all(line.count("|") == tables["nt_xent"].splitlines()[0].count("|") for line in rows)
@@ -104,7 +104,7 @@ def test_tables_and_plot_of_a_file(measured: dict[str, Any], tmp_path: Path) -> 
 
 def test_the_page_is_what_the_files_make() -> None:
     page = ROOT / "docs" / "large-batches.md"
-    assert page.read_text() == RENDER.timed(page), "python scripts/render_results.py writes it again"
+    assert page.read_text() == RENDER.loss_page(page), "python scripts/render_results.py writes it again"
     for threads in ("1thread", "2threads"):
         assert all(f"<!-- losses-{threads} {name} -->" in page.read_text() for name in ("where", "nt_xent", "all"))
 

@@ -33,7 +33,7 @@ from inbatch.training.recipe import Recipe, make
 COMMANDS = tuple(Program.ORDER)
 WORK = (
     "api:pretrain", "api:dry_run", "api:evaluate_run", "api:embed_run", "api:export_run", "api:replay_run",
-    "api:train_classifier", "api:predict", "apps.cli.checking:_imported", "apps.adaptation.adapt:adapt",
+    "api:train_classifier", "api:predict", "apps.cli.checking:_import_method", "apps.adaptation.adapt:adapt",
     "apps.bench.benchmark:bench", "apps.collection.duplicates:find_duplicates",
     "apps.collection.labels:find_label_errors", "apps.collection.outliers:find_outliers",
     "apps.collection.search:search_images",

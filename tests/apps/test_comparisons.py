@@ -21,7 +21,7 @@ from inbatch.apps import statistics as st
 from inbatch.apps.comparisons.choice import best_of
 from inbatch.apps.comparisons.compare import _command
 from inbatch.apps.comparisons.metrics import METRICS
-from inbatch.apps.comparisons.plan import _unequal
+from inbatch.apps.comparisons.plan import _unequal_conditions
 from inbatch.apps.comparisons.report import _comparison, _notes
 from inbatch.apps.comparisons.request import KEPT, Request, resolved
 from inbatch.apps.comparisons.timing import Shares, _final_share, budget_sentence, run_share
@@ -146,9 +146,9 @@ def test_variants_of_equal_steps_have_the_same_length() -> None:
     request = Request(tuple(variants), "digits-canvas", (0,), {"steps": 4, "batch_size": 16, "image_size": 32})
     recipes = resolved(request)[1]
     recipes[1] = replace(recipes[1], epochs=recipes[0].epochs + 1)
-    assert not any("differ in" in note for note in _unequal(request, recipes, None))
+    assert not any("differ in" in note for note in _unequal_conditions(request, recipes, None))
     longer = [recipes[0], replace(recipes[1], steps=5)]
-    assert "The variants differ in steps, which may explain a difference." in _unequal(request, longer, None)
+    assert "The variants differ in steps, which may explain a difference." in _unequal_conditions(request, longer, None)
 
 
 def test_mistakes_in_python() -> None:

@@ -138,12 +138,12 @@ def test_no_format_of_a_table_passes_on_control_characters(tmp_path: Path, monke
     failure = {"exit_code": 4, "sentence": HOSTILE}
     where = {"device": "cpu", "processor": HOSTILE, "threads": 1, "versions": {"torch": HOSTILE}}
     failed = record(first, 0.5, status="failed", failure=failure, evaluation=None, command=HOSTILE, source=HOSTILE)
-    records = {one.told: one for one in (failed, record(others[0], 0.5, environment=where))}
+    records = {one.run_key: one for one in (failed, record(others[0], 0.5, environment=where))}
     sheet = fill(TABLE, "smoke", records)
     report = TableReport(sheet)
     monkeypatch.setattr(render, "curves", lambda sheet: None)
     texts = {ending: write(sheet) for ending, write in render.FORMATS.items()}
-    texts["terminal"] = "\n".join(report.words())
+    texts["terminal"] = "\n".join(report.text_lines())
     for ending in render.FORMATS:
         report.write(tmp_path / f"x{ending}")
         assert (tmp_path / f"x{ending}").read_bytes() == texts[ending].encode()

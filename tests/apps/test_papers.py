@@ -53,7 +53,7 @@ def filled(scale: str = "smoke") -> dict[tuple[str, str, int], Record]:
     """Return a record for every run of Table 3; its linear accuracy is computed from row and seed."""
     names = [row.name for row in TABLE.rows]
     records = [record(c, 0.5 + names.index(c.row) / 100 + c.seed * c.seed / 50) for c in cells(TABLE, scale)]
-    return {one.told: one for one in records}
+    return {one.run_key: one for one in records}
 
 
 @EVERY
@@ -162,14 +162,14 @@ def test_run_is_reused_for_cells_that_need_no_more_evaluation(tmp_path: Path) ->
 def test_differences_are_paired_by_seed() -> None:
     sheet = fill(TABLE, "smoke", filled())
     with_, without = sheet.line("SimCLR + BA"), sheet.line("SimCLR")
-    a, b = with_.ours[0].values, without.ours[0].values
-    assert with_.ours[0].gains == pytest.approx([x - y for x, y in zip(a, b, strict=True)])
+    a, b = with_.reproduced[0].values, without.reproduced[0].values
+    assert with_.reproduced[0].gains == pytest.approx([x - y for x, y in zip(a, b, strict=True)])
     noisy = [0.3, -0.2, 0.9, 1.4]
     assert paired(noisy) == pytest.approx(ttest_rel(noisy, [0.0] * 4).pvalue)
     assert paired([1.0]) is None and paired([0.0, 0.0]) == 1.0
-    assert with_.moved("Top1", without) == pytest.approx(0.68)
+    assert with_.paper_effect("Top1", without) == pytest.approx(0.68)
     missing = {key: r for key, r in filled().items() if key[2] == 0}
-    assert fill(TABLE, "smoke", missing).line("BYOL").ours[0].seeds == (0,)
+    assert fill(TABLE, "smoke", missing).line("BYOL").reproduced[0].seeds == (0,)
 
 
 def test_a_row_exists_at_its_scales_only() -> None:
@@ -191,7 +191,7 @@ def test_effects_state_interval_seeds_and_cost() -> None:
         )
         for cell in wanted
     ]  # fmt: skip
-    sheet = fill(TABLE, "laptop", {one.told: one for one in records})
+    sheet = fill(TABLE, "laptop", {one.run_key: one for one in records})
     by_cell = {(one.row, one.column): one for one in effects(sheet)}
     assert {row for row, _ in by_cell} == set(gains)
     one = by_cell["SimCLR + BA", "CIFAR-10, linear"]
@@ -223,7 +223,7 @@ def test_failed_and_missing_runs_are_shown() -> None:
     asked = list(cells(TABLE, "smoke"))[:2]
     failure = {"exit_code": 4, "sentence": "the loss is nan", "log": "..."}
     ended = record(asked[0], 0.0, status="failed", evaluation=None, failure=failure)
-    sheet = fill(TABLE, "smoke", {ended.told: ended})
+    sheet = fill(TABLE, "smoke", {ended.run_key: ended})
     headings, rows = render.grid(sheet)
     assert rows[0][headings.index("digits, linear")] == "failed" and rows[1][headings.index("digits, linear")] == ""
     assert any("the loss is nan" in note for note in render.notes(sheet))
@@ -239,14 +239,14 @@ def test_a_protocol_that_fails_is_a_gap_and_not_the_run_s_end(tmp_path: Path) ->
             result = super()._call(cell, words, log)
             return {"exit_code": 4, "error": "the loss is nan"} if words[0] == "evaluate" else result
 
-    runner = Diverges(tmp_path / "results", tmp_path / "work", tell=lambda text: None)
+    runner = Diverges(tmp_path / "results", tmp_path / "work", notify=lambda text: None)
     assert runner.run(asked) == {} and [words[0] for words in runner.asked] == ["pretrain", "evaluate"]
     known = read_records(tmp_path / "results")
     sheet = fill(table, "cpu", known)
-    shown = dict(zip([c.name for c in sheet.columns], sheet.line("Ours").ours, strict=True))
+    shown = dict(zip([c.name for c in sheet.columns], sheet.line("Ours").reproduced, strict=True))
     assert shown["digits, linear"].text() == "50.0" and shown["digits, linear, 1 % of labels"].text() == "failed"
     assert any("evaluated by few: the loss is nan" in note for note in render.notes(sheet))
-    assert runner.missing(asked) == [] and replace(runner, again=True).missing(asked) == asked
+    assert runner.missing(asked) == [] and replace(runner, retry_failed=True).missing(asked) == asked
 
 
 def test_column_of_inbatch_is_next_to_that_of_the_paper() -> None:
@@ -293,7 +293,7 @@ def test_pages_are_self_contained_and_escape_names() -> None:
     evil = "<script>alert(1)</script> | a & b_c $x$ *y*"
     row = Row(evil, TABLE.rows[0].settings, {"Top1": 1.0})
     table = replace(TABLE, rows=(row, *TABLE.rows[1:]), title=evil)
-    records = {r.told: r for r in (record(c, 0.5) for c in cells(table, "smoke"))}
+    records = {r.run_key: r for r in (record(c, 0.5) for c in cells(table, "smoke"))}
     sheet = fill(table, "smoke", records)
     page = Page()
     page.feed(render.page(sheet))
@@ -342,22 +342,22 @@ class Fake(Runner):
 def test_existing_results_are_not_computed_again(tmp_path: Path) -> None:
     messages: list[str] = []
     asked = list(cells(TABLE, "smoke", (0,)))
-    runner = Fake(tmp_path / "results", tmp_path / "work", tell=messages.append)
+    runner = Fake(tmp_path / "results", tmp_path / "work", notify=messages.append)
     runner.ends = {"BYOL": InbatchError("it crashed"), "SimCLR": {"exit_code": 4, "error": "the loss is nan"}}
     assert {name.split("-")[0] for name in runner.run(asked)} == {"byol"}
     assert len(runner.asked) == len(asked) and len(messages) == len(asked)
     known = read_records(tmp_path / "results")
     assert len(known) == len(asked) - 1 and sum(r.status == "failed" for r in known.values()) == 1
     assert all(r.recipe["data"] == "digits-canvas-colour" for r in known.values())
-    again = Fake(tmp_path / "results", tmp_path / "work", tell=messages.append)
+    again = Fake(tmp_path / "results", tmp_path / "work", notify=messages.append)
     assert again.run(asked) == {} and len(again.asked) == 1  # a crash is repeated, divergence is not
-    retried = Fake(tmp_path / "results", tmp_path / "work", again=True, tell=messages.append)
+    retried = Fake(tmp_path / "results", tmp_path / "work", retry_failed=True, notify=messages.append)
     retried.run(asked)
     assert len(retried.asked) == 1 and all(r.status == "finished" for r in read_records(tmp_path / "results").values())
 
 
 def test_a_second_table_in_the_same_folder_waits_for_the_first(tmp_path: Path) -> None:
-    runner = Fake(tmp_path / "results", tmp_path / "work", tell=lambda text: None)
+    runner = Fake(tmp_path / "results", tmp_path / "work", notify=lambda text: None)
     with locked(tmp_path / "work"), pytest.raises(ConfigError, match="is being written by process"):
         runner.run(list(cells(TABLE, "smoke", (0,))))
     assert runner.asked == [] and not list((tmp_path / "results").glob("*.json"))
@@ -382,12 +382,12 @@ def test_how_far_a_table_is(tmp_path: Path) -> None:
     folder.mkdir(parents=True)
     (folder / "run.json").write_text('{"steps": 10}')
     (folder / "metrics.jsonl").write_text('{"step": 5, "loss": 1.0}\n')
-    Slow(tmp_path / "results", work, jobs=1, tell=lambda text: None, show=lambda *how: shown.append(how)).run(asked)
+    Slow(tmp_path / "results", work, jobs=1, notify=lambda text: None, show=lambda *how: shown.append(how)).run(asked)
     assert shown[0][:3] == (0.5, len(asked), f"0 of {len(asked)} runs") and "left" in shown[0][3]
 
 
 def test_missing_data_set_is_reported_once(tmp_path: Path) -> None:
-    runner = Fake(tmp_path / "results", tmp_path / "work", tell=lambda text: None)
+    runner = Fake(tmp_path / "results", tmp_path / "work", notify=lambda text: None)
     table = TABLES["ba-ssl-4"]
     problems = runner.run(list(cells(table, "gpu", (0,))))
     messages = {str(problem) for problem in problems.values()}
@@ -480,7 +480,7 @@ def test_one_cell_is_run_and_not_run_again(run_cli: Any, tmp_path: Path) -> None
     assert result.exit_code == 0, result.output
     (path,) = (tmp_path / "runs" / "table" / "results").glob("*.json")
     one = read_record(path)
-    assert one.told in read_records(path.parent) and one.curve[-1]["loss"] > 0
+    assert one.run_key in read_records(path.parent) and one.curve[-1]["loss"] > 0
     assert not (tmp_path / "runs" / "table" / path.stem / "checkpoints").exists()
     before = path.stat().st_mtime_ns
     assert run_cli(*words).exit_code == 0 and path.stat().st_mtime_ns == before
@@ -492,7 +492,7 @@ def test_table_stopped_by_a_signal_can_be_continued(tmp_path: Path) -> None:
     base = TABLE.rows[2]
     table = replace(TABLE, rows=(replace(base, settings={**(base.settings or {}), "epochs": 12}),))
     asked = list(cells(table, "smoke", (0,)))
-    runner = Runner(tmp_path / "results", tmp_path / "work", jobs=1, device="cpu", tell=lambda text: None)
+    runner = Runner(tmp_path / "results", tmp_path / "work", jobs=1, device="cpu", notify=lambda text: None)
 
     def stop() -> None:
         log = tmp_path / "work" / asked[0].stem / "metrics.jsonl"
@@ -505,7 +505,7 @@ def test_table_stopped_by_a_signal_can_be_continued(tmp_path: Path) -> None:
         runner.run(asked)
     assert not list((tmp_path / "results").glob("*"))
     assert (tmp_path / "work" / asked[0].stem / "checkpoints" / "last.pt").exists()
-    again = Runner(tmp_path / "results", tmp_path / "work", jobs=1, device="cpu", tell=lambda text: None)
+    again = Runner(tmp_path / "results", tmp_path / "work", jobs=1, device="cpu", notify=lambda text: None)
     assert again.run(asked) == {} and len(read_records(tmp_path / "results")) == 1
 
 
@@ -514,10 +514,12 @@ def test_table_stopped_by_a_signal_can_be_continued(tmp_path: Path) -> None:
 @EVERY
 def test_every_table_runs_at_smoke_scale(table: Table, tmp_path: Path) -> None:
     """Every row, with one seed."""
-    runner = Runner(tmp_path / "results", tmp_path / "work", device="cpu", tell=lambda text: None)
+    runner = Runner(tmp_path / "results", tmp_path / "work", device="cpu", notify=lambda text: None)
     asked = run_table_command(TABLES, table.name, "smoke", runner=runner, selection=Selection(seeds=[0]))
     assert not asked.problems
-    assert all(value.values for line in asked.sheet.lines if line.row.settings is not None for value in line.ours)
+    assert all(
+        value.values for line in asked.filled.lines if line.row.settings is not None for value in line.reproduced
+    )
 
 
 @functools.cache
@@ -544,7 +546,7 @@ def test_shipped_results_are_named_as_such() -> None:
 
 def test_images_that_one_run_lacks_are_not_lacking_to_others(tmp_path: Path) -> None:
     """A run that ends because of its data is reported by itself: the next may need no labels, or other images."""
-    runner = Fake(tmp_path / "results", tmp_path / "work", tell=lambda text: None)
+    runner = Fake(tmp_path / "results", tmp_path / "work", notify=lambda text: None)
     runner.ends = {"MoCo-v2": DataError("no labels")}
     asked = list(cells(TABLE, "smoke", (0,)))
     assert len(runner.run(asked)) == 1 and len(read_records(tmp_path / "results")) == len(asked) - 1
@@ -554,14 +556,14 @@ def test_reduced_table_needs_fewer_runs() -> None:
     result = run_table_command(
         TABLES, TABLE.name, "cpu", runner=None, from_=shipped(), selection=Selection(["SimCLR + BA"], ["digits"], [0])
     )
-    assert result.sheet.wanted == 2
+    assert result.filled.total_runs == 2
 
 
 def test_figure_3_is_the_papers() -> None:
     """Shares agree within 0.15 points, for every seed."""
     table = TABLES["curation-figure-3"]
     (line,) = fill(table, "cpu", shipped_records()).lines
-    for paper, value in zip(line.paper, line.ours, strict=True):
+    for paper, value in zip(line.paper, line.reproduced, strict=True):
         assert len(value.values) == 3 and all(abs(one - paper) < 0.15 for one in value.values)
 
 

@@ -51,7 +51,7 @@ def test_the_pages_of_tables_are_what_the_records_make() -> None:
     assert written == pages, "python scripts/render_tables.py writes them again"
 
 
-SUMMARIES = [(table, scale) for table in TABLES.values() for scale in table.holds]
+SUMMARIES = [(table, scale) for table in TABLES.values() for scale in table.findings]
 
 
 @pytest.mark.grid(4)
@@ -61,23 +61,25 @@ def test_summary_of_a_table_states_its_figures(table: Table, scale: str) -> None
     sheet = fill(table, scale, committed_records())
     figures = re.compile(r"\d+\.\d+")
     shown = set(figures.findall(str(grid(sheet)))) | {f"{SURE:g}"}
-    assert set(figures.findall(table.holds[scale])) <= shown
+    assert set(figures.findall(table.findings[scale])) <= shown
 
 
 @pytest.mark.parametrize("name", ["README", *COMPARED])
 def test_the_tables_of_methods_are_what_the_files_make(name: str, render: ModuleType) -> None:
     page = ROOT / "docs" / "methods" / f"{name}.md"
-    assert page.read_text() == render.written(page), "python scripts/render_results.py writes it again"
+    assert page.read_text() == render.method_page(page), "python scripts/render_results.py writes it again"
     assert page.read_text().count("| untrained encoder |") == (1 if name in WITHOUT_DIGITS else 2)
 
 
 @pytest.mark.parametrize("page", sorted((ROOT / "docs" / "context").glob("*.md")), ids=lambda page: page.stem)
 def test_the_tables_of_plug_ins_are_what_the_files_make(page: Path, render: ModuleType) -> None:
-    assert page.read_text() == render.answered(page), "python scripts/render_results.py writes it again"
+    assert page.read_text() == render.plugin_page(page), "python scripts/render_results.py writes it again"
 
 
 def test_the_table_of_shards_is_what_the_file_makes(render: ModuleType) -> None:
-    assert render.DATA.read_text() == render.sharded(render.DATA), "python scripts/render_results.py writes it again"
+    assert render.DATA.read_text() == render.shards_page(render.DATA), (
+        "python scripts/render_results.py writes it again"
+    )
     results = render.json.loads((ROOT / "results" / "shards.json").read_text())
     for way in ("sequential", "random"):
         assert results[way]["different_images"] == results[way]["images"] > results["images"] - results["batch"]
@@ -85,7 +87,9 @@ def test_the_table_of_shards_is_what_the_file_makes(render: ModuleType) -> None:
 
 
 def test_the_tables_of_a_million_images_are_what_the_file_makes(render: ModuleType) -> None:
-    assert render.DATA.read_text() == render.million(render.DATA), "python scripts/render_results.py writes it again"
+    assert render.DATA.read_text() == render.million_page(render.DATA), (
+        "python scripts/render_results.py writes it again"
+    )
     results = render.json.loads((ROOT / "results" / "million.json").read_text())
     assert results["images"] == 1_000_000 and results["path_bytes"]["longest"] > 250
     assert max(results[name]["peak_bytes"] for name in ("scan", "from_cache")) < 300e6

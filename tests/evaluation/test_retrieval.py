@@ -10,7 +10,7 @@ import torch
 from golden_vectors import Case
 from torch import Tensor
 
-from inbatch.apps.cli.output import judged_by
+from inbatch.apps.cli.output import evaluation_lines
 from inbatch.errors import ConfigError, DataError
 from inbatch.evaluation import Embeddings, evaluate, retrieval
 
@@ -84,5 +84,5 @@ def test_the_user_reads_recall_and_how_many_images_count() -> None:
     assert any(
         line.startswith("Retrieval:  recall ")
         and line.endswith("% at 5; 4 images as queries; 1 of classes with one image")
-        for line in judged_by(evaluation, "held out")
+        for line in evaluation_lines(evaluation, "held out")
     )

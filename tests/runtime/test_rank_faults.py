@@ -89,7 +89,7 @@ def test_a_rank_that_ends_by_itself_ends_the_waiting_of_the_others() -> None:
 def test_a_rank_that_never_comes_is_named() -> None:
     first, second, _ = stores(3, timeout=0.3)
     for i, error in enumerate(at_once(lambda: first.compare_facts({}), lambda: second.compare_facts({}))):
-        assert isinstance(error, RankError) and "lost rank 2" in str(error) and error.speaks == (i == 0)
+        assert isinstance(error, RankError) and "lost rank 2" in str(error) and error.reports_for_all == (i == 0)
 
 
 def test_lost_rank_is_distinguished_from_a_broken_connection(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,7 +97,7 @@ def test_lost_rank_is_distinguished_from_a_broken_connection(monkeypatch: pytest
     together = stores(4)
     left = [together[1], together[3]]
     for r, error in zip(left, at_once(*(r.find_failure for r in left)), strict=True):
-        assert "lost ranks 0, 2" in str(error) and error.speaks == (r.rank == 1)
+        assert "lost ranks 0, 2" in str(error) and error.reports_for_all == (r.rank == 1)
     for error in at_once(*(r.find_failure for r in stores(3))):
         assert "all of them are running" in str(error)
 
@@ -127,7 +127,7 @@ def test_rank_with_progress_is_awaited_and_one_without_is_named() -> None:
     first, second, third = stores(3, timeout=0.4)
     began = time.monotonic()
     error = at_once(lambda: first.follow("parts", [1, 2]), lambda: works(second, 8), lambda: works(third, 2))[0]
-    assert isinstance(error, RankError) and "lost rank 2: no answer for 0 s" in str(error) and error.speaks
+    assert isinstance(error, RankError) and "lost rank 2: no answer for 0 s" in str(error) and error.reports_for_all
     assert time.monotonic() - began < 5
 
 
@@ -216,11 +216,13 @@ def unhappy(rank: int, world: int, folder: str, fault: str, bad: int, answers: A
         with process_group(timeout=TIMEOUT):
             (endless_ring if ring else sharded if " in a " in fault else endless)(fault, bad)
     except Exception as error:
-        answers.put((rank, type(error).__name__, str(error), getattr(error, "speaks", False), time.monotonic()))
+        answers.put(
+            (rank, type(error).__name__, str(error), getattr(error, "reports_for_all", False), time.monotonic())
+        )
 
 
 def ends(world: int, fault: str, bad: int, heard: int, ring: bool = False) -> dict[int, tuple[Any, ...]]:
-    """Return how ranks end after one fails: {rank: (kind, sentence, speaks, when)} of the first `heard`."""
+    """Return how ranks end after one fails: {rank: (kind, sentence, reports_for_all, when)} of the first `heard`."""
     with tempfile.TemporaryDirectory() as folder:
         answers = _context.Queue()
         children = [

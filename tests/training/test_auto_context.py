@@ -355,7 +355,7 @@ def test_the_table_of_cards_is_what_the_file_makes() -> None:
     render = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(render)
     page = root / "docs" / "large-batches.md"
-    assert page.read_text() == render.fitted(page), "python scripts/render_results.py writes it again"
+    assert page.read_text() == render.scaling_page(page), "python scripts/render_results.py writes it again"
     assert page.read_text().count("| resnet50, 224 px, ") == 4
     spec = importlib.util.spec_from_file_location("context_memory", root / "benchmarks" / "context_memory.py")
     benchmark = importlib.util.module_from_spec(spec)

@@ -10,7 +10,7 @@ from small_runs import tiny
 
 from inbatch import api
 from inbatch.errors import ConfigError, InbatchError
-from inbatch.training.claim import check_free, check_unchanged, claim, numbered, occupant
+from inbatch.training.claim import check_free, check_unchanged, claim, numbered, run_identity
 
 
 def test_every_start_at_the_same_time_gets_its_own_number(tmp_path: Path) -> None:
@@ -47,12 +47,12 @@ def test_existing_files_of_the_user_are_not_replaced(tmp_path: Path) -> None:
 
 
 def test_second_run_in_the_folder_is_refused(tmp_path: Path) -> None:
-    before = occupant(tmp_path)
+    before = run_identity(tmp_path)
     check_unchanged(tmp_path, before)
     (tmp_path / "recipe.json").write_text("{}")
     with pytest.raises(ConfigError, match="another process has used"):
         check_unchanged(tmp_path, before)
-    before = occupant(tmp_path)
+    before = run_identity(tmp_path)
     check_unchanged(tmp_path, before)
     (tmp_path / "recipe.json").rename(tmp_path / "aside")
     (tmp_path / "recipe.json").write_text("{}")  # --overwrite in another process, with the same recipe

@@ -235,10 +235,10 @@ def test_the_watchdog_reports_a_lost_rank_that_was_found_before_the_signal(
         pytest.raises(RankError),
         stopping.Stopping(built, {}, report, stop).answering(),
     ):
-        raise RankError("lost rank 0", speaks=True)
+        raise RankError("lost rank 0", reports_for_all=True)
     program = import_module("inbatch.apps.cli.app")
     monkeypatch.setattr(program, "first", lambda: False)  # rank 1 reports the loss of rank 0
-    program._tell(signals.watchdog.answer(signal.SIGTERM))
+    program._report_error(signals.watchdog.answer(signal.SIGTERM))
     assert "lost rank 0" in capsys.readouterr().err
 
 

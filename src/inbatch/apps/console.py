@@ -39,11 +39,11 @@ def note(message: str) -> None:
             print(one_line(message), file=sys.stderr, flush=True)
 
 
-def complain(message: str) -> None:
+def print_error(message: str) -> None:
     """Print an error to stderr."""
-    whose = "" if first() else f" (rank {os.environ.get('RANK', os.environ.get('SLURM_PROCID'))})"
+    origin = "" if first() else f" (rank {os.environ.get('RANK', os.environ.get('SLURM_PROCID'))})"
     with suppress(OSError):  # the exit code reports the error as well
-        print(f"error{whose}:", printable(message).replace("\n", "\n  "), file=sys.stderr)
+        print(f"error{origin}:", printable(message).replace("\n", "\n  "), file=sys.stderr)
 
 
 def print_json(value: Any) -> None:

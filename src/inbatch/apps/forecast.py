@@ -26,7 +26,10 @@ def forecast(until: float = math.inf) -> list[Finding]:
         until: Time limit by `time.monotonic`; an estimate that has not begun by then is omitted.
     """
     both = (("quickstart", _quickstart), ("a budget of 1 h", _hour))
-    return [Finding(what, ask() if time.monotonic() < until else "not measured: no time is left") for what, ask in both]
+    return [
+        Finding(what, estimate() if time.monotonic() < until else "not measured: no time is left")
+        for what, estimate in both
+    ]
 
 
 def _quickstart() -> str:
@@ -37,15 +40,15 @@ def _quickstart() -> str:
 def _hour() -> str:
     images = torch.randint(0, 256, (512, 3, 32, 32), dtype=torch.uint8)
     _, seconds, batch = _steps(images, {"preset": "fast", "steps": 100, "epochs": 100})
-    made = int(TRAINED * 3600.0 / seconds)
+    steps = int(TRAINED * 3600.0 / seconds)
     return (
-        f"about {made:,} steps of {batch} images, {made * batch / 1e6:,.1f} million images of 32 pixels, with the "
+        f"about {steps:,} steps of {batch} images, {steps * batch / 1e6:,.1f} million images of 32 pixels, with the "
         f"encoder fast ({seconds:.2f} s a step)"
     )
 
 
-def _steps(data: Any, given: dict[str, Any]) -> tuple[int, float, int]:
+def _steps(data: Any, settings: dict[str, Any]) -> tuple[int, float, int]:
     """Return the number of steps of a run, the seconds of one step, and the images per batch."""
-    recipe, source = resolve_recipe(data, given)
+    recipe, source = resolve_recipe(data, settings)
     built = build(recipe, source, device=torch.device("cpu"))
     return built.total, time_steps(built, _EACH), recipe.batch_size

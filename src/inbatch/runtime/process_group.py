@@ -58,7 +58,7 @@ def setup(expect: int | None = None, device: str = "cpu", timeout: float = _TIME
                 raise ConfigError(f"the processes cannot connect: {error}; start them with torchrun") from None
             except RuntimeError as error:
                 many = f"{os.environ['WORLD_SIZE']} processes did not connect within {timeout:,.0f} s"
-                raise RankError(f"{many}: {error}", speaks=True) from error
+                raise RankError(f"{many}: {error}", reports_for_all=True) from error
             created = True
     if expect is not None and expect != world():
         started = world()

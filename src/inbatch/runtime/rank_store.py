@@ -117,7 +117,7 @@ class RankStore:
         names = f"rank{'s' * (len(missing) > 1)} {', '.join(map(str, missing))}"
         sentence = sentence or f"lost {names}: no answer for {waited:,.0f} s and no reported error. {self._advice}"
         present = [rank for rank in range(self.world) if rank not in missing]
-        return RankError(sentence, speaks=bool(present) and self.rank == present[0])
+        return RankError(sentence, reports_for_all=bool(present) and self.rank == present[0])
 
     def _missing(self, what: str) -> list[int]:
         return [rank for rank in range(self.world) if not self._has(f"{what} {rank}")]
@@ -170,7 +170,7 @@ def new_prefix(store: Any, rank: int, world: int, timeout: float) -> str:
             raise RankError(
                 f"{world} processes did not connect within {timeout:,.0f} s: {who} did not join. Start all of them, "
                 "with the same MASTER_ADDR and MASTER_PORT",
-                speaks=True,
+                reports_for_all=True,
             )
         time.sleep(0.02)
     if rank == 0:

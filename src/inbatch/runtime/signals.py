@@ -186,9 +186,9 @@ class Watchdog:
 
     def __init__(self) -> None:
         self.answer: Callable[[int], InbatchError] = without_result
-        self.tell: Callable[[InbatchError], None] = lambda error: None
+        self.report: Callable[[InbatchError], None] = lambda error: None
         self.acknowledge: Callable[[int], None] = lambda number: None
-        self.told = False
+        self.reported = False
         self._over = threading.Event()
 
     @contextmanager
@@ -232,8 +232,8 @@ class Watchdog:
             error = self.answer(number)
         except Exception as problem:  # for example a full disk; the process still ends
             error = problem if isinstance(problem, InbatchError) else InbatchError(repr(problem))
-        if not self.told:
-            self.tell(error)
+        if not self.reported:
+            self.report(error)
         leave(error.exit_code)
 
 
@@ -268,15 +268,15 @@ def leave(code: int) -> NoReturn:
 
 @contextmanager
 def answered_in_time(
-    tell: Callable[[InbatchError], None], acknowledge: Callable[[int], None] = lambda number: None
+    report: Callable[[InbatchError], None], acknowledge: Callable[[int], None] = lambda number: None
 ) -> Iterator[Stop]:
     """Let the watchdog supervise the program; its signals set the Stop that is yielded, which starts held.
 
     Args:
-        tell: prints the error of a process that the watchdog ends.
+        report: prints the error of a process that the watchdog ends.
         acknowledge: reports a signal to which the process does not respond at once.
     """
-    watchdog.tell, watchdog.told, watchdog.answer = tell, False, without_result
+    watchdog.report, watchdog.reported, watchdog.answer = report, False, without_result
     watchdog.acknowledge = acknowledge
     main = threading.current_thread() is threading.main_thread()
     with stop_on_signals() as stop, watchdog.watching() if main else nullcontext():

@@ -12,11 +12,11 @@ from inbatch.errors import ConfigError
 from inbatch.runtime.files import cannot_write
 from inbatch.training.side_files import FILES, FOLDERS
 
-Occupant = tuple[int, int] | None
+RunIdentity = tuple[int, int] | None
 """Identity of the run in a directory (of its recipe.json); None without a run."""
 
 
-def occupant(folder: Path | None) -> Occupant:
+def run_identity(folder: Path | None) -> RunIdentity:
     """Return the identity of the run in a directory, which changes if another run starts there."""
     if folder is None:
         return None
@@ -41,14 +41,14 @@ def check_free(folder: Path) -> None:
         )
 
 
-def check_unchanged(folder: Path, before: Occupant) -> None:
+def check_unchanged(folder: Path, before: RunIdentity) -> None:
     """Raise ConfigError if another process has started or continued a run in a directory since `before`.
 
     Args:
         folder: Run directory, locked by the caller.
-        before: `occupant(folder)` at the start of the command.
+        before: `run_identity(folder)` at the start of the command.
     """
-    if occupant(folder) != before:
+    if run_identity(folder) != before:
         raise ConfigError(
             f"another process has used {folder} for a run while this one was prepared, and nothing was changed: choose "
             f"another --output-dir, or continue that run (--resume {folder})"

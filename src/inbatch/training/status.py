@@ -63,7 +63,7 @@ class Report:
             with shared_errors(), lost_workers(), out_of_room(self.path.parent):
                 yield
         except InbatchError as error:
-            self.main |= isinstance(error, RankError) and error.speaks
+            self.main |= isinstance(error, RankError) and error.reports_for_all
             self.ended(error)
             raise
         except StopRequested as error:

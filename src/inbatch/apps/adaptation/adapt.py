@@ -89,7 +89,7 @@ def adapt(
         split = evaluation_split(plan.recipe, plan.source, plan.data, test)
         facts: dict[str, Any] = {"seeds": seeds} if total is not None else {}
         facts |= {"data": plan.recipe.data, "images": plan.source.signature(), "from": str(weights), "settings": chosen}
-        folder = _prepared(out, plan.recipe.data, facts)
+        folder = _prepare_folder(out, plan.recipe.data, facts)
         each = {key: value for key, value in chosen.items() if key != "own"}  # every run writes it itself
         if total is not None:
             each["budget"] = _agreed_share(
@@ -100,10 +100,12 @@ def adapt(
             with progress(quiet) as (notify, _):
                 if distributed.rank() == 0:
                     notify(f"Seed {seed + 1} of {seeds}: {folder / f'seed-{seed}'}")
-            runs.append(_trained(folder / f"seed-{seed}", data, each | {"seed": seed}, test, device, workers, quiet))
+            runs.append(
+                _load_or_train(folder / f"seed-{seed}", data, each | {"seed": seed}, test, device, workers, quiet)
+            )
         result = None
         if distributed.rank() == 0:
-            result = _judged(folder, runs, split, plan.source, place)
+            result = _evaluate_runs(folder, runs, split, plan.source, place)
             result |= {"from": str(weights), "seconds": time.perf_counter() - began}
             if total is not None:
                 with progress(quiet) as (notify, _):
@@ -126,12 +128,12 @@ def _agreed_share(folder: Path, facts: dict[str, Any], plan: Callable[[], float]
             problem = str(error)
     share, problem = distributed.broadcast_object((share, problem))
     if problem:
-        _forget(folder)
+        _remove_request(folder)
         raise ConfigError(problem)
     return share
 
 
-def _prepared(out: str | Path | None, data: str, facts: dict[str, Any]) -> Path:
+def _prepare_folder(out: str | Path | None, data: str, facts: dict[str, Any]) -> Path:
     """Return the directory of an adaptation, with its request; refuse the directory of another one.
 
     Args:
@@ -160,17 +162,17 @@ def _begin(folder: Path, facts: dict[str, Any]) -> str | None:
                 return f"{folder} holds {name}, which an adaptation would replace: choose another --output-dir"
         write_json(folder / REQUEST, facts)
         return None
-    then = {key: value for key, value in read_json(folder / REQUEST).items() if key != SHARE}
-    now = _plain(facts)
-    if then == now:
+    stored = {key: value for key, value in read_json(folder / REQUEST).items() if key != SHARE}
+    requested = _plain(facts)
+    if stored == requested:
         return None
-    before, after = ({**one.pop("settings", {}), **one} for one in (dict(then), dict(now)))
+    before, after = ({**one.pop("settings", {}), **one} for one in (dict(stored), dict(requested)))
     keys = [key for key in dict.fromkeys((*before, *after)) if before.get(key) != after.get(key)]
     what = ", ".join(f"{key} = {after.get(key)!r:.80} (it has {before.get(key)!r:.80})" for key in keys)
     return f"{folder} holds another adaptation: {what}. Repeat its settings, or choose another --output-dir"
 
 
-def _forget(folder: Path) -> None:
+def _remove_request(folder: Path) -> None:
     """Remove the request of an adaptation of which no run has begun, so that other settings can be tried."""
     if distributed.rank() == 0 and not list(folder.glob("seed-*/recipe.json")):
         (folder / REQUEST).unlink(missing_ok=True)
@@ -184,7 +186,7 @@ def _plain(facts: dict[str, Any]) -> dict[str, Any]:
     return plain
 
 
-def _trained(
+def _load_or_train(
     folder: Path, data: Any, settings: dict[str, Any], test: Any, device: str, workers: int | None, quiet: bool
 ) -> Run:
     """Return a finished run, trained now as far as it is not."""
@@ -197,7 +199,7 @@ def _trained(
     except (Preempted, Interrupted) as error:
         raise type(error)(f"{error}. Repeat the command to continue the adaptation in {folder.parent}") from None
     except InbatchError:
-        _forget(folder.parent)
+        _remove_request(folder.parent)
         raise
 
 
@@ -207,14 +209,14 @@ def _hash(folder: Path) -> str:
     return str(object_in(read_json(file), "inbatch", file)["sha256"])
 
 
-def _judged(
+def _evaluate_runs(
     folder: Path, runs: Sequence[Run], split: EvaluationSplit | None, source: Source, device: torch.device
 ) -> dict[str, Any]:
     """Write the recommended encoder; return the content of verdict.json."""
     start = load_encoder(runs[0].directory / "initial")
     accuracy, images = {}, 0
     if split is not None:
-        split = _as_judged(split, runs)
+        split = _limit_images(split, runs)
         before = [measure_hits(start, split, runs[0].recipe, device)]
         for run in runs[1:]:  # the weights at --from can have changed between two calls
             own = load_encoder(run.directory / "initial")
@@ -231,8 +233,8 @@ def _judged(
     save_encoder(load(chosen) if helped else start, folder / "encoder")
     use = f"the weights of {chosen}" if helped else "those that it started from"
     sentence = f"{verdict.sentence()}. Use {use}: {folder / 'encoder'}"
-    begun = [_hash(run.directory / "initial") for run in runs]
-    if len(set(begun)) > 1:
+    initial_hashes = [_hash(run.directory / "initial") for run in runs]
+    if len(set(initial_hashes)) > 1:
         sentence += ". The seeds started from different weights: those at --from have changed between two calls"
     return verdict.json() | {
         "sentence": sentence,
@@ -244,18 +246,20 @@ def _judged(
         },
         "held_out": split and split.description,
         "runs": [str(run.directory) for run in runs],
-        "initial_sha256": begun,
+        "initial_sha256": initial_hashes,
         "recipe": runs[0].recipe.nested(),
     }
 
 
 def _measure(runs: Sequence[Run], name: str) -> Gain:
     """Return the gain in a measure without labels."""
-    told = [run.result["unlabelled"][name] for run in runs]
-    return measure_gain([one["untrained"] for one in told], [one["trained"] for one in told], told[0]["better"])
+    measures = [run.result["unlabelled"][name] for run in runs]
+    return measure_gain(
+        [one["untrained"] for one in measures], [one["trained"] for one in measures], measures[0]["better"]
+    )
 
 
-def _as_judged(split: EvaluationSplit, runs: Sequence[Run]) -> EvaluationSplit:
+def _limit_images(split: EvaluationSplit, runs: Sequence[Run]) -> EvaluationSplit:
     """Return as many images as every run was evaluated on: fewer if its budget was short."""
     sizes = [[run.result["evaluation"][part]["images"] for part in ("train", "test")] for run in runs]
     unread = [[run.result["evaluation"][part].get("unreadable", 0) for part in ("train", "test")] for run in runs]

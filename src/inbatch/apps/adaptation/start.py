@@ -31,7 +31,7 @@ def starting_settings(weights: Any) -> Settings:
     """
     text = str(weights)
     if text.startswith("timm/"):
-        return _of_timm(text.removeprefix("timm/"))
+        return _timm_settings(text.removeprefix("timm/"))
     if text.startswith("hub:"):
         return {"encoder.init": text}
     named = path_of(weights, "--from")
@@ -58,7 +58,7 @@ def _levels(levels: Any) -> Settings:
     return {"levels": list(levels)} if levels else {}
 
 
-def _of_timm(name: str) -> Settings:
+def _timm_settings(name: str) -> Settings:
     """Return the settings of published weights: their name and the size of their images."""
     import timm
 

@@ -17,12 +17,12 @@ from inbatch.apps.cli.app import (
     Set,
     app,
     assignments,
-    deliver,
-    reported,
+    emit_result,
+    report_errors,
 )
 from inbatch.apps.cli.output import MEASURES
 from inbatch.apps.cli.own_code import typed
-from inbatch.apps.console import complain, print_table, say
+from inbatch.apps.console import print_error, print_table, say
 from inbatch.errors import many
 from inbatch.runtime.path_list import joined_paths
 
@@ -97,7 +97,7 @@ def adapt(
     The verdict compares the weights before and after by k-NN, linear probe and measures without labels, over seeds.
     DIR/encoder holds the weights to use: the new ones only if they are shown to be better.
     """
-    with reported(as_json):
+    with report_errors(as_json):
         from inbatch.apps.adaptation.adapt import adapt as run
 
         fields = {
@@ -121,10 +121,10 @@ def adapt(
             code[0] = result["exit_code"]
             return result | ({"error": result["sentence"]} if code[0] else {})
 
-        deliver(compute, as_json, _show_verdict)
+        emit_result(compute, as_json, _show_verdict)
         if code[0]:
             if as_json:
-                complain("adaptation did not help; the verdict is in the result")
+                print_error("adaptation did not help; the verdict is in the result")
             raise typer.Exit(code[0])
 
 
@@ -147,5 +147,5 @@ def _show_verdict(result: Mapping[str, Any]) -> None:
         )  # fmt: skip
     print_table(("", "before", "after", "change", "spread", "95 % interval", "better"), rows, numbers=True)
     say("", f"Verdict:    {result['sentence']}")
-    judged = f"{many(result['test_images'], 'image')}: {result['held_out']}" if result["held_out"] else "no labels"
-    say(f"Judged by:  {judged}; spread over {many(result['seeds'], 'seed')}")
+    images = f"{many(result['test_images'], 'image')}: {result['held_out']}" if result["held_out"] else "no labels"
+    say(f"Judged by:  {images}; spread over {many(result['seeds'], 'seed')}")

@@ -15,8 +15,8 @@ from inbatch.apps.cli.app import (
     LabelColumn,
     Split,
     app,
-    deliver,
-    reported,
+    emit_result,
+    report_errors,
 )
 from inbatch.apps.cli.own_code import OwnEncoder
 from inbatch.apps.console import print_table, say, warn
@@ -54,7 +54,7 @@ def select(
     as_json: Json = False,
 ) -> None:
     """Choose the images to label next by their features; labelled images count as chosen."""
-    with reported(as_json):
+    with report_errors(as_json):
         from inbatch.apps.collection.select import select_images
         from inbatch.evaluation.selection import DEFAULT
 
@@ -71,12 +71,12 @@ def select(
                 for one in result["chosen"][:_SHOWN]
             ]
             print_table(("rank", "image", "split", "class", "reason"), rows)
-            _more(len(result["chosen"]), "image", result)
+            _print_rest(len(result["chosen"]), "image", result)
             known = f", {result['labelled']:,} of them labelled" if result["labelled"] else ""
             say("", f"Chosen:     {count:,} of {many(result['images'], 'image')}{known} ({result['strategy']})")
-            _files(result)
+            _print_files(result)
 
-        deliver(choose, as_json, show)
+        emit_result(choose, as_json, show)
 
 
 @app.command(
@@ -103,7 +103,7 @@ def labels(
     as_json: Json = False,
 ) -> None:
     """Find labels that are probably wrong: a probe on the other images and the neighbours both prefer another class."""
-    with reported(as_json):
+    with report_errors(as_json):
         from inbatch.apps.collection.labels import find_label_errors
 
         def find() -> dict[str, Any]:
@@ -117,13 +117,13 @@ def labels(
         def show(result: dict[str, Any]) -> None:
             rows = [_suspect(one) for one in result["suspects"][:_SHOWN]]
             print_table(("image", "label", "suggested", "probe", "neighbours", "margin"), rows)
-            _more(len(result["suspects"]), "suspect", result)
+            _print_rest(len(result["suspects"]), "suspect", result)
             share = f"{result['suspected'] / result['checked']:.1%}"
             say("", f"Suspected:  {result['suspected']:,} of {many(result['checked'], 'label')} ({share})")
             say(f"Agreement:  the other images predict {result['agreement']:.1%} of the labels")
-            _files(result)
+            _print_files(result)
 
-        deliver(find, as_json, show)
+        emit_result(find, as_json, show)
 
 
 def _suspect(one: dict[str, Any]) -> tuple[str, ...]:
@@ -137,13 +137,13 @@ def _percent(pair: dict[str, float]) -> str:
     return f"{pair['label']:.0%} -> {pair['suggested']:.0%}"
 
 
-def _more(count: int, noun: str, result: dict[str, Any]) -> None:
+def _print_rest(count: int, noun: str, result: dict[str, Any]) -> None:
     if count > _SHOWN:
         rest = "--write lists" if not result["written"] else f"{result['written']} lists"
         say(f"and {many(count - _SHOWN, noun)} more ({rest} all, --json prints all)")
 
 
-def _files(result: dict[str, Any]) -> None:
+def _print_files(result: dict[str, Any]) -> None:
     """Print what was written, and the notes."""
     say(*(f"{name}: {' ' * (10 - len(name))}{result[key]}" for name, key in _FILES if result[key]))
     for note in result["notes"]:

@@ -14,7 +14,7 @@ import typer
 import typer.core
 from typer import Argument, Option
 
-from inbatch.apps.console import complain, first, note, print_json, say, warn
+from inbatch.apps.console import first, note, print_error, print_json, say, warn
 from inbatch.errors import DataError, InbatchError, Interrupted, RankError, Unwritten
 from inbatch.runtime import child_processes, signals, tuning
 from inbatch.runtime.files import check_writable
@@ -91,7 +91,7 @@ def main() -> None:
     tuning.begin()
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it logs warnings if there is no home directory
     try:
-        with lasting_streams(), signals.answered_in_time(_tell, _acknowledge) as stop:
+        with guard_streams(), signals.answered_in_time(_report_error, _acknowledge_signal) as stop:
             _run(stop)
     finally:
         signals.complete()
@@ -106,8 +106,8 @@ def _run(stop: signals.Stop) -> None:
         if stop.requested is None or getattr(end, "code", 1) == 0:
             raise
         error = signals.without_result(stop.requested)
-        if not signals.watchdog.told:  # before a command began
-            _tell(error)
+        if not signals.watchdog.reported:  # before a command began
+            _report_error(error)
         signals.leave(error.exit_code)
 
 
@@ -116,14 +116,14 @@ def with_values(words: list[str]) -> list[str]:
     values = {"--resume": "auto", "--amp": "bf16"}
     follows = [*words, "-"][1:]
     pairs = (
-        [word, values[word]] if word in values and then.startswith("-") else [word]
-        for word, then in zip(words, follows, strict=True)
+        [word, values[word]] if word in values and following.startswith("-") else [word]
+        for word, following in zip(words, follows, strict=True)
     )
     return [word for pair in pairs for word in pair]
 
 
 @contextmanager
-def lasting_streams() -> Iterator[None]:
+def guard_streams() -> Iterator[None]:
     """Make the standard streams accept any character, and discard output to closed streams.
 
     Exits with 1 if a result could not be written, without a message if the reader has closed the pipe (`| head`).
@@ -146,7 +146,7 @@ def lasting_streams() -> Iterator[None]:
         if error.filename is not None or error.errno not in (errno.ENOSPC, errno.EPIPE, errno.EIO):
             raise  # an error of a file; errors of a stream have no file name
         if error.errno != errno.EPIPE:
-            complain(f"the result cannot be written to stdout: {error.strerror}")
+            print_error(f"the result cannot be written to stdout: {error.strerror}")
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for the rest of the buffer
         sys.exit(1)
     finally:
@@ -212,39 +212,39 @@ def program(
 
 
 @contextmanager
-def reported(as_json: bool) -> Iterator[None]:
+def report_errors(as_json: bool) -> Iterator[None]:
     """Report errors as a sentence on stderr, with --json also as an object on stdout, and exit with their code."""
     message, code = "interrupted", Interrupted.exit_code
-    _told_as[0] = as_json
+    _json_errors[0] = as_json
     try:
         yield
         return
     except signals.StopRequested as request:
         error = signals.without_result(request.number)
-        message, code, several = str(error), error.exit_code, False
+        message, code, every_rank = str(error), error.exit_code, False
     except KeyboardInterrupt:
-        several = False
+        every_rank = False
     except InbatchError as error:
         message, code = str(error), error.exit_code
-        several = _several(error)
+        every_rank = _every_rank_reports(error)
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's, compared by name to avoid its import
             raise
         message, code = f"out of GPU memory ({error}): set a smaller --context, or auto; the batch size can stay", 1
-        several = True
-    signals.watchdog.told = True
-    if first() or several:
-        complain(message)
+        every_rank = True
+    signals.watchdog.reported = True
+    if first() or every_rank:
+        print_error(message)
     if as_json:
         print_json({"error": message, "exit_code": code})
     raise typer.Exit(code)
 
 
-def deliver(
+def emit_result(
     compute: Callable[[], dict[str, Any]],
     as_json: bool,
     show: Callable[[dict[str, Any]], None],
-    write: Callable[[dict[str, Any]], object] = lambda found: None,
+    write: Callable[[dict[str, Any]], object] = lambda result: None,
 ) -> None:
     """Compute a result, print it, and write it to its file, in this order.
 
@@ -259,24 +259,24 @@ def deliver(
     """
     failure: InbatchError | None = None
     try:
-        found = compute()
+        result = compute()
     except Unwritten as error:
-        found, failure = error.result, error
+        result, failure = error.result, error
     try:
         if not as_json:
-            show(found)
+            show(result)
             sys.stdout.flush()
     finally:  # also if nobody reads stdout
         if failure is None:
             try:
-                write(found)
+                write(result)
             except InbatchError as error:
                 failure = error
     if as_json:
-        print_json(found | ({} if failure is None else {"error": str(failure), "exit_code": failure.exit_code}))
+        print_json(result | ({} if failure is None else {"error": str(failure), "exit_code": failure.exit_code}))
     if failure is not None:
-        signals.watchdog.told = True
-        complain(str(failure))
+        signals.watchdog.reported = True
+        print_error(str(failure))
         raise typer.Exit(failure.exit_code)
 
 
@@ -299,27 +299,27 @@ def default_output(path: Path) -> Path:
     return path
 
 
-def _several(error: InbatchError) -> bool:
+def _every_rank_reports(error: InbatchError) -> bool:
     """Return whether every rank prints an error: one that all share is printed once, other ones by their rank."""
-    speaks = error.alone or (isinstance(error, RankError) and error.speaks)
-    return speaks or type(error) in (InbatchError, DataError)
+    reports = error.alone or (isinstance(error, RankError) and error.reports_for_all)
+    return reports or type(error) in (InbatchError, DataError)
 
 
-_told_as = [False]
+_json_errors = [False]
 """Whether the command also prints its errors as JSON."""
 
 
-def _tell(error: InbatchError) -> None:
+def _report_error(error: InbatchError) -> None:
     """Print the error of a process that cannot return from its command."""
-    if first() or _several(error):
-        complain(str(error))
-    if _told_as[0]:
+    if first() or _every_rank_reports(error):
+        print_error(str(error))
+    if _json_errors[0]:
         print_json({"error": str(error), "exit_code": error.exit_code})
 
 
-def _acknowledge(number: int) -> None:
+def _acknowledge_signal(number: int) -> None:
     """Report a signal whose handling takes a moment."""
-    if first() and not signals.watchdog.told:
+    if first() and not signals.watchdog.reported:
         note(f"{signal.Signals(number).name} received: stopping")
 
 

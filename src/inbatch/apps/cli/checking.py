@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 from typer import Argument, Option
 
-from inbatch.apps.cli.app import Json, app, assignments, deliver, reported
+from inbatch.apps.cli.app import Json, app, assignments, emit_result, report_errors
 from inbatch.apps.console import say
 from inbatch.errors import ConfigError, TrainingError
 from inbatch.runtime import own_parts
@@ -37,7 +37,7 @@ def check_method(
 
     Exits with 4 if a test fails, after printing what is broken and how to fix it.
     """
-    with reported(as_json):
+    with report_errors(as_json):
         from inbatch.testing import check_method as check
 
         values = {key.removeprefix("method."): value for key, value in assignments(options).items()}
@@ -49,7 +49,7 @@ def check_method(
 
         def compute() -> dict[str, Any]:
             report = check(
-                _imported(method), batch_size=batch_size, num_views=num_views, any_order=any_order,
+                _import_method(method), batch_size=batch_size, num_views=num_views, any_order=any_order,
                 processes=processes, raise_errors=False, **values,
             )  # fmt: skip
             failed.extend(finding.kind for finding in report.failures)
@@ -59,7 +59,7 @@ def check_method(
             if failed:
                 raise TrainingError(f"{result['method']} fails {len(failed)} of {len(result['findings'])} tests")
 
-        deliver(compute, as_json, _show, end)
+        emit_result(compute, as_json, _show, end)
 
 
 def _show(result: dict[str, Any]) -> None:
@@ -67,7 +67,7 @@ def _show(result: dict[str, Any]) -> None:
     say(*(f"{marks[one['passed']]}  {one['kind']:<10}  {one['sentence']}" for one in result["findings"]))
 
 
-def _imported(name: str) -> Any:
+def _import_method(name: str) -> Any:
     """Return the class that was typed: MODULE:CLASS, one of `METHODS`, or of an installed package's entry point."""
     from inbatch.methods import METHODS
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from typer import Argument, Option
 
-from inbatch.apps.cli.app import SEEDS, Device, Json, app, deliver, reported, requested_output
+from inbatch.apps.cli.app import SEEDS, Device, Json, app, emit_result, report_errors, requested_output
 from inbatch.apps.console import note, print_table, say
 
 
@@ -36,7 +36,7 @@ def choose(
 
     If labels are known, the table also has k-NN, and the agreement of every measure with it.
     """
-    with reported(as_json):
+    with report_errors(as_json):
         from inbatch.apps.reports.choose import choose_run
         from inbatch.runtime.files import write_json
         from inbatch.runtime.path_list import joined_paths
@@ -53,7 +53,7 @@ def choose(
             if path is not None:
                 write_json(path, result)
 
-        deliver(compute, as_json, _show_choice, write)
+        emit_result(compute, as_json, _show_choice, write)
 
 
 def _show_choice(result: dict[str, Any]) -> None:
@@ -77,9 +77,9 @@ def _show_choice(result: dict[str, Any]) -> None:
         say(f"With labels: {_taus(result['kendall_tau'])}")
 
 
-def _taus(found: dict[str, float | None]) -> str:
+def _taus(taus: dict[str, float | None]) -> str:
     """Return how well each measure orders these runs by k-NN."""
-    known = [f"{by} {tau:+.2f}" for by, tau in found.items() if _known(tau)]
+    known = [f"{by} {tau:+.2f}" for by, tau in taus.items() if _known(tau)]
     if not known:
         return "Kendall's tau cannot be computed, because these runs are equal by k-NN or by every measure"
     return f"Kendall's tau with k-NN here: {', '.join(known)}"

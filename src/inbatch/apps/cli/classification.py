@@ -16,8 +16,8 @@ from inbatch.apps.cli.app import (
     Quiet,
     Split,
     app,
-    deliver,
-    reported,
+    emit_result,
+    report_errors,
     requested_output,
 )
 from inbatch.apps.cli.own_code import OwnEncoder
@@ -62,13 +62,13 @@ def train_classifier(
     as_json: Json = False,
 ) -> None:
     """Train a classifier on labelled images and write it with calibrated probabilities and figures per class."""
-    with reported(as_json):
+    with report_errors(as_json):
         from inbatch.api import train_classifier as train
 
         options: dict[str, Any] = {"mode": mode, "label_fraction": label_fraction, "probe": probe, "tuning": tuning}
         options |= {"seed": seed, "device": device, "workers": workers, "test": joined_paths(test) or None}
         options |= {"image_column": image_column, "label_column": label_column, "out": out}
-        deliver(lambda: train(run, joined_paths(data) or None, **options), as_json, print_classifier)
+        emit_result(lambda: train(run, joined_paths(data) or None, **options), as_json, print_classifier)
 
 
 @app.command(
@@ -89,13 +89,13 @@ def predict(
     quiet: Quiet = False,
 ) -> None:
     """Write the class of every image with its probability and the next classes; with labels, also print figures."""
-    with reported(as_json):
+    with report_errors(as_json):
         from inbatch.api import predict as classify
 
         options: dict[str, Any] = {"top": top, "split": split, "device": device, "quiet": quiet or as_json}
         options |= {"image_column": image_column, "label_column": label_column}
         file = requested_output(out)
-        deliver(lambda: classify(classifier, joined_paths(data), file, **options), as_json, print_predictions)
+        emit_result(lambda: classify(classifier, joined_paths(data), file, **options), as_json, print_predictions)
 
 
 def print_classifier(result: dict[str, Any]) -> None:

@@ -15,8 +15,8 @@ from inbatch.apps.cli.app import (
     Quiet,
     Split,
     app,
-    deliver,
-    reported,
+    emit_result,
+    report_errors,
     requested_output,
 )
 from inbatch.apps.cli.own_code import OwnEncoder
@@ -63,7 +63,7 @@ def explore(
     as_json: Json = False,
 ) -> None:
     """Write a map of the images as one HTML file that works offline: neighbours, clusters, outliers, duplicates."""
-    with reported(as_json):
+    with report_errors(as_json):
         from inbatch.apps.reports.explorer.explore import explore_features, is_features
         from inbatch.runtime.path_list import joined_paths
 
@@ -78,7 +78,7 @@ def explore(
                 label_column=label_column, notify=(lambda text: None) if quiet else note,
             )  # fmt: skip
 
-        deliver(compute, as_json, _show_map)
+        emit_result(compute, as_json, _show_map)
 
 
 def _show_map(result: dict[str, Any]) -> None:
@@ -125,7 +125,7 @@ def search(
 
     The features of RUN are kept in RUN/features and computed again only if images or encoder change.
     """
-    with reported(as_json):
+    with report_errors(as_json):
         from inbatch.apps.collection.search import search_images
         from inbatch.runtime.path_list import joined_paths
 
@@ -143,7 +143,7 @@ def search(
                 warn(text)
             return result
 
-        deliver(compute, as_json, _show_neighbours)
+        emit_result(compute, as_json, _show_neighbours)
 
 
 def _show_neighbours(result: dict[str, Any]) -> None:

@@ -6,8 +6,8 @@ from typing import Annotated, Any
 import typer
 from typer import Argument, Option
 
-from inbatch.apps.cli.app import Device, Json, Quiet, app, assignments, deliver, reported
-from inbatch.apps.console import complain, print_table, say, warn, width
+from inbatch.apps.cli.app import Device, Json, Quiet, app, assignments, emit_result, report_errors
+from inbatch.apps.console import print_error, print_table, say, warn, width
 from inbatch.errors import ConfigError, listed, many
 
 
@@ -63,7 +63,7 @@ def compare(
 ) -> None:
     """Compare variants of a run over seeds: means, paired tests, and what more seeds would show."""
     failure: dict[str, Any] = {}
-    with reported(as_json):
+    with report_errors(as_json):
         if slurm is not None and str(slurm).startswith("-"):
             raise ConfigError(f"--slurm needs the file of the script, and got {slurm}: write --slurm FILE {slurm} ...")
         from inbatch.apps.comparisons.compare import compare as run
@@ -79,9 +79,9 @@ def compare(
             failure.update({key: result[key] for key in ("error", "exit_code") if key in result})
             return result
 
-        deliver(compute, as_json, _show_comparison)
+        emit_result(compute, as_json, _show_comparison)
     if failure:
-        complain(failure["error"])
+        print_error(failure["error"])
         raise typer.Exit(failure["exit_code"])
 
 
@@ -124,7 +124,7 @@ def runs(
     as_json: Json = False,
 ) -> None:
     """Write a page of many runs as one HTML file that works offline: table, curves, differences of recipes."""
-    with reported(as_json):
+    with report_errors(as_json):
         from inbatch.apps.reports.runs_page.page import write_runs_page
 
         def show(result: dict[str, Any]) -> None:
@@ -132,4 +132,4 @@ def runs(
             if result["unreadable"]:
                 warn(f"not on the page: {listed(result['unreadable'], 3, '; ')}")
 
-        deliver(lambda: write_runs_page(folders, out), as_json, show)
+        emit_result(lambda: write_runs_page(folders, out), as_json, show)

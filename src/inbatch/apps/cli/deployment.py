@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from typer import Argument, Option
 
-from inbatch.apps.cli.app import Json, app, deliver, reported
+from inbatch.apps.cli.app import Json, app, emit_result, report_errors
 from inbatch.apps.cli.output import size_text
 from inbatch.apps.cli.own_code import OwnEncoder
 from inbatch.apps.console import say
@@ -49,10 +49,10 @@ def export(
     With --to, the other library opens the files, and its features are compared with the encoder's, before the folder
     appears. A folder of train-classifier is exported with its probabilities to onnx, torch and timm.
     """
-    with reported(as_json):
+    with report_errors(as_json):
         from inbatch.api import export_run
 
-        deliver(lambda: export_run(run, out, to, push_to=push, licence=license), as_json, print_export)
+        emit_result(lambda: export_run(run, out, to, push_to=push, licence=license), as_json, print_export)
 
 
 def print_export(result: Mapping[str, Any]) -> None:

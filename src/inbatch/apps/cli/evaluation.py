@@ -18,8 +18,8 @@ from inbatch.apps.cli.app import (
     RunFolder,
     app,
     default_output,
-    deliver,
-    reported,
+    emit_result,
+    report_errors,
     requested_output,
 )
 from inbatch.apps.cli.output import print_evaluation
@@ -96,7 +96,7 @@ def evaluate(
 
     Under torchrun all ranks share the work.
     """
-    with reported(as_json):
+    with report_errors(as_json):
         from inbatch.api import evaluate_run
         from inbatch.evaluation.evaluate import PROTOCOLS
         from inbatch.runtime.files import write_json
@@ -112,17 +112,17 @@ def evaluate(
         where, other = joined_paths(data) or None, joined_paths(test) or None
         file = requested_output(out) if out else default_output(path_of(run, "RUN") / "evaluation.json")
 
-        def show(found: dict[str, Any]) -> None:
-            print_evaluation(found, str(run))
+        def show(result: dict[str, Any]) -> None:
+            print_evaluation(result, str(run))
 
-        def write(found: dict[str, Any]) -> None:
+        def write(result: dict[str, Any]) -> None:
             if not first():
                 return
-            write_json(file, found)
+            write_json(file, result)
             if not as_json:
                 say(f"Written to: {file}")
 
-        deliver(lambda: evaluate_run(run, where, other, protocols=protocols, **options), as_json, show, write)
+        emit_result(lambda: evaluate_run(run, where, other, protocols=protocols, **options), as_json, show, write)
 
 
 OPTIONS_OF = {
@@ -175,7 +175,7 @@ def embed(
 
     Under torchrun all ranks share the images. After an interruption the same command continues with what is finished.
     """
-    with reported(as_json):
+    with report_errors(as_json):
         from inbatch.api import embed_run
 
         missing, stage = dict[int, str](), dict[str, Any]()

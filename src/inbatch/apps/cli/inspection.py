@@ -18,8 +18,8 @@ from inbatch.apps.cli.app import (
     app,
     assignments,
     default_output,
-    deliver,
-    reported,
+    emit_result,
+    report_errors,
     requested_output,
 )
 from inbatch.apps.cli.output import print_replay
@@ -33,7 +33,7 @@ from inbatch.apps.cli.part_output import (
     print_plugin,
     print_plugins,
 )
-from inbatch.apps.console import complain, print_json, print_table, say, warn
+from inbatch.apps.console import print_error, print_json, print_table, say, warn
 from inbatch.errors import ConfigError, DataError, TrainingError
 from inbatch.runtime.path_list import joined_paths
 from inbatch.runtime.paths import path_of
@@ -63,7 +63,7 @@ def views(
     as_json: Json = False,
 ) -> None:
     """Draw images next to the views that a method would learn from, to check augmentations before training."""
-    with reported(as_json):
+    with report_errors(as_json):
         from inbatch.apps.reports.view_grid import draw_views
 
         fields = {"views": typed("views", views), "preset": preset, "crops": crops, "image_size": size}
@@ -94,7 +94,7 @@ def data(
     as_json: Json = False,
 ) -> None:
     """Check every image before training: classes, sizes, duplicates, leaks, damage; exit with 3 if no run can start."""
-    with reported(as_json):
+    with report_errors(as_json):
         from inbatch.apps.reports import dataset_text
         from inbatch.apps.reports.dataset import survey_data
 
@@ -103,22 +103,22 @@ def data(
         settings = {key: value for key, value in columns.items() if value is not None} | assignments(set_)
 
         def survey() -> dict[str, Any]:
-            found = survey_data(
+            result = survey_data(
                 joined_paths(data), split=split, sample=sample, out=out, settings=settings, device=device, quiet=False
             )
-            problems.extend(found["problems"])
-            return found
+            problems.extend(result["problems"])
+            return result
 
-        def show(found: dict[str, Any]) -> None:
-            say(*found["report"].split("\n"), "")
-            print_table(("", "found"), list(dataset_text.report_rows(found)))
-            say("", *dataset_text.notes(found))
-            say(*(["", "Next:", "", *(f"  {line}" for line in found["next"])] if found["next"] else []))
+        def show(result: dict[str, Any]) -> None:
+            say(*result["report"].split("\n"), "")
+            print_table(("", "found"), list(dataset_text.report_rows(result)))
+            say("", *dataset_text.notes(result))
+            say(*(["", "Next:", "", *(f"  {line}" for line in result["next"])] if result["next"] else []))
 
-        deliver(survey, as_json, show)
+        emit_result(survey, as_json, show)
     if problems:
         for problem in problems:
-            complain(problem)
+            print_error(problem)
         raise typer.Exit(DataError.exit_code)
 
 
@@ -137,7 +137,7 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Draw and measure the effect of a run's plug-ins on a batch (fusion, curation, attention), without training."""
-    with reported(as_json):
+    with report_errors(as_json):
         from inbatch.apps.reports.batch_context import inspect_run
         from inbatch.apps.reports.batch_context_text import report_rows
 
@@ -148,16 +148,16 @@ def inspect(
             requested_output(out / "views.png")
         where = joined_paths(data) or None
 
-        def show(found: dict[str, Any]) -> None:
-            print_table(("plug-in", "measured", "found"), report_rows(found))
-            say("", *(f"Data:      {line}" for line in found["data"].split("\n")))
-            say(f"Run:       {run}, step {found['step']:,}, a batch of epoch {found['epoch'] + 1}")
-            if found["note"]:
-                say(f"Note:      {found['note']}")
-            for picture in found["pictures"]:
+        def show(result: dict[str, Any]) -> None:
+            print_table(("plug-in", "measured", "found"), report_rows(result))
+            say("", *(f"Data:      {line}" for line in result["data"].split("\n")))
+            say(f"Run:       {run}, step {result['step']:,}, a batch of epoch {result['epoch'] + 1}")
+            if result["note"]:
+                say(f"Note:      {result['note']}")
+            for picture in result["pictures"]:
                 say(f"Picture:   {picture}")
 
-        deliver(lambda: inspect_run(run, where, out=out, count=count, seed=seed, device=device), as_json, show)
+        emit_result(lambda: inspect_run(run, where, out=out, count=count, seed=seed, device=device), as_json, show)
 
 
 @app.command(
@@ -173,15 +173,15 @@ def replay(
     as_json: Json = False,
 ) -> None:
     """Repeat the step with a non-finite loss or gradient and report where it began. Exits with 4 if it is finite."""
-    with reported(as_json):
+    with report_errors(as_json):
         from inbatch.api import replay_run
 
-        found = replay_run(run, device=device)
+        result = replay_run(run, device=device)
         if as_json:
-            print_json(found)
+            print_json(result)
         else:
-            print_replay(found)
-        if not found["reproduced"]:
+            print_replay(result)
+        if not result["reproduced"]:
             raise typer.Exit(TrainingError.exit_code)
 
 
@@ -202,31 +202,31 @@ def crops(
     as_json: Json = False,
 ) -> None:
     """Count the relative positions of two crops of an image: nested, disjoint, or partially overlapping."""
-    with reported(as_json):
+    with report_errors(as_json):
         from inbatch.apps.reports import crop_statistics as inspect
 
         names, sides = inspect.choose_crops(name, sampler), inspect.parse_size(size)
         file = None if out is None else requested_output(out)
-        tallies: list[inspect.CropStatistics] = []
+        statistics: list[inspect.CropStatistics] = []
 
         def count() -> dict[str, Any]:
             for one in names:
-                tallies.append(
+                statistics.append(
                     inspect.count_configurations(one, sides, pairs, seed, sampler, partial(typer.echo, err=True))
                 )
-            told = {"size": sides, "pairs": pairs, "sampler": sampler, "seed": seed, "out": file and str(file)}
-            return told | {"crops": {t.name: t.json() for t in tallies}}
+            options = {"size": sides, "pairs": pairs, "sampler": sampler, "seed": seed, "out": file and str(file)}
+            return options | {"crops": {t.name: t.json() for t in statistics}}
 
-        def show(found: dict[str, Any]) -> None:
-            print_table(inspect.HEADINGS, inspect.table_rows(tallies, sides), numbers=True)
+        def show(result: dict[str, Any]) -> None:
+            print_table(inspect.HEADINGS, inspect.table_rows(statistics, sides), numbers=True)
             say("", f"{pairs:,} pairs of {sides[0]} x {sides[1]} pixels, drawn by {sampler}")
 
-        def write(found: dict[str, Any]) -> None:
+        def write(result: dict[str, Any]) -> None:
             if file is not None:
-                inspect.plot(tallies, sides, pairs, file)
+                inspect.plot(statistics, sides, pairs, file)
                 say(*([] if as_json else [f"Picture: {file}"]))
 
-        deliver(count, as_json, show, write)
+        emit_result(count, as_json, show, write)
 
 
 @app.command(epilog="Examples:\n\n  inbatch methods\n\n  inbatch methods moco")
@@ -237,15 +237,15 @@ def methods(
     as_json: Json = False,
 ) -> None:
     """List the available methods; with a NAME, show its options and presets."""
-    with reported(as_json):
+    with report_errors(as_json):
         if name is not None:
-            told = explain_method(typed("method", name))
-            print_json(told) if as_json else print_method(told)
+            description = explain_method(typed("method", name))
+            print_json(description) if as_json else print_method(description)
             return
         every, others, broken = explain_methods()
         if as_json:
             more = {"parts": others, "broken": broken}
-            print_json({"methods": every} | {key: found for key, found in more.items() if found})
+            print_json({"methods": every} | {key: value for key, value in more.items() if value})
             return
         print_methods(every, others)
         for sentence in broken.values():
@@ -261,7 +261,7 @@ def plugins(
 
     Fusion, curation and attention work with every method.
     """
-    with reported(as_json):
+    with report_errors(as_json):
         every = explain_plugins()
         if name is None:
             print_json({"plugins": every}) if as_json else print_plugins(every)

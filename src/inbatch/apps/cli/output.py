@@ -29,16 +29,16 @@ FIGURES = {
 
 def figures(evaluation: Mapping[str, Any] | None) -> dict[str, float]:
     """Return the main figures that an evaluation contains."""
-    found = evaluation or {}
-    return {name: found[protocol][key] for name, (protocol, key) in FIGURES.items() if protocol in found}
+    results = evaluation or {}
+    return {name: results[protocol][key] for name, (protocol, key) in FIGURES.items() if protocol in results}
 
 
 def conditions(evaluation: Mapping[str, Any] | None) -> list[tuple[str, dict[str, Any]]]:
     """Return the evaluations with few labels or on corrupted images, by description: k-NN and linear probe each."""
-    found = evaluation or {}
-    rows = [(f"{share} of the labels", given) for share, given in found.get("few", {}).get("shares", {}).items()]
-    if corrupted := found.get("corruptions"):
-        rows += [("corrupted", corrupted), *((f"by {kind}", given) for kind, given in corrupted["kinds"].items())]
+    results = evaluation or {}
+    rows = [(f"{share} of the labels", part) for share, part in results.get("few", {}).get("shares", {}).items()]
+    if corrupted := results.get("corruptions"):
+        rows += [("corrupted", corrupted), *((f"by {kind}", part) for kind, part in corrupted["kinds"].items())]
     return rows
 
 
@@ -68,28 +68,28 @@ def print_measures(measures: Mapping[str, Mapping[str, Any]], before: str, after
         return "" if value is None or value != value else f"{value:.1%}" if name == "same_image" else f"{value:.3g}"
 
     rows = [
-        (MEASURES.get(name, name), cell(name, told["untrained"]), cell(name, told["trained"]), told["better"])
-        for name, told in measures.items()
+        (MEASURES.get(name, name), cell(name, measure["untrained"]), cell(name, measure["trained"]), measure["better"])
+        for name, measure in measures.items()
     ]
-    count = max((told.get("images", 0) for told in measures.values()), default=0)
+    count = max((measure.get("images", 0) for measure in measures.values()), default=0)
     what = f"without labels, {many(count, 'image')}" if count else "without labels"  # older results have no count
     print_table([what, before, after, "better"], rows, numbers=True)
 
 
-def judged_by(found: Mapping[str, Any], held_out: str) -> list[str]:
+def evaluation_lines(evaluation: Mapping[str, Any], held_out: str) -> list[str]:
     """Return lines on the images behind the figures and balanced accuracy, with notes on what limits clustering."""
-    count, classes = found["test"]["labelled"], len(found["test"].get("per_class", ()))
+    count, classes = evaluation["test"]["labelled"], len(evaluation["test"].get("per_class", ()))
     lines = [f"Judged by:  {many(count, 'image')}: {held_out}"]
-    if balanced := [f"{name} {one['balanced']:.1%}" for name, one in _per_class(found).items()]:
+    if balanced := [f"{name} {one['balanced']:.1%}" for name, one in _per_class(evaluation).items()]:
         lines.append(f"Balanced:   {', '.join(balanced)} (mean over the classes: {classes:,})")
-    if one := found.get("retrieval"):
+    if one := evaluation.get("retrieval"):
         recall = ", ".join(f"{value:.1%} at {k}" for k, value in one["recall"].items())
         alone = f"; {one['left_out']:,} of classes with one image" if one["left_out"] else ""
         lines.append(f"Retrieval:  recall {recall}; {many(one['queries'], 'image')} as queries{alone}")
-    for name, one in (("clustering", found.get("clustering", {})), ("the head", found.get("head", {}))):
+    for name, one in (("clustering", evaluation.get("clustering", {})), ("the head", evaluation.get("head", {}))):
         if one.get("used", 0) < one.get("clusters", 0):
             lines.append(f"Note:       {name} found {one['used']:,} of {one['clusters']:,} clusters; others are empty")
-    clusters = found.get("clustering", {}).get("clusters", 0)
+    clusters = evaluation.get("clustering", {}).get("clusters", 0)
     if clusters == 1:
         lines.append("Note:       NMI, ACC and ARI of images of one class are 1 for any features")
     elif count < 10 * clusters:
@@ -97,22 +97,22 @@ def judged_by(found: Mapping[str, Any], held_out: str) -> list[str]:
     return lines
 
 
-def print_evaluation(found: Mapping[str, Any], run: str) -> None:
+def print_evaluation(evaluation: Mapping[str, Any], run: str) -> None:
     """Print the figures of a run's encoder, and the images behind them."""
-    if "unlabelled" in found:
-        print_measures(found["unlabelled"], found["initial"], run)
-        say("", f"Judged by:  {found['images']:,} images without labels")
+    if "unlabelled" in evaluation:
+        print_measures(evaluation["unlabelled"], evaluation["initial"], run)
+        say("", f"Judged by:  {evaluation['images']:,} images without labels")
     else:
-        untrained = {found["initial"]: found["untrained"]} if found["untrained"] else {}
-        print_figures(untrained | {run: found})
-        print_classes(found)
-        say("", *judged_by(found, found["held_out"]))
-    say(*([f"Note:       {found['note']}"] if found["note"] else []))
+        untrained = {evaluation["initial"]: evaluation["untrained"]} if evaluation["untrained"] else {}
+        print_figures(untrained | {run: evaluation})
+        print_classes(evaluation)
+        say("", *evaluation_lines(evaluation, evaluation["held_out"]))
+    say(*([f"Note:       {evaluation['note']}"] if evaluation["note"] else []))
 
 
-def print_classes(found: Mapping[str, Any], most: int = 20) -> None:
+def print_classes(evaluation: Mapping[str, Any], most: int = 20) -> None:
     """Print the accuracy of each class, or of the `most` classes with the lowest, lowest first."""
-    accuracies, counts = _per_class(found), found["test"]["per_class"]
+    accuracies, counts = _per_class(evaluation), evaluation["test"]["per_class"]
     if not accuracies:
         return
     first = next(iter(accuracies.values()))["per_class"]
@@ -127,9 +127,9 @@ def print_classes(found: Mapping[str, Any], most: int = 20) -> None:
         say(f"and {len(names) - most:,} more classes, none with a lower accuracy (--json prints all)")
 
 
-def _per_class(found: Mapping[str, Any]) -> dict[str, Any]:
+def _per_class(evaluation: Mapping[str, Any]) -> dict[str, Any]:
     """Return the evaluations with an accuracy per class, by their heading; older results have none."""
-    parts = {name: found.get(protocol, {}) for name, (protocol, _) in FIGURES.items()}
+    parts = {name: evaluation.get(protocol, {}) for name, (protocol, _) in FIGURES.items()}
     return {name: part for name, part in parts.items() if "per_class" in part}
 
 
@@ -148,7 +148,7 @@ def print_run(result: Mapping[str, Any]) -> None:
     run, folder, data = result["run"], shlex.quote(result["run"]), shlex.quote(result["recipe"]["data"])
     if result["evaluation"]:
         print_figures({result["initial"]: result["untrained"], "trained encoder": result["evaluation"]})
-        say("", *judged_by(result["evaluation"], result["held_out"]), "")
+        say("", *evaluation_lines(result["evaluation"], result["held_out"]), "")
     print_measures(result["unlabelled"], result["initial"], "trained encoder")
     if not result["evaluation"]:
         why = f" ({result['label_note']})" if "label_note" in result else ""
@@ -165,27 +165,27 @@ def print_run(result: Mapping[str, Any]) -> None:
         say(f"  inbatch evaluate {folder} --k 20{typed}")
 
 
-def print_dry_run(found: Mapping[str, Any]) -> None:
+def print_dry_run(plan: Mapping[str, Any]) -> None:
     """Print a planned run as a YAML file for --config, with further information in comments."""
     import yaml
 
-    lines = found["description"].splitlines()
-    lines += [f"judged:  by {found['held_out'] or 'nothing: there are no labels'}"]
-    lines += [f"views:   {' + '.join('x'.join(map(str, v)) for v in found['views'])} (samples x channels x pixels)"]
-    lines += [f"rows:    {name} {'x'.join(map(str, v))} (views x samples x width)" for name, v in found["rows"].items()]
-    memory = found["memory_bytes_estimate"]
+    lines = plan["description"].splitlines()
+    lines += [f"judged:  by {plan['held_out'] or 'nothing: there are no labels'}"]
+    lines += [f"views:   {' + '.join('x'.join(map(str, v)) for v in plan['views'])} (samples x channels x pixels)"]
+    lines += [f"rows:    {name} {'x'.join(map(str, v))} (views x samples x width)" for name, v in plan["rows"].items()]
+    memory = plan["memory_bytes_estimate"]
     parts = ", ".join(f"{name.replace('_', ' ')} {size_text(n)}" for name, n in memory.items() if n and name != "sum")
     lines += [f"memory:  an estimate of {size_text(memory['sum'])}, in addition to Python and torch: {parts}"]
-    if memory["sum"] > found["memory_bytes_free"]:
-        lines += [f"         MORE THAN THE FREE {size_text(found['memory_bytes_free'])}: use a smaller --context"]
+    if memory["sum"] > plan["memory_bytes_free"]:
+        lines += [f"         MORE THAN THE FREE {size_text(plan['memory_bytes_free'])}: use a smaller --context"]
     say(*(f"# {line}" for line in lines))
-    say(*yaml.safe_dump(found["recipe"], sort_keys=False, allow_unicode=True).rstrip().split("\n"))
+    say(*yaml.safe_dump(plan["recipe"], sort_keys=False, allow_unicode=True).rstrip().split("\n"))
 
 
-def print_replay(found: Mapping[str, Any]) -> None:
+def print_replay(result: Mapping[str, Any]) -> None:
     """Print a repeated step: whether it failed again, where that begins, and its result in float32."""
-    say(f"Captured:  {found['captured']}")
-    tries = {found["precision"]: found} | ({"float32": found["float32"]} if "float32" in found else {})
+    say(f"Captured:  {result['captured']}")
+    tries = {result["precision"]: result} | ({"float32": result["float32"]} if "float32" in result else {})
     for precision, one in tries.items():
         how = "not finite again" if one["reproduced"] else "finite"
         say("", f"Again in {precision}: {how}; loss {one['loss']:.6g}, gradient's norm {one['grad_norm']:.6g}")
@@ -193,9 +193,9 @@ def print_replay(found: Mapping[str, Any]) -> None:
         say(*(f"  {'first' if i == 0 else 'then'} {place}" for i, place in enumerate(places[:4])))
         if len(places) > 4:
             say(f"  and {len(places) - 4:,} more places behind it (--json lists them)")
-    if not found["reproduced"]:
+    if not result["reproduced"]:
         say("", "It is not repeated here: the same device, versions and number of threads compute the same numbers.")
-    elif "float32" in found and not found["float32"]["reproduced"]:
+    elif "float32" in result and not result["float32"]["reproduced"]:
         say("", "In float32 the step is finite: --set precision=float32.")
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 from typer import Option
 
-from inbatch.apps.cli.app import reported
+from inbatch.apps.cli.app import report_errors
 from inbatch.runtime import own_parts
 
 
@@ -15,12 +15,12 @@ def typed(part: str, text: str | None, option: str | None = None) -> Any:
     return own_parts.imported(part, text, option) if text is not None and own_parts.is_own(text) else text
 
 
-def _used(part: str) -> Callable[[typer.Context, str | None], str | None]:
+def _part_callback(part: str) -> Callable[[typer.Context, str | None], str | None]:
     """Return the callback of an option that lets a command use the user's own part of a run."""
 
     def use(context: typer.Context, text: str | None) -> str | None:
         if text is not None:
-            with reported(False):
+            with report_errors(False):
                 own = own_parts.imported(part, text)
             context.with_resource(own_parts.using({part: own}))
         return text
@@ -32,11 +32,15 @@ def _used(part: str) -> Callable[[typer.Context, str | None], str | None]:
 _HELP = "Your own encoder, of a run that learned with it; imported from the current folder or a package."
 OwnEncoder = Annotated[
     str | None,
-    Option("--encoder", metavar="MODULE:NAME", callback=_used("encoder"), help=_HELP),
+    Option("--encoder", metavar="MODULE:NAME", callback=_part_callback("encoder"), help=_HELP),
 ]
-OwnMethod = Annotated[str | None, Option("--method", metavar="MODULE:NAME", callback=_used("method"), hidden=True)]
-OwnViews = Annotated[str | None, Option("--views", metavar="MODULE:NAME", callback=_used("views"), hidden=True)]
+OwnMethod = Annotated[
+    str | None, Option("--method", metavar="MODULE:NAME", callback=_part_callback("method"), hidden=True)
+]
+OwnViews = Annotated[
+    str | None, Option("--views", metavar="MODULE:NAME", callback=_part_callback("views"), hidden=True)
+]
 OwnOptimizer = Annotated[
     str | None,
-    Option("--optimizer", metavar="MODULE:NAME", callback=_used("optimizer"), hidden=True),
+    Option("--optimizer", metavar="MODULE:NAME", callback=_part_callback("optimizer"), hidden=True),
 ]

@@ -6,8 +6,8 @@ from typing import Annotated, Any
 import typer
 from typer import Argument, Option
 
-from inbatch.apps.cli.app import Device, Json, Quiet, app, deliver, reported
-from inbatch.apps.console import complain, print_json, print_table, say, width
+from inbatch.apps.cli.app import Device, Json, Quiet, app, emit_result, report_errors
+from inbatch.apps.console import print_error, print_json, print_table, say, width
 from inbatch.errors import ConfigError
 from inbatch.runtime.paths import expanded, path_of
 
@@ -57,7 +57,7 @@ def table(
     quiet: Quiet = False,
 ) -> None:
     """Show or run a table or figure of a paper: published and reproduced figures, differences, and commands."""
-    with reported(as_json):
+    with report_errors(as_json):
         from inbatch.apps.papers import TABLES
         from inbatch.apps.papers.command import Selection, run_table_command
         from inbatch.apps.papers.runner import Runner
@@ -65,15 +65,15 @@ def table(
 
         if name is None:
             rows = [(t.name, t.title, t.source) for t in TABLES.values()]
-            found = [{"name": n, "title": title, "source": source} for n, title, source in rows]
-            print_json({"tables": found}) if as_json else print_table(("table", "what", "source"), rows)
+            entries = [{"name": n, "title": title, "source": source} for n, title, source in rows]
+            print_json({"tables": entries}) if as_json else print_table(("table", "what", "source"), rows)
             return
         work, file = path_of(work, "--work-dir"), None if out is None else path_of(out, "--out")
         records = work / "results" if results is None else path_of(results, "--results")
-        with progress(quiet) as (tell, show):
+        with progress(quiet) as (notify, show):
             runner = Runner(
-                records, work, _places(data), jobs=jobs, device=device, download=download, again=again, tell=tell,
-                show=show,
+                records, work, _places(data), jobs=jobs, device=device, download=download, retry_failed=again,
+                notify=notify, show=show,
             )  # fmt: skip
             report = run_table_command(
                 TABLES,
@@ -85,21 +85,21 @@ def table(
                 selection=Selection(row or (), on or (), seed or ()),
             )
 
-        def show_table(found: dict[str, Any]) -> None:
+        def show_table(result: dict[str, Any]) -> None:
             for part in report.grids(width(numbers=True)):
                 print_table(*part, numbers=True)
                 say("")
-            say(*report.words())
+            say(*report.text_lines())
 
-        def write(found: dict[str, Any]) -> None:
+        def write(result: dict[str, Any]) -> None:
             if file is not None:
                 report.write(file)
                 say(*([] if as_json else ["", f"Written to: {file}"]))
 
-        deliver(report.json, as_json, show_table, write)
+        emit_result(report.json, as_json, show_table, write)
     if report.problems:
         for sentence in dict.fromkeys(map(str, report.problems.values())):
-            complain(sentence)
+            print_error(sentence)
         raise typer.Exit(report.exit_code)
 
 

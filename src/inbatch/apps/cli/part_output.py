@@ -34,28 +34,28 @@ def explain_methods() -> tuple[list[dict[str, Any]], list[dict[str, str]], dict[
     from inbatch.runtime.own_parts import every_installed
 
     every = [explain(name, kind) for name, kind in METHODS.items()]
-    found, broken = every_installed("method")
-    for name, own in found.items():
+    installed, broken = every_installed("method")
+    for name, own in installed.items():
         if name in METHODS:
             broken[name] = f"a method {name} of a package ({own.file}) is not used: the name is one of inbatch"
         else:
             every.append(explain_method(own))
     others = list[dict[str, str]]()
     for part in ("encoder", "source"):
-        found, unusable = every_installed(part)
-        others += [{"part": part, "name": name, "origin": _origin(own)} for name, own in found.items()]
+        installed, unusable = every_installed(part)
+        others += [{"part": part, "name": name, "origin": _origin(own)} for name, own in installed.items()]
         broken |= unusable
     return every, others, broken
 
 
 def explain(name: str, kind: "type[Method]", origin: str = "inbatch") -> dict[str, Any]:
     """Return a method for --json and the tables, with default and description of each option by name."""
-    told, parameters = inspect.cleandoc(kind.__doc__ or "").splitlines(), inspect.signature(kind).parameters
-    options = _told(told[1:], parameters)
+    lines, parameters = inspect.cleandoc(kind.__doc__ or "").splitlines(), inspect.signature(kind).parameters
+    options = _descriptions(lines[1:], parameters)
     least, most = kind.views
     return {
         "name": name,
-        "what": told[0] if told else "",
+        "what": lines[0] if lines else "",
         "views": f"{least}" if least == most else f"{least} or more" if most is None else f"{least} to {most}",
         "labels": kind.labels,
         "target_network": bool(kind.target),
@@ -99,7 +99,7 @@ def print_method(m: Mapping[str, Any]) -> None:
     if m["origin"] != "inbatch":
         say(f"from {m['origin']}")
     say(f"{m['views']} views; target network: {_yes(m['target_network'])}; learns from labels: {_yes(m['labels'])}", "")
-    rows = ((f"method.{o}", str(told["default"]), told["what"]) for o, told in m["options"].items())
+    rows = ((f"method.{o}", str(option["default"]), option["what"]) for o, option in m["options"].items())
     print_table(("--set", "default", "what it is"), rows)
     for name, settings in m["presets"].items():
         say("", f"--preset {name}   {settings.get('source', '')}")
@@ -117,8 +117,8 @@ def explain_plugins() -> list[dict[str, Any]]:
     every = []
     for name, (part, doc, defaults) in plugins().items():
         lines = doc.splitlines()
-        told = _told(lines[1:], defaults) | ({"stages": STAGES} if "stages" in defaults else {})
-        options = {key: {"default": value, "what": told.get(key, "")} for key, value in defaults.items()}
+        descriptions = _descriptions(lines[1:], defaults) | ({"stages": STAGES} if "stages" in defaults else {})
+        options = {key: {"default": value, "what": descriptions.get(key, "")} for key, value in defaults.items()}
         every.append({"part": part, "name": name, "what": lines[0], "options": options})
     return every
 
@@ -141,17 +141,17 @@ def print_plugin(p: Mapping[str, Any]) -> None:
     say(f"{p['name']}: {p['what']}", "")
     print_table(
         ("--set", "default", "what it is"),
-        [(f"{p['part']}.{o}", str(told["default"]), told["what"]) for o, told in p["options"].items()],
+        [(f"{p['part']}.{o}", str(option["default"]), option["what"]) for o, option in p["options"].items()],
     )
 
 
-def _told(lines: Sequence[str], options: Iterable[str]) -> dict[str, str]:
+def _descriptions(lines: Sequence[str], options: Iterable[str]) -> dict[str, str]:
     """Return the option texts of a docstring: "name, name: text" at the start of a line or after a full stop."""
     one = "|".join(options)
     text = re.sub(r"\n\s+", " ", "\n".join(lines))
     parts = re.split(rf"(?:^|(?<=[.;] ))((?:{one})(?:, (?:{one}))*): ", text, flags=re.M)[1:]
-    told = zip(parts[::2], parts[1::2], strict=True)
-    return {name: what.split("\n")[0].strip() for names, what in told for name in names.split(", ")}
+    pairs = zip(parts[::2], parts[1::2], strict=True)
+    return {name: what.split("\n")[0].strip() for names, what in pairs for name in names.split(", ")}
 
 
 def _yes(value: bool) -> str:

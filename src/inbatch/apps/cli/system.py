@@ -6,7 +6,7 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from inbatch.apps.cli.app import Device, Json, app, deliver, reported
+from inbatch.apps.cli.app import Device, Json, app, emit_result, report_errors
 from inbatch.apps.console import print_json, print_table, say
 from inbatch.runtime import tuning
 from inbatch.runtime.paths import expanded, path_of
@@ -45,7 +45,7 @@ def bench(
     as_json: Json = False,
 ) -> None:
     """Benchmark this machine against its peak rates and other libraries, with implementations measured in turns."""
-    with reported(as_json):
+    with report_errors(as_json):
         from inbatch.apps.bench import benchmark
         from inbatch.apps.bench.options import Options
         from inbatch.apps.bench.report import print_comparison, print_machine
@@ -54,8 +54,8 @@ def bench(
             tuple(sections or ()), size, batch, encoder, tuple(method or ["simclr"]), threads, device, expanded(data),
             peers, expanded(peers_python), rounds, quick, compile, out and path_of(out, "--out"),
         )  # fmt: skip
-        told = (lambda comparison: None) if as_json else print_comparison
-        deliver(lambda: benchmark.bench(options, told), as_json, print_machine)
+        show = (lambda comparison: None) if as_json else print_comparison
+        emit_result(lambda: benchmark.bench(options, show), as_json, print_machine)
 
 
 @app.command(
@@ -68,29 +68,29 @@ def doctor(
     as_json: Json = False,
 ) -> None:
     """Report the capabilities of this machine, which are in use, what they gain, and how to enable the others."""
-    with reported(as_json):
+    with report_errors(as_json):
         tuning.ready()
-        from inbatch.apps import doctor as look
+        from inbatch.apps import doctor as checks
         from inbatch.apps.forecast import forecast
 
-        cleared = look.cache.clear() if clear_cache else None
-        found, measured = look.examine(device), None
+        cleared = checks.cache.clear() if clear_cache else None
+        findings, measured = checks.examine(device), None
         if measure:
-            found += forecast(until=tuning.started + look.FORECAST)  # first, because most users need it
-            measured = look.measure(until=tuning.started + look.MEASURED)
+            findings += forecast(until=tuning.started + checks.FORECAST)  # first, because most users need it
+            measured = checks.measure(until=tuning.started + checks.MEASURED)
         if as_json:
-            told = {"found": [vars(one) for one in found], "measured": measured}
-            print_json(told if cleared is None else told | {"cleared_bytes": cleared})
+            result = {"found": [vars(one) for one in findings], "measured": measured}
+            print_json(result if cleared is None else result | {"cleared_bytes": cleared})
             return
         if cleared is not None:
             say(f"{cleared / 1e9:,.2f} GB of decoded images removed", "")
-        print_table(("", "here"), [(one.what, one.found) for one in found])
+        print_table(("", "here"), [(one.what, one.found) for one in findings])
         if measured is not None:
             say("")
             threads = measured["threads"]
             what = f"measured; {threads} thread{'s' * (threads > 1)}, {measured['batch']} images a step"
-            print_table((what, "reached", "times as fast"), look.measurement_rows(measured), numbers=True)
-        wanted = [one.advice for one in found if one.advice]
+            print_table((what, "reached", "times as fast"), checks.measurement_rows(measured), numbers=True)
+        wanted = [one.advice for one in findings if one.advice]
         say("", *(["Could be faster:", *(f"  {advice}" for advice in wanted)] if wanted else ["Nothing to do."]))
 
 

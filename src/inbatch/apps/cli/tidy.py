@@ -16,8 +16,8 @@ from inbatch.apps.cli.app import (
     LabelColumn,
     Split,
     app,
-    deliver,
-    reported,
+    emit_result,
+    report_errors,
 )
 from inbatch.apps.cli.own_code import OwnEncoder
 from inbatch.apps.console import print_table, say, warn
@@ -57,7 +57,7 @@ def duplicates(
     as_json: Json = False,
 ) -> None:
     """List identical and nearly identical images, those in different splits first. Deletes nothing."""
-    with reported(as_json):
+    with report_errors(as_json):
         if run is not None and features is not None:
             raise ConfigError("--run and --features both name features: give one of them")
         from inbatch.apps.collection.duplicates import find_duplicates
@@ -77,7 +77,7 @@ def duplicates(
             say("", *duplicate_lines(result))
             _warn(result)
 
-        deliver(find, as_json, show)
+        emit_result(find, as_json, show)
 
 
 @app.command(
@@ -102,7 +102,7 @@ def outliers(
     as_json: Json = False,
 ) -> None:
     """List the images that are least like the others, and those that look broken. Deletes nothing."""
-    with reported(as_json):
+    with report_errors(as_json):
         from inbatch.apps.collection.outliers import find_outliers
         from inbatch.apps.collection.tidy_text import outlier_lines, outlier_rows
 
@@ -119,7 +119,7 @@ def outliers(
             say("", *outlier_lines(result))
             _warn(result)
 
-        deliver(find, as_json, show)
+        emit_result(find, as_json, show)
 
 
 def _warn(result: dict[str, Any]) -> None:

@@ -19,8 +19,8 @@ from inbatch.apps.cli.app import (
     Quiet,
     Set,
     app,
-    deliver,
-    reported,
+    emit_result,
+    report_errors,
 )
 from inbatch.apps.cli.output import (
     print_dry_run,
@@ -29,7 +29,7 @@ from inbatch.apps.cli.output import (
 )
 from inbatch.apps.cli.own_code import typed
 from inbatch.apps.cli.pretrain_options import pretrain_settings
-from inbatch.apps.console import complain, print_json
+from inbatch.apps.console import print_error, print_json
 from inbatch.errors import ConfigError, TrainingError
 from inbatch.runtime import own_parts
 from inbatch.runtime.path_list import joined_paths
@@ -53,7 +53,7 @@ def quickstart(
     quiet: Quiet = False,
 ) -> None:
     """Pretrain on embedded handwritten digits and evaluate the gain. Takes about a minute on two cores."""
-    with reported(as_json):
+    with report_errors(as_json):
         from inbatch.apps.quickstart import quickstart as run
 
         verdict = run(out, epochs=epochs, margin=margin, seed=seed, device=device, quiet=quiet)
@@ -63,7 +63,7 @@ def quickstart(
         else:
             print_verdict(verdict)
         if not verdict.reached:
-            complain(verdict.sentence())
+            print_error(verdict.sentence())
             raise typer.Exit(TrainingError.exit_code)
 
 
@@ -211,7 +211,7 @@ def pretrain(
 ) -> None:
     """Pretrain an encoder on images and write a run directory: recipe, log, curves, checkpoints, encoder, result."""
     options = dict(locals())
-    with reported(as_json):
+    with report_errors(as_json):
         if data and method is not None and os.path.exists(method):
             raise ConfigError(
                 f"{method!r} is a path, not a method: write a pattern in quotes, and --data before each path"
@@ -247,4 +247,4 @@ def pretrain(
             run = api.pretrain(where, kind, out=folder, stop_on_collapse=stop_on_collapse, **shared, **fields)
             return {"run": str(run.directory)} | run.result
 
-        deliver(train, as_json, print_run)
+        emit_result(train, as_json, print_run)

@@ -80,7 +80,7 @@ def find_duplicates(
     if not (isinstance(limit, int | float) and -1 < limit <= 1):
         raise ConfigError(f"the threshold is {limit!r}: choose a correlation above -1, at most 1, such as {THRESHOLD}")
     check_whole("neighbours", neighbours, 1)
-    ways = _ways(candidates, features)
+    sources = _candidate_sources(candidates, features)
     check_index(index)
     device_for(device)  # also without features, which alone are computed on it
     check_outputs(write, picture, data)
@@ -92,9 +92,9 @@ def find_duplicates(
     images = read_contents(collection, quiet)
     if not len(images.readable):
         raise DataError(f"{collection.name} has no readable image: {'; '.join(images.unreadable[:3])}")
-    places, similarity = _candidates(collection, images, (neighbours, index), ways)
+    places, similarity = _candidates(collection, images, (neighbours, index), sources)
     collection = replace(collection, vectors=torch.zeros(len(collection), 0))  # frees them, or the pages of their file
-    pairs = _compared(images, places, similarity, limit)
+    pairs = _compare_pairs(images, places, similarity, limit)
     groups = _groups(collection, images, pairs, limit)
     near = (pairs.check >= limit).nonzero()[:, 0].tolist()
     leaks = [group for group in groups if len(group["splits"]) > 1]
@@ -104,7 +104,7 @@ def find_duplicates(
         "splits": {name: collection.splits.count(name) for name in collection.sources},
         "unreadable": [one_line(why) for why in images.unreadable],
         "threshold": limit,
-        "candidates": {"by": ways, "neighbours": neighbours,
+        "candidates": {"by": sources, "neighbours": neighbours,
                        "index": index, "pairs": len(pairs.places)},
         "duplicates": sum(len(group["duplicates"]) for group in groups),
         "identical": sum(map(len, images.copies.values())),
@@ -112,7 +112,7 @@ def find_duplicates(
         "groups": groups,
         "pairs": [_pair(collection, images, pairs, i) for i in near],
     }  # fmt: skip
-    kept, notes = _kept(collection, images, groups), list(collection.notes)
+    kept, notes = _kept_rows(collection, images, groups), list(collection.notes)
     if picture is not None and not len(pairs.places):
         notes.append("there is no picture, because no two images are similar enough to be compared")
     return with_files(result | {"kept": len(kept), "notes": notes}, {
@@ -121,7 +121,7 @@ def find_duplicates(
     })  # fmt: skip
 
 
-def _ways(candidates: str | None, features: str | Path | None) -> list[str]:
+def _candidate_sources(candidates: str | None, features: str | Path | None) -> list[str]:
     """Return what names candidates; ConfigError for an unknown name, or features that are missing."""
     known: dict[str | None, list[str]] = {None: ["thumbnails"] if features is None else ["thumbnails", "features"]}
     known |= {"thumbnails": ["thumbnails"], "features": ["features"], "both": ["thumbnails", "features"]}
@@ -155,7 +155,7 @@ def _rows(rows: Tensor, places: Tensor) -> AnyRows:
     return rows if len(places) == len(rows) else SelectedRows(rows, places)
 
 
-def _compared(
+def _compare_pairs(
     images: ImageContents, places: Int[Tensor, "p 2"], similarity: Float[Tensor, "p"], limit: float
 ) -> _Pairs:
     """Compare candidates, and images that confirmed pairs connect."""
@@ -213,7 +213,7 @@ def _pair(collection: Collection, images: ImageContents, pairs: _Pairs, i: int) 
     }
 
 
-def _kept(collection: Collection, images: ImageContents, groups: list[dict[str, Any]]) -> list[int]:
+def _kept_rows(collection: Collection, images: ImageContents, groups: list[dict[str, Any]]) -> list[int]:
     """Return the positions in the collection of the readable images that are not duplicates."""
     numbers = numbered(collection)
     duplicates = {numbers[one["split"]][one["index"]] for group in groups for one in group["duplicates"]}

@@ -134,7 +134,7 @@ def open_collection(
         data = own.data
     else:
         sources = images_for(path, encoder, data, split, image_column, label_column)
-    table, unreadable, kept, reused = _embedded(path, encoder, sources, quiet)
+    table, unreadable, kept, reused = _load_or_embed(path, encoder, sources, quiet)
     origin = {
         "features": str(path),
         "data": public(str(data)),
@@ -152,13 +152,13 @@ def open_collection(
     )  # fmt: skip
 
 
-def _embedded(
+def _load_or_embed(
     path: Path, encoder: Encoder, sources: Mapping[str, Source], quiet: bool
 ) -> tuple[FeatureTable, tuple[str, ...], Path | None, bool]:
     """Return the features, unreadable images, the file in which the features are kept, and whether it was there."""
     key = _key(encoder, sources)
     file = None if key is None or is_shipped(path) else path / "features" / f"{key}.npz"
-    if file is not None and file.is_file() and (known := _kept(file)) is not None:
+    if file is not None and file.is_file() and (known := _load_kept(file)) is not None:
         return *known, file, True
     if file is not None:
         try:
@@ -182,7 +182,7 @@ def _embedded(
         return read_features(place), tuple(bad.values()), file, False
 
 
-def _kept(file: Path) -> tuple[FeatureTable, tuple[str, ...]] | None:
+def _load_kept(file: Path) -> tuple[FeatureTable, tuple[str, ...]] | None:
     """Return features that were kept, and messages on unreadable images; None if a file is damaged or missing."""
     try:
         unreadable = read_json(file.with_suffix(".json")).get("unreadable")
@@ -209,7 +209,7 @@ def _from_file(
 ) -> Collection:
     table = read_features(path)
     if split is not None:
-        table = _only(table, split, path)
+        table = _select_split(table, split, path)
     sources = {} if data is None else _images_of(table, data, path, image_column, label_column)
     origin = {"features": str(path), "data": None if data is None else public(str(data)), "file": str(path)}
     lacking = sum(map(len, sources.values())) - len(table.paths)
@@ -218,7 +218,7 @@ def _from_file(
     return Collection(**vars(table), name=str(path), sources=sources, origin=origin, notes=notes)
 
 
-def _only(table: FeatureTable, split: str, path: Path) -> FeatureTable:
+def _select_split(table: FeatureTable, split: str, path: Path) -> FeatureTable:
     every = dict.fromkeys(table.splits)
     name = find_split(split, every)
     if name is None:
@@ -246,7 +246,7 @@ def _images_of(
         sources[name] = open_data(data, known, **columns)
     for name, split, i in zip(table.paths, table.splits, table.index.tolist(), strict=True):
         source = sources[split]
-        if i >= len(source) or _stored(source.identity(i)) != name:
+        if i >= len(source) or _stored_name(source.identity(i)) != name:
             raise DataError(
                 f"{path} holds features of other images than {public(str(data))}: image {i:,} is not {name!r} "
                 "there; pass the images of the features, or embed these (inbatch embed)"
@@ -254,6 +254,6 @@ def _images_of(
     return sources
 
 
-def _stored(identity: str) -> str:
+def _stored_name(identity: str) -> str:
     """Return a name as `write_embeddings` stores it."""
     return identity.encode("utf-8", "surrogateescape").decode("utf-8", "replace")

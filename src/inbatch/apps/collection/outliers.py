@@ -76,7 +76,7 @@ def find_outliers(
             f"-n {count:,} lists all {len(collection):,} images of {collection.name}, so that --write would keep none: "
             "choose a smaller number"
         )
-    broken, unreadable = _broken(collection, quiet) if collection.has_images else ({}, [])
+    broken, unreadable = _find_broken(collection, quiet) if collection.has_images else ({}, [])
     scores = outlier_scores(collection.vectors, min(neighbours, len(collection) - 1), index)
     chosen = getattr(scores, order).argsort(descending=True, stable=True)[:count].tolist()
     result: dict[str, Any] = {
@@ -100,11 +100,11 @@ def find_outliers(
     })  # fmt: skip
 
 
-def _broken(collection: Collection, quiet: bool) -> tuple[dict[int, tuple[str, str]], list[str]]:
+def _find_broken(collection: Collection, quiet: bool) -> tuple[dict[int, tuple[str, str]], list[str]]:
     """Return the reason and its text for each image that looks broken, and messages on unreadable images."""
     values: dict[int, dict[str, float]] = {}
     unreadable = []
-    parts = by_threads(lambda i: _measured(collection, i), range(len(collection)))
+    parts = by_threads(lambda i: _measure_image(collection, i), range(len(collection)))
     for part in parts if quiet else counted(parts, len(collection), "examined"):
         for i, measured in part:
             if isinstance(measured, str):
@@ -120,7 +120,7 @@ def _broken(collection: Collection, quiet: bool) -> tuple[dict[int, tuple[str, s
     return dict(sorted(broken.items(), key=lambda item: (names.index(item[1][0]), item[0]))), unreadable
 
 
-def _measured(collection: Collection, i: int) -> dict[str, float] | str:
+def _measure_image(collection: Collection, i: int) -> dict[str, float] | str:
     try:
         with collection.open(i) as picture:
             height, width = picture.size

@@ -45,9 +45,9 @@ class _Query:
 
     def itself(self, collection: Collection, i: int) -> bool:
         """Return whether image i of the collection is the same file."""
-        mine = self.source.file_of(self.number)
-        other = collection.file_of(i) if collection.has_images and mine is not None else None
-        return other is not None and os.path.realpath(mine or "") == os.path.realpath(other)
+        own_file = self.source.file_of(self.number)
+        other_file = collection.file_of(i) if collection.has_images and own_file is not None else None
+        return other_file is not None and os.path.realpath(own_file or "") == os.path.realpath(other_file)
 
 
 @isolated
@@ -100,7 +100,7 @@ def search_images(
         raise ConfigError(f"a picture needs the images of {collection.name}: pass them, too (--data)")
     queries, unreadable = _queries(run, encoder, images)
     rows, wanted = torch.stack([query.vector for query in queries]), min(k + exclude_self, len(collection))
-    notes = [*collection.sentences, *_reused(collection)]
+    notes = [*collection.sentences, *_reuse_notes(collection)]
     if index == "exact":
         similarity, place = nearest(rows, collection.vectors, wanted)
     else:
@@ -127,7 +127,7 @@ def search_images(
     }
 
 
-def _reused(collection: Collection) -> list[str]:
+def _reuse_notes(collection: Collection) -> list[str]:
     """Return a sentence on features that were kept by an earlier command."""
     return [f"features read from {collection.origin['file']}"] if collection.origin.get("reused") else []
 

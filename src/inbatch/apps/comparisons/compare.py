@@ -84,10 +84,11 @@ def compare(
         check_whole("jobs", jobs, 1)
     if detect is not None and not (isinstance(detect, int | float) and detect > 0):
         raise ConfigError(f"detect = {detect!r}: give a difference above 0, in the unit of the metric")
-    with own_parts.using(code_of(request.variants)), progress(quiet) as (tell, show):
+    with own_parts.using(code_of(request.variants)), progress(quiet) as (notify, show):
         runner = ComparisonRunner(
             folder / "results", folder, {request.name: request.place}, jobs=jobs, device=device, download=download,
-            again=retry_failed, tell=tell, show=show, code={variant.name: variant.code for variant in request.variants},
+            retry_failed=retry_failed, notify=notify, show=show,
+            code={variant.name: variant.code for variant in request.variants},
         )  # fmt: skip
         request = with_length(request, device_for(device), runner.jobs or 1)
         if script is not None:
@@ -101,7 +102,7 @@ def compare(
         problems = _run(plan, request, runner, run, began)
         if request.budget is not None and run:
             used = duration(time.perf_counter() - began)
-            tell(f"Budget of {duration(request.budget)}: this command took {used}.")
+            notify(f"Budget of {duration(request.budget)}: this command took {used}.")
     result: dict[str, Any] = {"command": render.command(words), "out": str(folder)}
     result |= report(plan, read_records(runner.results), all_pairs=all_pairs, detect=detect)
     result["problems"] = {name: str(problem) for name, problem in problems.items()}
@@ -160,13 +161,13 @@ def _run(plan: Plan, request: Request, runner: ComparisonRunner, run: bool, bega
     if missing:
         done = len({cell.stem for cell in plan.cells}) - len(missing)
         finished = f", {done} are finished" if done else ""
-        runner.tell(f"{many(len(missing), 'run')} to make{finished}, {runner.jobs} at a time.")
+        runner.notify(f"{many(len(missing), 'run')} to make{finished}, {runner.jobs} at a time.")
         if plan.shares is not None:
             left = (request.budget or 0.0) - (time.perf_counter() - began)
-            runner.tell(budget_sentence(plan.shares, len(missing), runner.jobs or 1, left))
+            runner.notify(budget_sentence(plan.shares, len(missing), runner.jobs or 1, left))
         else:
             seconds, timed = expected_seconds(missing, request.place, runner)
-            runner.tell(
+            runner.notify(
                 f"Expected: about {duration(seconds / min(runner.jobs or 1, len(missing)))} of training, by timed "
                 f"steps of {many(timed, 'variant')}; the start and the evaluation of each run are not counted."
             )

@@ -76,7 +76,7 @@ def plan_comparison(request: Request, metric: Metric | None, runner: ComparisonR
     facts = {
         "data": request.place, "test": recipes[0].test, "images": len(source), "signature": source.signature(),
     }  # fmt: skip
-    planned = _stored(runner.work, facts)
+    planned = _stored_plans(runner.work, facts)
     split = evaluation_split(recipes[0], source, request.place, download=request.download)
     metric = metric or METRICS["same_image" if split is None else "knn"]
     if split is None and metric.labels:
@@ -92,11 +92,11 @@ def plan_comparison(request: Request, metric: Metric | None, runner: ComparisonR
     write_json(plans, facts | {"schema": 1, "planned": planned})
     held_out = None if split is None else split.description
     table = _table(request, recipes, metric)
-    notes = tuple(_unequal(request, recipes, held_out))
+    notes = tuple(_unequal_conditions(request, recipes, held_out))
     return Plan(table, metric, tuple(recipes), len(source), held_out, notes, shares)
 
 
-def _stored(work: Path, facts: dict[str, Any]) -> dict[str, Any]:
+def _stored_plans(work: Path, facts: dict[str, Any]) -> dict[str, Any]:
     """Return the stored plans of a folder; ConfigError for runs on other images."""
     file = work / "plan.json"
     if not file.exists():
@@ -144,7 +144,7 @@ def differing(recipes: Sequence[Recipe]) -> list[dict[str, Any]]:
     return [{key: one.get(key) for key in unequal} for one in flat]
 
 
-def _unequal(request: Request, recipes: Sequence[Recipe], held_out: str | None) -> list[str]:
+def _unequal_conditions(request: Request, recipes: Sequence[Recipe], held_out: str | None) -> list[str]:
     """Return sentences about conditions that are not the same for all variants."""
     notes = []
     differences = differing(recipes)

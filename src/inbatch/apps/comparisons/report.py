@@ -48,7 +48,7 @@ def report(plan: Plan, records: Records, *, all_pairs: bool, detect: float | Non
     ended = [record.status for row in rows for record in row.records if record is not None]
     return {
         "data": rows[0].cells[0].data, "images": plan.images, "judged_by": plan.held_out,
-        "metric": _described(metric),
+        "metric": _metric_entry(metric),
         "seeds": [cell.seed for cell in rows[0].cells],
         "variants": [_row(row, own, metric) for row, own in zip(rows, differing(plan.recipes), strict=True)],
         "comparisons": comparisons,
@@ -61,7 +61,7 @@ def report(plan: Plan, records: Records, *, all_pairs: bool, detect: float | Non
     }  # fmt: skip
 
 
-def _described(metric: Metric) -> dict[str, Any]:
+def _metric_entry(metric: Metric) -> dict[str, Any]:
     return {
         "name": next(name for name in METRICS if METRICS[name] == metric), "heading": metric.heading,
         "path": metric.path, "percent": metric.percent, "better": "higher" if metric.higher else "lower",
@@ -146,11 +146,14 @@ def _sentences(one: dict[str, Any], metric: Metric) -> list[str]:
     if one["shown"]:
         better = (one["mean"] > 0) == metric.higher
         verdict = f"Shown: {one['second']} is {'better' if better else 'worse'} than {one['first']} by {size}"
-        return [f"{verdict} ({tests}).", *_flipped(one)]
-    return [f"Not shown: {names} is {size} ({tests}). This does not show that they are equal.", *_more(one, metric)]
+        return [f"{verdict} ({tests}).", *_sign_flip_sentences(one)]
+    return [
+        f"Not shown: {names} is {size} ({tests}). This does not show that they are equal.",
+        *_planning_sentences(one, metric),
+    ]
 
 
-def _flipped(one: dict[str, Any]) -> list[str]:
+def _sign_flip_sentences(one: dict[str, Any]) -> list[str]:
     """Return a sentence if the test without the assumption of normal differences does not agree."""
     if one["sign_flip_p"] < LEVEL / one["corrected_for"]:
         return []
@@ -162,7 +165,7 @@ def _flipped(one: dict[str, Any]) -> list[str]:
     ]
 
 
-def _more(one: dict[str, Any], metric: Metric) -> list[str]:
+def _planning_sentences(one: dict[str, Any], metric: Metric) -> list[str]:
     plan = one["planning"]
     if plan is None:
         return []

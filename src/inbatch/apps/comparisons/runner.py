@@ -34,7 +34,7 @@ class ComparisonRunner(Runner):
     def _call(self, cell: Cell, words: list[str], log: Path) -> dict[str, Any]:
         return super()._call(cell, [*words, *self.code_words(cell, words[0])], log)
 
-    def _completed(self, cell: Cell, result: dict[str, Any], log: Path) -> dict[str, Any]:
+    def _complete_result(self, cell: Cell, result: dict[str, Any], log: Path) -> dict[str, Any]:
         """Return the result with the measures without labels and, with a budget, an evaluation on all images.
 
         A run with a budget evaluates on as many images as its time allows, which would differ between variants.

@@ -90,16 +90,16 @@ def plan_shares(
         plans, extra, share = list[tuple[Settings, dict[str, Any]]](), 0.0, rough
         for plan in _timed_plans(request, facts, recipes, runner):
             plans.append(plan)
-            extra = max(extra, _SLOWER * _outside(plan[1]["seconds_estimate"], metric))
+            extra = max(extra, _SLOWER * _evaluation_seconds(plan[1]["seconds_estimate"], metric))
             share = _final_share(budget, time.perf_counter() - began, runs, jobs, extra)
         fitted = [
-            _of_length(variant, own, dry, share / rough)
+            _scaled_recipe(variant, own, dry, share / rough)
             for variant, (own, dry) in zip(request.variants, plans, strict=True)
         ]
         stored[identity] = {"recipes": fitted, "run": share, "extra": extra}
-    found = stored[identity]
-    made = tuple(make(read_settings(recipe | {"data": request.place})) for recipe in found["recipes"])
-    return Shares(made, found["run"], found["extra"])
+    planned = stored[identity]
+    final = tuple(make(read_settings(recipe | {"data": request.place})) for recipe in planned["recipes"])
+    return Shares(final, planned["run"], planned["extra"])
 
 
 def _timed_plans(
@@ -112,7 +112,7 @@ def _timed_plans(
             named_encoder = any(key.startswith("encoder.") or key == "preset" for key in own)
             first = () if named_encoder else [key for key in chosen if key.startswith("encoder.")]
             own = {key: chosen[key] for key in (*first, *_OF_FIRST) if chosen[key] is not None} | own
-        runner.tell(f"Planning {variant.name}: timing real steps and an evaluation.")
+        runner.notify(f"Planning {variant.name}: timing real steps and an evaluation.")
         cell = Cell(variant.name, request.name, 0, recipe.flat() | {"data": request.name})
         try:
             dry = runner.dry_run(cell, own, request.place)
@@ -125,7 +125,7 @@ def _timed_plans(
 _PROTOCOL_COST = {"few": FEW_PROBES, "retrieval": RETRIEVAL}
 
 
-def _outside(estimate: dict[str, float], metric: Metric) -> float:
+def _evaluation_seconds(estimate: dict[str, float], metric: Metric) -> float:
     """Return the seconds that the evaluation of a run takes after its share, with the start of its processes."""
     start, evaluation = estimate["start"], estimate["evaluation"]
     own = 0.0 if metric.protocol is None else start + _PROTOCOL_COST[metric.protocol] * evaluation
@@ -146,7 +146,7 @@ def _final_share(budget: float, used: float, runs: int, jobs: int, extra: float)
     return round(share, 1)
 
 
-def _of_length(variant: Variant, own: Settings, dry: dict[str, Any], ratio: float) -> dict[str, Any]:
+def _scaled_recipe(variant: Variant, own: Settings, dry: dict[str, Any], ratio: float) -> dict[str, Any]:
     """Return the recipe of a timed plan, with another duration."""
     planned = dry["recipe"]
     steps = int(planned["steps"] * ratio)

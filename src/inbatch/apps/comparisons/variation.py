@@ -36,16 +36,16 @@ def variations(plan: Plan, records: Records) -> list[Variation]:
     rows = []
     for row in plan.table.rows:
         own = tuple(cell for cell in plan.cells if cell.row == row.name)
-        found = tuple(find_record(records, cell) for cell in own)
+        row_records = tuple(find_record(records, cell) for cell in own)
         values = {
             cell.seed: value
-            for cell, record in zip(own, found, strict=True)
+            for cell, record in zip(own, row_records, strict=True)
             if record is not None and (value := plan.metric.value(record)) is not None
         }
         halves = {
             cell.seed: both
-            for cell, record in zip(own, found, strict=True)
+            for cell, record in zip(own, row_records, strict=True)
             if record is not None and (both := plan.metric.halves(record)) is not None
         }
-        rows.append(Variation(row.name, own, found, values, halves))
+        rows.append(Variation(row.name, own, row_records, values, halves))
     return rows

@@ -22,15 +22,15 @@ class TableReport:
     """A table at a scale, filled with the available results.
 
     Attributes:
-        sheet: The filled table.
+        filled: The filled table.
         problems: Runs that could not be made, by name.
-        beside: The same table with the shipped results, if `sheet` has the user's results.
+        reference: The same table with the shipped results, if `filled` has the user's results.
         launch: Commands of runs for another machine.
     """
 
-    sheet: FilledTable
+    filled: FilledTable
     problems: Mapping[str, InbatchError] = field(default_factory=dict)
-    beside: FilledTable | None = None
+    reference: FilledTable | None = None
     launch: tuple[str, ...] = ()
 
     @property
@@ -40,51 +40,49 @@ class TableReport:
 
     def grids(self, width: int) -> list[tuple[list[str], list[list[str]]]]:
         """Return headings and rows, and those of the effects, in as many tables as necessary to fit the width."""
-        return [*render.grids(self.sheet, width), *render.effect_grids(self.sheet, width)]
+        return [*render.grids(self.filled, width), *render.effect_grids(self.filled, width)]
 
-    def words(self) -> list[str]:
+    def text_lines(self) -> list[str]:
         """Return the lines below the table."""
-        table, scale = self.sheet.table, self.sheet.scale
-        lines = [f"{table.name} at {scale} scale. {table.asks}", *render.notes(self.sheet)]
-        if findings := table.holds.get(scale):
+        table, scale = self.filled.table, self.filled.scale
+        lines = [f"{table.name} at {scale} scale. {table.question}", *render.notes(self.filled)]
+        if findings := table.findings.get(scale):
             lines += ["", f"Findings. {findings}"]
-        lines += ["", *self._compared(), "The runs (seed 0; others with --seed):", ""]
-        lines += [f"  {cell.row}, {cell.data}:\n    {cell.command()}" for cell, _ in render.first_seeds(self.sheet)]
-        names = {str(cell.settings.get("data")) for cell, _ in render.first_seeds(self.sheet)} & WHERE.keys()
+        lines += ["", *self._comparison_lines(), "The runs (seed 0; others with --seed):", ""]
+        lines += [f"  {cell.row}, {cell.data}:\n    {cell.command()}" for cell, _ in render.first_seeds(self.filled)]
+        names = {str(cell.settings.get("data")) for cell, _ in render.first_seeds(self.filled)} & WHERE.keys()
         lines += [f"(--data {name}: replace {name} by the path of its images.)" for name in sorted(names)]
         if self.launch:
             lines += ["", "Commands to launch on a cluster (inbatch slurm writes a batch script):", ""]
             lines += [f"  {command}" for command in self.launch]
-        elif not self.sheet.records:
+        elif not self.filled.records:
             lines += ["", f"There are no results yet. To compute them: inbatch table {table.name} --scale {scale}"]
         return [part for line in lines for part in line.split("\n")]
 
-    def _compared(self) -> list[str]:
+    def _comparison_lines(self) -> list[str]:
         """Return lines that compare the user's figures with the shipped ones."""
-        if self.beside is None:
+        if self.reference is None:
             return []
-        lines = []
-        for mine, ours in zip(self.sheet.lines, self.beside.lines, strict=True):
-            for column, own, theirs in zip(self.sheet.columns, mine.ours, ours.ours, strict=True):
-                if own.values and theirs.values:
-                    digits = self.sheet.table.digits
-                    lines.append(
-                        f"  {mine.row.name}, {column.name}: yours {own.text(digits)}, shipped {theirs.text(digits)}"
-                    )
+        lines, digits = [], self.filled.table.digits
+        for line, reference in zip(self.filled.lines, self.reference.lines, strict=True):
+            for column, own, other in zip(self.filled.columns, line.reproduced, reference.reproduced, strict=True):
+                if own.values and other.values:
+                    figures = f"yours {own.text(digits)}, shipped {other.text(digits)}"
+                    lines.append(f"  {line.row.name}, {column.name}: {figures}")
         return ["Compared with the shipped results:", "", *lines, ""] if lines else []
 
     def write(self, out: Path) -> None:
         """Write the table in the format of the file's ending; raise InbatchError if it cannot be written."""
         with replacing(out) as file:
-            file.write(_writer(out)(self.sheet).encode(errors="backslashreplace"))
+            file.write(_writer(out)(self.filled).encode(errors="backslashreplace"))
 
     def json(self) -> dict[str, Any]:
         """Return the report for --json; figures in percent."""
-        headings, rows = render.grid(self.sheet)
-        table = self.sheet.table
+        headings, rows = render.grid(self.filled)
+        table = self.filled.table
         content: dict[str, Any] = {
             "name": table.name,
-            "scale": self.sheet.scale,
+            "scale": self.filled.scale,
             "source": table.source,
             "headings": headings,
             "rows": rows,
@@ -92,12 +90,12 @@ class TableReport:
         figures = [
             {"row": line.row.name, "column": column.name, "values": dict(zip(value.seeds, value.values, strict=True))}
             | {"gains": list(value.gains), "p": value.p, "failed": value.failed}
-            for line in self.sheet.lines
-            for column, value in zip(self.sheet.columns, line.ours, strict=True)
+            for line in self.filled.lines
+            for column, value in zip(self.filled.columns, line.reproduced, strict=True)
         ]
-        content |= {"figures": figures, "notes": render.notes(self.sheet), "launch": list(self.launch)}
-        if found := stated_effects(self.sheet):
-            content["effects"] = [effect.json() for effect in found]
+        content |= {"figures": figures, "notes": render.notes(self.filled), "launch": list(self.launch)}
+        if effects := stated_effects(self.filled):
+            content["effects"] = [effect.json() for effect in effects]
         problems = {name: str(problem) for name, problem in self.problems.items()}
         error = "; ".join(dict.fromkeys(problems.values()))
         failure = {"error": error, "exit_code": self.exit_code} if error else {}
@@ -172,8 +170,8 @@ def run_table_command(
         problems = runner.run(list(cells(table, scale)))
     records = read_records(runner.results if runs else from_ or shipped())
     others = runs and runner.results.resolve() != shipped().resolve()
-    beside = fill(table, scale, read_records(shipped())) if others else None
-    return TableReport(fill(table, scale, records), problems, beside, launch)
+    reference = fill(table, scale, read_records(shipped())) if others else None
+    return TableReport(fill(table, scale, records), problems, reference, launch)
 
 
 def _writer(out: Path) -> Callable[[FilledTable], str]:

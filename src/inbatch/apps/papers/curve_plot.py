@@ -10,18 +10,18 @@ from inbatch.runtime.picture_mark import MARK
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999933")
 
 
-def curves(sheet: FilledTable) -> bytes | None:
+def curves(filled: FilledTable) -> bytes | None:
     """Return a PNG of the rows' curves over the epochs, mean and spread over seeds; None without curves.
 
     There is a panel for each data set and number. The number is that of the table if it is a figure of curves, else
     loss, k-NN, feature_std and rankme.
     """
-    curve = sheet.table.curve_at(sheet.scale)
+    curve = filled.table.curve_at(filled.scale)
     numbers = [curve] if curve else ["loss", "knn", "feature_std", "rankme"]
     kinds = [
         data
-        for data in sheet.table.scales[sheet.scale].data
-        if any(_curve(line, data, "epoch") for line in sheet.lines)
+        for data in filled.table.scales[filled.scale].data
+        if any(_curve(line, data, "epoch") for line in filled.lines)
     ]
     if not kinds:
         return None
@@ -32,9 +32,9 @@ def curves(sheet: FilledTable) -> bytes | None:
     for across, data in enumerate(kinds):
         for down, number in enumerate(numbers):
             panel = panels[down][across]
-            for line, (dashes, colour) in zip(sheet.lines, cycle(product(("-", "--", ":"), COLOURS)), strict=False):
-                if found := _curve(line, data, number):
-                    epochs, means, spreads = found
+            for line, (dashes, colour) in zip(filled.lines, cycle(product(("-", "--", ":"), COLOURS)), strict=False):
+                if series := _curve(line, data, number):
+                    epochs, means, spreads = series
                     panel.plot(epochs, means, dashes, color=colour, linewidth=1.3, label=line.row.name)
                     low, high = ([m + sign * s for m, s in zip(means, spreads, strict=True)] for sign in (-1, 1))
                     panel.fill_between(epochs, low, high, color=colour, alpha=0.15, linewidth=0)
@@ -57,7 +57,11 @@ def _curve(line: Line, data: str, number: str) -> tuple[list[float], list[float]
     """Return epochs, means and standard deviations over the seeds, at epochs for which every seed has the number."""
     scale = 100.0 if number == "knn" else 1.0
     runs: list[dict[float, float]] = [
-        {float(look["epoch"] or 0): scale * value for look in record.curve if (value := look.get(number)) is not None}
+        {
+            float(entry["epoch"] or 0): scale * value
+            for entry in record.curve
+            if (value := entry.get(number)) is not None
+        }
         for cell, record in zip(line.cells, line.records, strict=True)
         if cell.data == data and record.curve
     ]

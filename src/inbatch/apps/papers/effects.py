@@ -51,11 +51,11 @@ class Effect:
 
     def cells(self, digits: int) -> list[str]:
         """Return the effect as cells of a table."""
-        found, many = self.difference, len(self.difference.values) > 1
-        between = " to ".join(f"{end:+.{digits}f}" for end in found.interval or ())
+        difference, many = self.difference, len(self.difference.values) > 1
+        between = " to ".join(f"{end:+.{digits}f}" for end in difference.interval or ())
         needed = f"{self.seeds:,}" if self.seeds else f"over {MOST:,}" if many else ""
         return [
-            self.row, self.column, f"{found.mean:+.{digits}f}", between, _p(found.p), _p(self.holm), needed,
+            self.row, self.column, f"{difference.mean:+.{digits}f}", between, _p(difference.p), _p(self.holm), needed,
             "" if self.time is None else f"{self.time:.2f}",
             "" if self.cost is None else f"{self.cost:+.0%}",
         ]  # fmt: skip
@@ -66,36 +66,36 @@ class Effect:
         return named | {"holm_p": self.holm, "seeds_to_show_it": self.seeds, "time": self.time, "cost": self.cost}
 
 
-def effects(sheet: FilledTable) -> list[Effect]:
+def effects(filled: FilledTable) -> list[Effect]:
     """Return the effect of every row that is compared with another, by every column that both have."""
-    found: list[Effect] = []
-    for at, column in enumerate(sheet.columns):
-        some = []
-        for line in sheet.lines:
-            against = sheet.line(line.row.against)
-            if against is not None and line.ours[at].gains:
-                told = difference(line.ours[at].gains)
+    all_effects: list[Effect] = []
+    for at, column in enumerate(filled.columns):
+        column_effects = []
+        for line in filled.lines:
+            against = filled.line(line.row.against)
+            if against is not None and line.reproduced[at].gains:
+                gain = difference(line.reproduced[at].gains)
                 time = _time(line, against, column.data)
-                some.append(Effect(line.row.name, against.row.name, column.name, told, time=time))
-        tested = [effect for effect in some if effect.difference.p is not None]
+                column_effects.append(Effect(line.row.name, against.row.name, column.name, gain, time=time))
+        tested = [effect for effect in column_effects if effect.difference.p is not None]
         corrected = dict(zip((e.row for e in tested), holm([e.difference.p or 0.0 for e in tested]), strict=True))
-        found += [replace(effect, holm=corrected.get(effect.row)) for effect in some]
-    return found
+        all_effects += [replace(effect, holm=corrected.get(effect.row)) for effect in column_effects]
+    return all_effects
 
 
-def stated_effects(sheet: FilledTable) -> list[Effect]:
+def stated_effects(filled: FilledTable) -> list[Effect]:
     """Return the effects that the pages of a scale state; none if the scale states no effects."""
-    return effects(sheet) if sheet.table.scales[sheet.scale].effects else []
+    return effects(filled) if filled.table.scales[filled.scale].effects else []
 
 
-def effect_grid(found: Sequence[Effect], digits: int) -> tuple[list[str], list[list[str]]]:
+def effect_grid(rows: Sequence[Effect], digits: int) -> tuple[list[str], list[list[str]]]:
     """Return headings and cells of a table of effects."""
-    return list(HEADINGS), [effect.cells(digits) for effect in found]
+    return list(HEADINGS), [effect.cells(digits) for effect in rows]
 
 
-def effect_notes(found: Sequence[Effect]) -> list[str]:
+def effect_notes(rows: Sequence[Effect]) -> list[str]:
     """Return what the table of effects states, and what was shown."""
-    tested = [effect for effect in found if effect.holm is not None]
+    tested = [effect for effect in rows if effect.holm is not None]
     shown = [effect for effect in tested if (effect.holm or 0.0) < LEVEL]
     lines = [
         "Interval and p are those of the paired t-test. The number of seeds takes the mean and the spread of the few "
@@ -114,13 +114,13 @@ def _p(value: float | None) -> str:
 
 def _time(line: Line, against: Line, data: str) -> float | None:
     """Return the mean ratio of the training times at the seeds that both have; None without."""
-    mine, theirs = (
+    own_seconds, other_seconds = (
         {
             cell.seed: record.training_cpu_seconds or record.training_seconds
-            for cell, record in zip(some.cells, some.records, strict=True)
+            for cell, record in zip(row.cells, row.records, strict=True)
             if cell.data == data
         }
-        for some in (line, against)
+        for row in (line, against)
     )
-    ratios = [own / other for seed in mine if (own := mine[seed]) and (other := theirs.get(seed))]
+    ratios = [own / other for seed in own_seconds if (own := own_seconds[seed]) and (other := other_seconds.get(seed))]
     return mean(ratios) if ratios else None

@@ -27,24 +27,24 @@ def expected_time(cells: Sequence[Cell], records: Iterable[Record], jobs: int) -
     similar: dict[tuple[object, ...], list[float]] = {}
     for record in records:
         if record.status == "finished" and "pairs" not in record.recipe:
-            same.setdefault(record.told[:2], []).append(record.wall_seconds)
+            same.setdefault(record.run_key[:2], []).append(record.wall_seconds)
             similar.setdefault(_kind(record.data, record.recipe), []).append(record.wall_seconds)
-    found, unknown = [], 0
+    durations, unknown = [], 0
     for cell in cells:
         if cell.counts:
             continue
         times = same.get((cell.key, cell.data)) or similar.get(_kind(cell.data, cell.recipe().nested()))
         if times:
-            found.append(mean(times))
+            durations.append(mean(times))
         else:
             unknown += 1
-    if not found:
+    if not durations:
         return ""
-    seconds = max(max(found), sum(found) / jobs)
+    seconds = max(max(durations), sum(durations) / jobs)
     others = f"; {unknown} without a similar run are not included" if unknown else ""
     return (
-        f"{many(len(found), 'run')}, {jobs} at a time: about {hours(seconds)} if they take as long as similar runs in "
-        f"the results{others}."
+        f"{many(len(durations), 'run')}, {jobs} at a time: about {hours(seconds)} if they take as long as similar runs "
+        f"in the results{others}."
     )
 
 

@@ -35,15 +35,15 @@ class Value:
         """Return mean and standard deviation; empty if there are no runs."""
         if not self.values:
             return "failed" if self.failed else ""
-        some = f" ({self.failed} failed)" if self.failed else ""
-        return f"{mean(self.values):.{digits}f}{_deviation(self.values, digits)}{some}"
+        failures = f" ({self.failed} failed)" if self.failed else ""
+        return f"{mean(self.values):.{digits}f}{_deviation(self.values, digits)}{failures}"
 
     def gain(self, digits: int = 1) -> str:
         """Return the mean difference with its p value, and a star if p is below `SURE`."""
         if not self.gains:
             return ""
-        told = "" if self.p is None else f" (p {self.p:.2f}){'*' * (self.p < SURE)}"
-        return f"{mean(self.gains):+.{digits}f}{_deviation(self.gains, digits)}{told}"
+        p_text = "" if self.p is None else f" (p {self.p:.2f}){'*' * (self.p < SURE)}"
+        return f"{mean(self.gains):+.{digits}f}{_deviation(self.gains, digits)}{p_text}"
 
 
 def _deviation(values: Sequence[float], digits: int) -> str:
@@ -56,11 +56,11 @@ class Line:
 
     row: Row
     paper: tuple[float | None, ...]
-    ours: tuple[Value, ...]
+    reproduced: tuple[Value, ...]
     cells: tuple[Cell, ...]
     records: tuple[Record, ...]
 
-    def moved(self, heading: str, against: "Line | None") -> float | None:
+    def paper_effect(self, heading: str, against: "Line | None") -> float | None:
         """Return the effect of the row according to the paper; None if the paper does not state it."""
         if against is None or heading not in self.row.paper or heading not in against.row.paper:
             return None
@@ -90,7 +90,7 @@ class FilledTable:
         return self.table.scales[self.scale].columns
 
     @property
-    def wanted(self) -> int:
+    def total_runs(self) -> int:
         """Number of runs of the table at this scale."""
         return len({one.stem for one in cells(self.table, self.scale)})
 
@@ -98,23 +98,23 @@ class FilledTable:
 def fill(table: Table, scale: str, records: Records) -> FilledTable:
     """Return the table at this scale, filled from records."""
     at = table.scales[scale]
-    found: dict[str, list[tuple[Cell, Record]]] = {}
+    matches: dict[str, list[tuple[Cell, Record]]] = {}
     for row in table.rows_at(scale):
-        found[row.name] = []
+        matches[row.name] = []
         if row.settings is None:
             continue
         for data in dict.fromkeys(column.data for column in at.columns):
             for seed in at.seeds:
                 one = cell(table, scale, row, data, seed)
                 if (record := find_record(records, one)) is not None:
-                    found[row.name].append((one, record))
+                    matches[row.name].append((one, record))
     lines = []
     for row in table.rows_at(scale):
-        other = found.get(row.against or "", [])
-        ours = tuple(_value(column, found[row.name], other) for column in at.columns)
+        other = matches.get(row.against or "", [])
+        reproduced = tuple(_value(column, matches[row.name], other) for column in at.columns)
         paper = tuple(row.paper.get(heading) for heading in table.headings)
-        runs = tuple(one for one, _ in found[row.name])
-        lines.append(Line(row, paper, ours, runs, tuple(record for _, record in found[row.name])))
+        runs = tuple(one for one, _ in matches[row.name])
+        lines.append(Line(row, paper, reproduced, runs, tuple(record for _, record in matches[row.name])))
     return FilledTable(table, scale, tuple(lines))
 
 
@@ -127,14 +127,14 @@ def figure(record: Record, path: str) -> float | None:
 
 
 def _value(column: Column, runs: list[tuple[Cell, Record]], other: list[tuple[Cell, Record]]) -> Value:
-    mine, theirs = (_by_seed(column, some) for some in (runs, other))
-    both = [seed for seed in mine if seed in theirs]
-    gains = tuple(mine[seed] - theirs[seed] for seed in both)
+    own_figures, other_figures = (_by_seed(column, pairs) for pairs in (runs, other))
+    both = [seed for seed in own_figures if seed in other_figures]
+    gains = tuple(own_figures[seed] - other_figures[seed] for seed in both)
     protocol = column.figure.split(".")[0]
     failed = sum(one.data == column.data and not {"", protocol}.isdisjoint(record.failures) for one, record in runs)
-    return Value(tuple(mine), tuple(mine.values()), gains, paired(gains), failed)
+    return Value(tuple(own_figures), tuple(own_figures.values()), gains, paired(gains), failed)
 
 
 def _by_seed(column: Column, runs: list[tuple[Cell, Record]]) -> dict[int, float]:
-    found = {one.seed: figure(record, column.figure) for one, record in runs if one.data == column.data}
-    return {seed: value for seed, value in found.items() if value is not None}
+    figures = {one.seed: figure(record, column.figure) for one, record in runs if one.data == column.data}
+    return {seed: value for seed, value in figures.items() if value is not None}

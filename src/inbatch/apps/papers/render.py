@@ -16,50 +16,56 @@ from inbatch.apps.papers.spec import Cell, cells
 from inbatch.runtime.text import one_line, printable
 
 
-def grid(sheet: FilledTable) -> tuple[list[str], list[list[str]]]:
+def grid(filled: FilledTable) -> tuple[list[str], list[list[str]]]:
     """Return headings and cells: the row name; each column of the paper with our corresponding ones; our others.
 
     If rows are compared, every figure is followed by the difference from the row that its row is compared with.
     """
-    differs = together(sheet) == 2
+    differs = columns_per_figure(filled) == 2
     order: list[tuple[str, int]] = []
-    for i, heading in enumerate(sheet.table.headings):
-        order += [("paper", i), *(("ours", j) for j, column in enumerate(sheet.columns) if column.paper == heading)]
-    order += [("ours", j) for j in range(len(sheet.columns)) if ("ours", j) not in order]
+    for i, heading in enumerate(filled.table.headings):
+        order += [
+            ("paper", i),
+            *(("reproduced", j) for j, column in enumerate(filled.columns) if column.paper == heading),
+        ]
+    order += [("reproduced", j) for j in range(len(filled.columns)) if ("reproduced", j) not in order]
     headings = [""]
-    for whose, i in order:
-        if whose == "paper":
-            headings += [f"paper: {sheet.table.headings[i]}", *(["paper: gain"] if differs else [])]
+    for origin, i in order:
+        if origin == "paper":
+            headings += [f"paper: {filled.table.headings[i]}", *(["paper: gain"] if differs else [])]
         else:
-            headings += [sheet.columns[i].name, *(["gain"] if differs else [])]
+            headings += [filled.columns[i].name, *(["gain"] if differs else [])]
     rows = []
-    for line in sheet.lines:
-        cells = [_paper(sheet, line, i) if whose == "paper" else _ours(sheet, line.ours[i]) for whose, i in order]
+    for line in filled.lines:
+        cells = [
+            _paper(filled, line, i) if origin == "paper" else _reproduced(filled, line.reproduced[i])
+            for origin, i in order
+        ]
         rows.append([line.row.name, *(text for figure, gain in cells for text in ([figure, gain][: 1 + differs]))])
     return headings, rows
 
 
-def together(sheet: FilledTable) -> int:
+def columns_per_figure(filled: FilledTable) -> int:
     """Return the number of grid columns per figure: 2 with a difference if rows are compared, else 1."""
-    return 2 if any(line.row.against for line in sheet.lines) else 1
+    return 2 if any(line.row.against for line in filled.lines) else 1
 
 
-def grids(sheet: FilledTable, width: int) -> list[tuple[list[str], list[list[str]]]]:
+def grids(filled: FilledTable, width: int) -> list[tuple[list[str], list[list[str]]]]:
     """Return the grid split to fit the width in characters, with the row names in each part."""
-    return _split(*grid(sheet), width, together(sheet))
+    return _split(*grid(filled), width, columns_per_figure(filled))
 
 
-def effect_grids(sheet: FilledTable, width: int) -> list[tuple[list[str], list[list[str]]]]:
+def effect_grids(filled: FilledTable, width: int) -> list[tuple[list[str], list[list[str]]]]:
     """Return the grid of the effects, split in the same way; nothing without effects."""
-    found = stated_effects(sheet)
-    return _split(*effect_grid(found, sheet.table.digits), width, 1) if found else []
+    effects = stated_effects(filled)
+    return _split(*effect_grid(effects, filled.table.digits), width, 1) if effects else []
 
 
 def _split(
     headings: list[str], rows: list[list[str]], width: int, together: int
 ) -> list[tuple[list[str], list[list[str]]]]:
     groups = column_groups(headings, rows, width, together)
-    return [([headings[i] for i in (0, *some)], [[row[i] for i in (0, *some)] for row in rows]) for some in groups]
+    return [([headings[i] for i in (0, *group)], [[row[i] for i in (0, *group)] for row in rows]) for group in groups]
 
 
 def column_groups(
@@ -78,36 +84,35 @@ def column_groups(
     widths = [max(map(cell_len, column)) + 3 for column in zip(headings, *rows, strict=True)]
     groups: list[list[int]] = [[]]
     for i in range(1, len(headings), together):
-        some = list(range(i, min(i + together, len(headings))))
-        if groups[-1] and sum(widths[j] for j in (0, *groups[-1], *some)) > width + 3:
+        block = list(range(i, min(i + together, len(headings))))
+        if groups[-1] and sum(widths[j] for j in (0, *groups[-1], *block)) > width + 3:
             groups.append([])
-        groups[-1] += some
+        groups[-1] += block
     return groups
 
 
-def _paper(sheet: FilledTable, line: Line, column: int) -> tuple[str, str]:
+def _paper(filled: FilledTable, line: Line, column: int) -> tuple[str, str]:
     """Return the paper's figure and the effect of the row according to it."""
-    figure, moved = line.paper[column], line.moved(sheet.table.headings[column], sheet.line(line.row.against))
-    short = figure is not None and figure == round(figure, 1) and sheet.table.digits == 1
+    figure, effect = line.paper[column], line.paper_effect(filled.table.headings[column], filled.line(line.row.against))
+    short = figure is not None and figure == round(figure, 1) and filled.table.digits == 1
     text = "" if figure is None else f"{figure:g}" if short else f"{figure:.2f}"
-    return text, "" if moved is None else f"{moved:+.2f}"
+    return text, "" if effect is None else f"{effect:+.2f}"
 
 
-def _ours(sheet: FilledTable, value: Value) -> tuple[str, str]:
-    return value.text(sheet.table.digits), value.gain(sheet.table.digits)
+def _reproduced(filled: FilledTable, value: Value) -> tuple[str, str]:
+    return value.text(filled.table.digits), value.gain(filled.table.digits)
 
 
-def notes(sheet: FilledTable) -> list[str]:
+def notes(filled: FilledTable) -> list[str]:
     """Return the notes below the figures: the number of runs, the machines, and the differences from the paper."""
-    table, at, records = sheet.table, sheet.table.scales[sheet.scale], list(sheet.records.values())
+    table, at, records = filled.table, filled.table.scales[filled.scale], list(filled.records.values())
     finished = [record for record in records if record.status == "finished"]
-    lines = [
-        f"{len(finished)} of {sheet.wanted} runs, seeds {', '.join(map(str, at.seeds))}; mean ± standard deviation."
-    ]
-    if any(line.row.against for line in sheet.lines):
-        beside = sorted({line.row.against for line in sheet.lines if line.row.against})
+    seeds = ", ".join(map(str, at.seeds))
+    lines = [f"{len(finished)} of {filled.total_runs} runs, seeds {seeds}; mean ± standard deviation."]
+    if any(line.row.against for line in filled.lines):
+        references = sorted({line.row.against for line in filled.lines if line.row.against})
         lines.append(
-            f"Gain: against {' or '.join(beside)} at the same seeds, with p of a paired t-test (* below {SURE}, "
+            f"Gain: against {' or '.join(references)} at the same seeds, with p of a paired t-test (* below {SURE}, "
             "not corrected for the number of rows)."
         )
     lines += [f"{one[0].upper()}{one[1:]}." for one in at.differs]
@@ -143,31 +148,35 @@ def hours(seconds: float) -> str:
     return f"{seconds / 3600:.1f} hours" if seconds >= 3600 else f"{seconds / 60:.0f} minutes"
 
 
-def markdown(sheet: FilledTable, *, picture: str | None = None, runs: str | None = None) -> str:
+def markdown(filled: FilledTable, *, picture: str | None = None, runs: str | None = None) -> str:
     """Return a page in Markdown.
 
     Args:
-        sheet: The filled table.
+        filled: The filled table.
         picture: Path of the image with the curves.
         runs: Path of the records, for links.
     """
-    table = sheet.table
-    headings, rows = grid(sheet)
-    parts = [f"# {table.name}: {markdown_text(table.title)}", markdown_text(table.asks), markdown_table(headings, rows)]
+    table = filled.table
+    headings, rows = grid(filled)
+    parts = [
+        f"# {table.name}: {markdown_text(table.title)}",
+        markdown_text(table.question),
+        markdown_table(headings, rows),
+    ]
     if picture is not None:
         parts.append(f"![Curves]({picture})")
-    if told := table.holds.get(sheet.scale):
-        parts.append(f"**Findings.** {told}")
-    parts.append("\n".join(f"- {markdown_text(note, code=False)}" for note in notes(sheet)))
-    if found := stated_effects(sheet):
-        parts += ["## Effects", markdown_table(*effect_grid(found, table.digits))]
-        parts.append("\n".join(f"- {markdown_text(note, code=False)}" for note in effect_notes(found)))
+    if findings := table.findings.get(filled.scale):
+        parts.append(f"**Findings.** {findings}")
+    parts.append("\n".join(f"- {markdown_text(note, code=False)}" for note in notes(filled)))
+    if effects := stated_effects(filled):
+        parts += ["## Effects", markdown_table(*effect_grid(effects, table.digits))]
+        parts.append("\n".join(f"- {markdown_text(note, code=False)}" for note in effect_notes(effects)))
     parts.append(
         "## The runs\n\n"
-        + markdown_text(f"All of them: `inbatch table {table.name} --scale {sheet.scale}`; one alone, by seed 0:")
+        + markdown_text(f"All of them: `inbatch table {table.name} --scale {filled.scale}`; one alone, by seed 0:")
     )
     listed = []
-    for cell, record in first_seeds(sheet):
+    for cell, record in first_seeds(filled):
         where = f" ([result]({runs}/{cell.stem}.json))" if runs is not None and record is not None else ""
         listed.append(f"- {markdown_text(cell.row)}, {cell.data}{where}\n\n  ```bash\n  {cell.command()}\n  ```")
     return printable("\n\n".join([*parts, *listed]) + "\n")
@@ -189,12 +198,12 @@ def _md_cell(text: str) -> str:
     return text.replace("|", "\\|").replace("*", "\\*").replace("<", "&lt;")
 
 
-def first_seeds(sheet: FilledTable) -> list[tuple[Cell, Record | None]]:
+def first_seeds(filled: FilledTable) -> list[tuple[Cell, Record | None]]:
     """Return a cell of each row and data set, with its record if there is one."""
-    first = sheet.table.scales[sheet.scale].seeds[0]
-    records = sheet.records
+    first = filled.table.scales[filled.scale].seeds[0]
+    records = filled.records
     seen: dict[str, tuple[Cell, Record | None]] = {}
-    for cell in cells(sheet.table, sheet.scale, (first,)):
+    for cell in cells(filled.table, filled.scale, (first,)):
         seen.setdefault(cell.stem, (cell, records.get(cell.stem)))
     return list(seen.values())
 
@@ -213,11 +222,11 @@ def tex(text: str) -> str:
     return re.sub(r"(?<!\w)-(?=\d)", "$-$", "".join(_TEX.get(c, c) for c in text))
 
 
-def latex(sheet: FilledTable) -> str:
+def latex(filled: FilledTable) -> str:
     """Return a table environment for booktabs; columns beyond the page width are in a second tabular below."""
-    caption = f"{sheet.table.title} ({sheet.table.source}; {sheet.scale} scale). {' '.join(notes(sheet)[:2])}"
+    caption = f"{filled.table.title} ({filled.table.source}; {filled.scale} scale). {' '.join(notes(filled)[:2])}"
     parts = []
-    for headings, rows in grids(sheet, _TEX_WIDTH):
+    for headings, rows in grids(filled, _TEX_WIDTH):
         lines = [
             rf"\begin{{tabular}}{{l{'r' * (len(headings) - 1)}}}",
             r"\toprule",
@@ -234,7 +243,7 @@ def latex(sheet: FilledTable) -> str:
                 r"\begin{table}",
                 r"\centering\footnotesize",
                 rf"\caption{{{tex(caption)}}}",
-                rf"\label{{tab:{sheet.table.name}}}",
+                rf"\label{{tab:{filled.table.name}}}",
                 "\n\n\\medskip\n".join(parts),
                 r"\end{table}",
                 "",
@@ -253,19 +262,23 @@ _STYLE = (
 )
 
 
-def page(sheet: FilledTable) -> str:
+def page(filled: FilledTable) -> str:
     """Return a self-contained HTML page: table, curves, notes, and the recipe of every run."""
-    e, table = html.escape, sheet.table
-    parts = [f"<h1>{e(table.name)}: {e(table.title)}</h1><p>{e(table.asks)}</p>", _html_table(*grid(sheet))]
-    if told := table.holds.get(sheet.scale):
-        parts.append(f"<p><b>Findings.</b> {e(told)}</p>")
-    if (png := curves(sheet)) is not None:
+    e, table = html.escape, filled.table
+    parts = [f"<h1>{e(table.name)}: {e(table.title)}</h1><p>{e(table.question)}</p>", _html_table(*grid(filled))]
+    if findings := table.findings.get(filled.scale):
+        parts.append(f"<p><b>Findings.</b> {e(findings)}</p>")
+    if (png := curves(filled)) is not None:
         parts.append(f'<p><img alt="curves" src="data:image/png;base64,{base64.b64encode(png).decode()}"></p>')
-    parts.append(_html_list(notes(sheet)))
-    if found := stated_effects(sheet):
-        parts += ["<h2>Effects</h2>", _html_table(*effect_grid(found, table.digits)), _html_list(effect_notes(found))]
+    parts.append(_html_list(notes(filled)))
+    if effects := stated_effects(filled):
+        parts += [
+            "<h2>Effects</h2>",
+            _html_table(*effect_grid(effects, table.digits)),
+            _html_list(effect_notes(effects)),
+        ]
     parts.append("<h2>Runs</h2>")
-    for cell, record in first_seeds(sheet):
+    for cell, record in first_seeds(filled):
         recipe = "" if record is None else f"<pre>{e(_pretty(record))}</pre>"
         parts.append(
             f"<details><summary>{e(cell.row)}, {e(cell.data)}</summary>"

@@ -111,7 +111,7 @@ class Record(pydantic.BaseModel, extra="forbid", allow_inf_nan=False):
         return self
 
     @cached_property
-    def told(self) -> tuple[str, str, int]:
+    def run_key(self) -> tuple[str, str, int]:
         """Identity of the run: key of the recipe, data set, seed."""
         return key(self.recipe if "pairs" in self.recipe else make(read_settings(self.recipe))), self.data, self.seed
 
@@ -120,8 +120,8 @@ class Record(pydantic.BaseModel, extra="forbid", allow_inf_nan=False):
         """Failures and their reasons: "" for the whole run, else protocols of its evaluation."""
         if self.failure is not None:
             return {"": self.failure.sentence}
-        judged = {name: found for name, found in (self.evaluation or {}).items() if isinstance(found, dict)}
-        return {name: found["failed"] for name, found in judged.items() if "failed" in found}
+        parts = {name: part for name, part in (self.evaluation or {}).items() if isinstance(part, dict)}
+        return {name: part["failed"] for name, part in parts.items() if "failed" in part}
 
     def file(self) -> dict[str, Any]:
         """Return the content of the record's file."""
@@ -149,17 +149,17 @@ Records = Mapping[tuple[str, str, int], Record]
 def read_record(path: Path) -> Record:
     """Return the record in a file; raise DataError if it is invalid."""
     try:
-        found = read_json(path)
+        content = read_json(path)
     except DataError as error:
         raise DataError(f"{path} is not the result of a run: {error}") from None
-    return valid_record(found, str(path))
+    return valid_record(content, str(path))
 
 
-def valid_record(found: Mapping[str, Any], name: str) -> Record:
+def valid_record(content: Mapping[str, Any], name: str) -> Record:
     """Return the record in a JSON object; raise DataError, with its name, if it is invalid."""
     try:
-        record = Record.model_validate(found)
-        record.told  # noqa: B018 - validates the recipe
+        record = Record.model_validate(content)
+        record.run_key  # noqa: B018 - validates the recipe
     except (ConfigError, pydantic.ValidationError, RecursionError) as error:
         raise DataError(f"{name} is not the result of a run: {_reason(error)}; repeat the run") from None
     return record
@@ -177,7 +177,7 @@ def read_records(folder: Path) -> dict[tuple[str, str, int], Record]:
     records: dict[tuple[str, str, int], Record] = {}
     for path in sorted(folder.glob("*.json")):
         record = read_record(path)
-        records[record.told] = record
+        records[record.run_key] = record
     return records
 
 

@@ -32,8 +32,8 @@ def record_of(cell: Cell, place: str, result: Mapping[str, Any]) -> Record:
         raise DataError(f"the result of the run {cell.stem} holds no recipe: remove its folder, and run it again")
     recipe = result["recipe"] | {"data": cell.settings["data"]}
     if key(make(read_settings(recipe))) != cell.key:
-        mine = cell.recipe().nested()
-        changed = [name for name, value in mine.items() if name != "seed" and value != recipe.get(name)]
+        expected = cell.recipe().nested()
+        changed = [name for name, value in expected.items() if name != "seed" and value != recipe.get(name)]
         raise InbatchError(
             f"the run's recipe is not the table's: {', '.join(changed)} differ; remove its folder, and run it again"
         )
@@ -41,28 +41,28 @@ def record_of(cell: Cell, place: str, result: Mapping[str, Any]) -> Record:
     source = source_name(place)
     kept = json.loads(here.replace(json.dumps(place)[1:-1], source) if source != place else here)
     named = {"schema": 1, "status": "finished", "data": cell.data, "source": source, "seed": cell.seed}
-    made = {"recipe": recipe, "command": cell.command(), "protocols": list(cell.protocols)}
-    return valid_record(kept | named | made, f"the result of the run {cell.stem}")
+    run = {"recipe": recipe, "command": cell.command(), "protocols": list(cell.protocols)}
+    return valid_record(kept | named | run, f"the result of the run {cell.stem}")
 
 
-def failed_record(cell: Cell, place: str, found: Mapping[str, Any], log: Path, seconds: float, gpu: bool) -> Record:
+def failed_record(cell: Cell, place: str, output: Mapping[str, Any], log: Path, seconds: float, gpu: bool) -> Record:
     """Return the record of a diverged run, with the end of its log."""
     words = "\n".join(log.read_text("utf-8", errors="replace").splitlines()[-20:])
-    failure = Failure(exit_code=found["exit_code"], sentence=without_paths(found["error"]), log=without_paths(words))
+    failure = Failure(exit_code=output["exit_code"], sentence=without_paths(output["error"]), log=without_paths(words))
     named = {"schema": 1, "status": "failed", "data": cell.data, "source": source_name(place), "seed": cell.seed}
-    made = {"recipe": cell.recipe().nested(), "command": cell.command(), "protocols": list(cell.protocols)}
+    run = {"recipe": cell.recipe().nested(), "command": cell.command(), "protocols": list(cell.protocols)}
     where = environment(torch.device("cuda" if gpu else "cpu"))
-    return Record.model_validate(named | made | {"environment": where, "wall_seconds": seconds, "failure": failure})
+    return Record.model_validate(named | run | {"environment": where, "wall_seconds": seconds, "failure": failure})
 
 
 def counted_record(cell: Cell) -> Record:
     """Draw and count pairs of crops in this process, which takes seconds."""
     size = int(cell.settings["size"])
-    found = count_configurations(cell.settings["crops"], (size, size), cell.settings["pairs"], cell.seed).json()
+    counts = count_configurations(cell.settings["crops"], (size, size), cell.settings["pairs"], cell.seed).json()
     return Record.model_validate(
         {"schema": 1, "status": "finished", "data": cell.data, "source": "drawn", "seed": cell.seed}
         | {"recipe": dict(cell.settings), "command": cell.command(), "environment": environment(torch.device("cpu"))}
-        | {"wall_seconds": found.pop("seconds"), "evaluation": {"crops": found}}
+        | {"wall_seconds": counts.pop("seconds"), "evaluation": {"crops": counts}}
     )
 
 

@@ -32,7 +32,7 @@ from inbatch.runtime.signals import stop_on_signals, stopped
 
 ON = "on-"
 """Prefix of protocols that are a linear probe on the images of another data set."""
-Tell = Callable[[str], None]
+Notify = Callable[[str], None]
 Show = Callable[[float, int, str, str], None]
 _POLL, _REPORT = 0.3, 60.0  # seconds
 
@@ -48,10 +48,10 @@ class Runner:
         jobs: Number of concurrent runs; None: one per core, on a GPU one.
         device: Name of the device, or "auto".
         download: Download missing torchvision data sets.
-        again: Repeat failed runs.
-        tell: Receives sentences for the user.
+        retry_failed: Repeat failed runs.
+        notify: Receives sentences for the user.
         show: Displays progress: completed and total runs as text, and the remaining time. Without it, progress is
-            reported by `tell` every minute.
+            reported by `notify` every minute.
     """
 
     results: Path
@@ -60,8 +60,8 @@ class Runner:
     jobs: int | None = None
     device: str = "auto"
     download: bool = False
-    again: bool = False
-    tell: Tell = print
+    retry_failed: bool = False
+    notify: Notify = print
     show: Show | None = None
 
     def __post_init__(self) -> None:
@@ -76,7 +76,7 @@ class Runner:
         lacking: dict[str, Cell] = {}
         for cell in cells:
             record = find_record(known, cell)
-            if record is None or (self.again and record.failures):
+            if record is None or (self.retry_failed and record.failures):
                 first = lacking.setdefault(cell.stem, cell)
                 lacking[cell.stem] = replace(first, protocols=tuple(dict.fromkeys((*first.protocols, *cell.protocols))))
         return list(lacking.values())
@@ -84,8 +84,8 @@ class Runner:
     def collect(self, cells: Sequence[Cell]) -> None:
         """Store the results of runs that were made elsewhere and are finished in the work folder."""
         for cell in self.missing(cells):
-            if not cell.counts and _finished(self.work / cell.stem) is not None:
-                write_record(self.results, cell, self._one(cell))  # trains nothing, but runs missing evaluations
+            if not cell.counts and _read_result(self.work / cell.stem) is not None:
+                write_record(self.results, cell, self._run_cell(cell))  # trains nothing, but runs missing evaluations
 
     def launch(self, cells: Sequence[Cell]) -> Iterator[str]:
         """Yield launcher commands for the missing cells; each resumes a stopped run."""
@@ -119,16 +119,16 @@ class Runner:
         self.results.mkdir(parents=True, exist_ok=True)
         known = [*read_records(shipped()).values(), *read_records(self.results).values()]
         if expected := expected_time(todo, known, self.jobs or 1):
-            self.tell(expected)
-        with locked(self.work) as void, stop_on_signals() as stop, ThreadPoolExecutor(self.jobs) as pool:
+            self.notify(expected)
+        with locked(self.work) as stale, stop_on_signals() as stop, ThreadPoolExecutor(self.jobs) as pool:
             stop.hold()  # the running processes stop in time, and are waited for
-            if void:
-                self.tell(void)
+            if stale:
+                self.notify(stale)
             waiting: dict[Future[Record], Cell] = {
-                pool.submit(copy_context().run, self._one, cell): cell
+                pool.submit(copy_context().run, self._run_cell, cell): cell
                 for cell in todo  # own parts are in the context
             }
-            spoke, done, kept = began, 0, 0
+            reported, done, kept = began, 0, 0
             while waiting:
                 ended, _ = wait(waiting, timeout=_POLL, return_when=FIRST_COMPLETED)
                 for future in ended:
@@ -137,19 +137,19 @@ class Runner:
                         record = future.result()
                     except InbatchError as error:
                         problems[cell.stem] = error
-                        said = f"not run: {error}"
+                        outcome = f"not run: {error}"
                     else:
                         write_record(self.results, cell, record)
-                        said, kept = _said(record), kept + 1
+                        outcome, kept = _outcome(record), kept + 1
                     done += 1
-                    self.tell(f"[{done}/{len(todo)}] {cell.row}, {cell.data}, seed {cell.seed}: {said}")
+                    self.notify(f"[{done}/{len(todo)}] {cell.row}, {cell.data}, seed {cell.seed}: {outcome}")
                 if stop.requested and not self._stopping:
                     self._stop(stop.requested)
                     for future in list(waiting):
                         future.cancel()
                     waiting = {future: cell for future, cell in waiting.items() if not future.cancelled()}
-                if time.perf_counter() - spoke > (1.0 if self.show else _REPORT):
-                    spoke = time.perf_counter()
+                if time.perf_counter() - reported > (1.0 if self.show else _REPORT):
+                    reported = time.perf_counter()
                     self._report(began, done, len(todo))
         if stop.requested:
             raise stopped(stop.requested, f"with {kept} of {len(todo)} runs done; run the same command to continue")
@@ -163,7 +163,7 @@ class Runner:
         if self.show is not None:
             self.show(share, total, ready, words)
         else:
-            self.tell(", ".join([f"{ready} done", *([words] if words else [])]))
+            self.notify(", ".join([f"{ready} done", *([words] if words else [])]))
 
     def _stop(self, number: int) -> None:
         """Ask the running processes to save their state and stop."""
@@ -173,37 +173,37 @@ class Runner:
                 interrupt = number == signal.SIGINT and os.name == "posix"  # Windows sends a child no SIGINT
                 child.send_signal(signal.SIGINT if interrupt else signal.SIGTERM)
 
-    def _one(self, cell: Cell) -> Record:
+    def _run_cell(self, cell: Cell) -> Record:
         """Complete a cell's run, or the missing part of it."""
         if cell.counts:
             return counted_record(cell)
         began, place = time.perf_counter(), self.place(str(cell.settings["data"]))
         folder, log = self.work / cell.stem, self.work / f"{cell.stem}.log"
         folder.parent.mkdir(parents=True, exist_ok=True)
-        result = _finished(folder)
+        result = _read_result(folder)
         if result is None:
             write_json(recipe := self.work / f"{cell.stem}.json", cell.recipe().nested() | {"data": place})
             words = ["pretrain", "--config", str(recipe), "--out", str(folder), "--resume", "auto", "--quiet"]
             result = self._call(cell, [*words, *(["--download"] if self.download else [])], log)
         if "exit_code" in result:
             return failed_record(cell, place, result, log, time.perf_counter() - began, self.gpu)
-        result = self._completed(cell, result, log)
+        result = self._complete_result(cell, result, log)
         for protocol in cell.protocols:
             other = protocol.removeprefix(ON) if protocol.startswith(ON) else None
             words = ["evaluate", str(folder), "--out", str(folder / f"{protocol}.json")]
             words += (
                 ["--protocol", protocol] if other is None else ["--protocol", "linear", "--data", self.place(other)]
             )
-            found = self._call(cell, words, log)
-            if "exit_code" in found:  # the run is valid: its data are evaluated by the other protocols
-                told = {"failed": without_paths(found["error"])}
+            output = self._call(cell, words, log)
+            if "exit_code" in output:  # the run is valid: its data are evaluated by the other protocols
+                figures = {"failed": without_paths(output["error"])}
             else:
-                told = found[protocol] if other is None else {"linear": found["linear"]}
-            result["evaluation"] = result["evaluation"] | {protocol: told}
+                figures = output[protocol] if other is None else {"linear": output["linear"]}
+            result["evaluation"] = result["evaluation"] | {protocol: figures}
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         return record_of(cell, place, result)
 
-    def _completed(self, cell: Cell, result: dict[str, Any], log: Path) -> dict[str, Any]:
+    def _complete_result(self, cell: Cell, result: dict[str, Any], log: Path) -> dict[str, Any]:
         """Return the result of a finished run with everything that its record needs; for subclasses."""
         return result
 
@@ -232,24 +232,26 @@ class Runner:
             finally:
                 del self._children[cell.stem]
         with suppress(ValueError):
-            found: dict[str, Any] = json.loads(out)
+            output: dict[str, Any] = json.loads(out)
             if child.returncode == TrainingError.exit_code:
-                return found
+                return output
             for kind in (ConfigError, DataError):
                 if child.returncode == kind.exit_code:
-                    raise kind(found["error"])
+                    raise kind(output["error"])
             if child.returncode == 0:
-                return found
-            raise InbatchError(f"{found['error']} (exit code {child.returncode}, log {log})")
+                return output
+            raise InbatchError(f"{output['error']} (exit code {child.returncode}, log {log})")
         raise InbatchError(f"it ended with exit code {child.returncode}, log {log}")
 
 
-def _said(record: Record) -> str:
+def _outcome(record: Record) -> str:
     if record.failure is not None:
         return f"failed: {record.failure.sentence}"
-    found = record.evaluation or {}
+    evaluation = record.evaluation or {}
     figures = [
-        f"{name} {found[part]['top1']:.1%}" for name, part in (("linear", "linear"), ("k-NN", "knn")) if part in found
+        f"{name} {evaluation[part]['top1']:.1%}"
+        for name, part in (("linear", "linear"), ("k-NN", "knn"))
+        if part in evaluation
     ]
     return ", ".join([*figures, f"{record.wall_seconds:.0f} s"])
 
@@ -266,7 +268,7 @@ def _progress(folder: Path) -> float:
         return 0.0
 
 
-def _finished(folder: Path) -> dict[str, Any] | None:
+def _read_result(folder: Path) -> dict[str, Any] | None:
     """Return the result of a run, made here or elsewhere; None if there is none."""
     try:
         return read_json(folder / "result.json")

@@ -91,25 +91,25 @@ class Table:
         name: Name in the registry.
         title: Title.
         source: Where it was published.
-        asks: The question that it answers.
+        question: The question that it answers.
         rows: The rows.
         scales: The scales by name.
         headings: The paper's columns, in percent.
         digits: Decimal places.
         curve: For a figure of curves: the number that is plotted over the epochs ("knn").
-        holds: Findings of our runs at a scale.
+        findings: Findings of our runs at a scale.
     """
 
     name: str
     title: str
     source: str
-    asks: str
+    question: str
     rows: tuple[Row, ...]
     scales: Mapping[str, Scale]
     headings: tuple[str, ...] = ()
     digits: int = 1
     curve: str | None = None
-    holds: Mapping[str, str] = field(default_factory=dict)
+    findings: Mapping[str, str] = field(default_factory=dict)
 
     def rows_at(self, scale: str) -> tuple[Row, ...]:
         """Return the rows that exist at a scale."""
@@ -163,14 +163,14 @@ def key(what: Recipe | Mapping[str, Any]) -> str:
 
     Defaults of a recipe are not part of it: a new setting does not change the identity of earlier runs.
     """
-    told = _told(what) if isinstance(what, Recipe) else {k: v for k, v in what.items() if k not in LEFT_OUT}
-    text = json.dumps(_plain(told), sort_keys=True)  # as in JSON: 1 and 1.0 are one number, a tuple is a list
+    values = _non_defaults(what) if isinstance(what, Recipe) else {k: v for k, v in what.items() if k not in LEFT_OUT}
+    text = json.dumps(_plain(values), sort_keys=True)  # as in JSON: 1 and 1.0 are one number, a tuple is a list
     return hashlib.sha256(text.encode()).hexdigest()[:10]
 
 
-def _told(recipe: Recipe) -> dict[str, Any]:
+def _non_defaults(recipe: Recipe) -> dict[str, Any]:
     """Return the values of a recipe that differ from the defaults."""
-    told: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for each in fields(Recipe):
         value = getattr(recipe, each.name)
         default = each.default if each.default_factory is MISSING else each.default_factory()
@@ -181,14 +181,14 @@ def _told(recipe: Recipe) -> dict[str, Any]:
             usual = None if bare else make_part(each.name, {"name": value.name}, recipe.image_size)
             options = {} if usual is None else usual.options
             own = {k: v for k, v in value.options.items() if k not in options or options[k] != v}
-            told[each.name] = {"name": value.name, **own}
+            values[each.name] = {"name": value.name, **own}
         elif isinstance(value, Schedule):
-            told[each.name] = {
+            values[each.name] = {
                 f.name: getattr(value, f.name) for f in fields(value) if getattr(value, f.name) != f.default
             }
         else:
-            told[each.name] = value
-    return told
+            values[each.name] = value
+    return values
 
 
 def _plain(value: Any) -> Any:

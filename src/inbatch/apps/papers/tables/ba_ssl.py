@@ -3,7 +3,7 @@
 from inbatch.apps.papers.spec import Settings
 
 SOURCE = "Zhang and Liu 2023, arXiv 2311.09974"
-READING = "no code of the paper is public: batch fusion is our interpretation of it (docs/context/fuse.md)"
+INTERPRETATION = "no code of the paper is public: batch fusion is our interpretation of it (docs/context/fuse.md)"
 
 # Section 4.1: batch 256, hidden 4096, out 256, T 0.2, m 0.99, learning rate 1.5e-4, 40 epochs of warm-up. The optimiser
 # is not named; these are MoCo v3's values for AdamW.

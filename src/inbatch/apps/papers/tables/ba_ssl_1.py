@@ -31,27 +31,27 @@ SHARES = {
 }
 
 
-def _few(data: str, name: str) -> tuple[Column, ...]:
+def _few_columns(data: str, name: str) -> tuple[Column, ...]:
     return tuple(Column(f"{name}, linear, {share} of labels", data, figure) for share, figure in SHARES.items())
 
 
 _USUAL = usual(("linear",), protocols=("few",))
 _MORE = {
     "smoke": (),
-    "cpu": (*_few("digits", "digits"), *_few("photos", "photos")),
-    "laptop": _few("cifar10", "CIFAR-10"),
-    "gpu": (*_few("cifar10", "CIFAR-10"), Column("CIFAR-10, fine-tuned", "cifar10", "finetune.top1")),
+    "cpu": (*_few_columns("digits", "digits"), *_few_columns("photos", "photos")),
+    "laptop": _few_columns("cifar10", "CIFAR-10"),
+    "gpu": (*_few_columns("cifar10", "CIFAR-10"), Column("CIFAR-10, fine-tuned", "cifar10", "finetune.top1")),
 }
-_JUDGED = {"gpu": ("few", "finetune")}  # fine-tuning all weights on a CPU takes longer than pretraining
+_PROTOCOLS = {"gpu": ("few", "finetune")}  # fine-tuning all weights on a CPU takes longer than pretraining
 _PAPER = {"CIFAR-10": CIFAR10, "CIFAR-100": CIFAR100, "ImageNet-100": IMAGENET100, "ImageNet-1k": IMAGENET}
 
 TABLE = Table(
     name="ba-ssl-1",
     title="Batch-adaptive learning and supervised learning on four data sets",
     source=f"{ba_ssl.SOURCE}, Table 1",
-    asks="How close is learning without labels to learning with labels?",
+    question="How close is learning without labels to learning with labels?",
     headings=tuple(_PAPER),
-    holds={
+    findings={
         "cpu": "As in the paper, learning with labels is more accurate. Learning without labels is not close to it at "
         "this length: it is 7.5 points below on photographs and 17.0 on the digits by the probe; in the paper it is "
         "1.03 below on CIFAR-10 after 1,000 epochs. Fewer labels for the probe widen the gap on the digits and not on "
@@ -60,7 +60,7 @@ TABLE = Table(
     },
     rows=ROWS,
     scales={
-        name: replace(scale, columns=scale.columns + _MORE[name], protocols=_JUDGED.get(name, scale.protocols))
+        name: replace(scale, columns=scale.columns + _MORE[name], protocols=_PROTOCOLS.get(name, scale.protocols))
         for name, scale in _USUAL.items()
     }
     | {
@@ -71,7 +71,7 @@ TABLE = Table(
             seeds=(0,),
             protocols=("few",),
             cost="the paper: four RTX 3090, no time given",
-            differs=(ba_ssl.READING, "data sets are the paper's rows and our columns"),
+            differs=(ba_ssl.INTERPRETATION, "data sets are the paper's rows and our columns"),
         )
     },
 )

@@ -34,9 +34,9 @@ TABLE = Table(
     name="ba-ssl-3",
     title="Batch fusion plugged into four methods",
     source=f"{ba_ssl.SOURCE}, Table 3",
-    asks="Does batch fusion help methods that were not designed for it?",
+    question="Does batch fusion help methods that were not designed for it?",
     headings=("Top1",),
-    holds={
+    findings={
         "cpu": "The paper's gains are neither confirmed nor refuted: with three seeds none of the four differences is "
         "distinguishable from chance. On photographs all lie within two points either way, as the paper's do (up with "
         "SimCLR, by k-NN with BYOL, too; down by k-NN with MoCo v2), and the spread over seeds is as large. On the "
@@ -50,7 +50,7 @@ TABLE = Table(
         "The other methods have not been run at this scale.",
     },
     rows=WITHOUT + WITH + OURS + SET,
-    scales=usual(differs=(ba_ssl.READING, "the paper reports the best of ten trials, we the mean over seeds"))
+    scales=usual(differs=(ba_ssl.INTERPRETATION, "the paper reports the best of ten trials, we the mean over seeds"))
     | {
         "paper": Scale(
             (Column("ImageNet-100, linear", "ImageNet-100", "linear.top1", "Top1"),),
@@ -58,7 +58,7 @@ TABLE = Table(
             {**ba_ssl.PUBLISHED, "epochs": 400},
             seeds=tuple(range(10)),
             cost="400 epochs a run of ImageNet-100; the paper: four RTX 3090, no time given",
-            differs=(ba_ssl.READING, "the methods' own presets: the paper does not give their settings"),
+            differs=(ba_ssl.INTERPRETATION, "the methods' own presets: the paper does not give their settings"),
         )
     },
 )

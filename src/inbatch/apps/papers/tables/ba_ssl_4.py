@@ -24,9 +24,9 @@ TABLE = Table(
     name="ba-ssl-4",
     title="How many embedding layers",
     source=f"{ba_ssl.SOURCE}, Table 4",
-    asks="Is one embedding layer the right number?",
+    question="Is one embedding layer the right number?",
     headings=("Top1",),
-    holds={
+    findings={
         "cpu": "One layer is the best number here, too: both probes fall with each layer more. That any helps "
         "(0.85 points in the paper) does not hold: on photographs one layer is level with none (-0.4 and +0.2 "
         "points, both within chance), two and three are below it by k-NN, and on the digits every layer costs: 9.4, "
@@ -34,7 +34,7 @@ TABLE = Table(
         "they change the fused view, the less the learned features may suit plain images; that was not measured."
     },
     rows=ROWS,
-    scales=usual(differs=(ba_ssl.READING, "MoCo v2 with the symmetric loss of Algorithm 1"))
+    scales=usual(differs=(ba_ssl.INTERPRETATION, "MoCo v2 with the symmetric loss of Algorithm 1"))
     | {
         "paper": Scale(
             (Column("ImageNet-1k, linear", "ImageNet-1k", "linear.top1", "Top1"),),
@@ -42,7 +42,7 @@ TABLE = Table(
             ba_ssl.PUBLISHED,
             seeds=(0,),
             cost="300 epochs of ImageNet-1k; the paper: four RTX 3090, no time given",
-            differs=(ba_ssl.READING, "MoCo v2 with the symmetric loss of Algorithm 1"),
+            differs=(ba_ssl.INTERPRETATION, "MoCo v2 with the symmetric loss of Algorithm 1"),
         )
     },
 )

@@ -16,7 +16,7 @@ TABLE = replace(
     source=f"{ba_ssl.SOURCE}, Figure 1 (its figures as Table 2 gives them)",
     headings=("ImageNet-1k",),
     rows=_ROWS,
-    holds={
+    findings={
         "cpu": "The figure's order, its own method first by 6.90 points over MoCo v2 on ImageNet-1k, is not "
         "reproduced at this size: no difference from MoCo v2 is distinguishable from chance (the runs are Table 2's)."
     },

@@ -20,8 +20,8 @@ HEADINGS = ("Linear", "K-NN", "patch")
 def scales(*figures: str, patch: bool = False) -> dict[str, Scale]:
     """Return every scale; if `patch`, with a column of the counted mean area of a crop."""
     named = {"linear": "Linear", "k-NN": "K-NN"}
-    made = usual(figures, views="simclr_cifar", gpu={"batch_size": 128})
-    made["paper"] = Scale(
+    common = usual(figures, views="simclr_cifar", gpu={"batch_size": 128})
+    common["paper"] = Scale(
         tuple(Column(f"CIFAR-10, {figure}", "cifar10", FIGURES[figure], named[figure]) for figure in figures),
         {"cifar10": CIFAR10},
         {"epochs": 500, "batch_size": 128, "encoder.name": "resnet18", "evaluate_every": 10},
@@ -30,12 +30,12 @@ def scales(*figures: str, patch: bool = False) -> dict[str, Scale]:
         differs=("the optimiser is not given: SimCLR's CIFAR preset", "the paper reports the best figure, we the last"),
     )
     if not patch:
-        return made
+        return common
     return {
         name: replace(
             scale,
             columns=(*scale.columns, Column("crop's mean area", COUNTED, "crops.area", "patch")),
             data={**scale.data, COUNTED: {"size": 32, "pairs": 10_000 if name == "smoke" else 1_000_000}},
         )
-        for name, scale in made.items()
+        for name, scale in common.items()
     }

@@ -31,9 +31,9 @@ TABLE = Table(
     name="curation-1",
     title="Relative position of the two crops of an image",
     source=f"{curation.SOURCE}, Table 1",
-    asks="Which pairs of crops give SimCLR the most accurate features?",
+    question="Which pairs of crops give SimCLR the most accurate features?",
     headings=curation.HEADINGS,
-    holds={
+    findings={
         "cpu": "As in the paper, adjacent pairs are the least useful: on the digits they cost 26.6 points by the probe "
         "(paper 26.08), on photographs 0.5 by k-NN, both beyond chance. Intersecting pairs alone are as good as the "
         "default or better, as in the paper: +0.9 points by k-NN on photographs (paper +0.34), within chance. The mean "

@@ -35,9 +35,9 @@ TABLE = Table(
     name="curation-2",
     title="SimCLR with the batch curator and without",
     source=f"{curation.SOURCE}, Table 2",
-    asks="Does it help to redraw views until those of an image are closer than those of different images?",
+    question="Does it help to redraw views until those of an image are closer than those of different images?",
     headings=curation.HEADINGS,
-    holds={
+    findings={
         "cpu": "On photographs both signs are the paper's: +0.4 points by the probe (paper +0.14) and +0.5 by k-NN "
         "(paper +1.34), no more than chance gives three seeds (p 0.06 at best). On the digits no effect is visible: "
         "the means differ by less than the seeds. The mean area of a crop, 49 % with and without, is the paper's "

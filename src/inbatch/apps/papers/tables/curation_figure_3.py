@@ -18,10 +18,10 @@ TABLE = Table(
     name="curation-figure-3",
     title="Relative positions of two crops of an image",
     source=f"{curation.SOURCE}, Figure 3",
-    asks="How often is one crop inside the other, apart from it, or partially overlapping?",
+    question="How often is one crop inside the other, apart from it, or partially overlapping?",
     headings=tuple(SHARES),
     digits=2,
-    holds=dict.fromkeys(
+    findings=dict.fromkeys(
         WHOLE,
         "The figure is reproduced exactly: at every seed the three shares lie within a tenth of a point of the "
         "paper's, where crops are compared as integer boxes and touching edges do not count as containment.",

@@ -9,10 +9,10 @@ TABLE = replace(
     name="curation-figure-4",
     title="k-NN while SimCLR learns from each kind of pairs",
     source=f"{curation.SOURCE}, Figure 4 (the paper gives no figures; those of Table 1 are shown)",
-    asks="Which pairs make k-NN rise fastest, and are large crops better only at first?",
+    question="Which pairs make k-NN rise fastest, and are large crops better only at first?",
     scales=curation.scales("k-NN"),
     headings=("K-NN",),
-    holds={
+    findings={
         "cpu": "On the digits the curves of big crops rise fastest, as in the paper, and that of adjacent pairs "
         "falls below the untrained encoder. The paper's big crops are caught up with in the long run; thirty epochs "
         "do not show that. On photographs all eight curves end within two points of each other, adjacent pairs "

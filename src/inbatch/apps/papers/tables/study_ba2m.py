@@ -18,8 +18,8 @@ TABLE = Table(
     name="study-ba2m",
     title="Attention over the samples of a batch, and attention within one",
     source="Cheng et al. 2021, arXiv 2103.15099; its figures are not in the survey",
-    asks="Does weighing the samples of a batch help a classifier more than SE or CBAM?",
-    holds={
+    question="Does weighing the samples of a batch help a classifier more than SE or CBAM?",
+    findings={
         "cpu": "The claim, that weighing the samples of a batch lifts a classifier above SE and CBAM, cannot be "
         "seen at this size: BA2M is within half a point of the classifier without attention in all four columns and "
         "never apart from it beyond chance; SE is level, too. Above CBAM it is everywhere (+0.1 against -0.8 by "

@@ -44,7 +44,7 @@ TABLE = Table(
     name="study-batch-size",
     title="Accuracy against batch size",
     source=f"{SOURCE}, on SimCLR, MoCo, SwAV, BYOL and Barlow Twins",
-    asks="How much accuracy does each family lose with small batches?",
+    question="How much accuracy does each family lose with small batches?",
     rows=_rows(),
     scales={
         "smoke": Scale(

@@ -19,7 +19,7 @@ TABLE = Table(
     name="study-clusters",
     title="Learning with clusters, and clusters of the learned features",
     source=f"{SOURCE}, on Contrastive Clustering, PCL and SwAV",
-    asks="Do features that were learned by grouping images fall into better groups?",
+    question="Do features that were learned by grouping images fall into better groups?",
     rows=ROWS,
     scales=usual(FIGURES)
     | {

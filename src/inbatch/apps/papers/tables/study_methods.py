@@ -19,7 +19,7 @@ TABLE = Table(
     name="study-methods",
     title="Every method with its own settings for small images",
     source="this library; the papers of the methods have no such table",
-    asks="How accurate are the features of each method after the same number of epochs with the same encoder?",
+    question="How accurate are the features of each method after the same number of epochs with the same encoder?",
     rows=tuple(
         Row(name, {"method.name": name}, at={"laptop": SUPERVISED} if name == "supervised" else {})
         for name in sorted(METHODS, key=lambda name: (name != FIRST, name))

@@ -13,7 +13,7 @@ TABLE = Table(
     name="study-multicrop",
     title="SwAV with small crops and without",
     source=f"{SOURCE}, on SwAV",
-    asks="Do small crops help at the same number of epochs?",
+    question="Do small crops help at the same number of epochs?",
     rows=(
         Row(TWO, SWAV, at={"paper": {"views.name": "swav", "views.num_small_crops": 0}}),
         Row("2 + 4 crops", FOUR, against=TWO, at={"paper": {"views.name": "swav", "views.num_small_crops": 6}}),

@@ -11,7 +11,7 @@ TABLE = Table(
     name="study-nnclr",
     title="Neighbours as positives, and weaker augmentation",
     source=f"{SOURCE}, on NNCLR",
-    asks="Which method loses less without colour augmentation?",
+    question="Which method loses less without colour augmentation?",
     rows=tuple(Row(name, method) for name, method in METHODS.items())
     + tuple(Row(f"{name}, crop and flip only", {**method, **WEAK}, against=name) for name, method in METHODS.items()),
     scales=usual(views="simclr_cifar")

@@ -12,7 +12,7 @@ ROWS = (
 )
 
 
-def _corrupted(scale: Scale) -> Scale:
+def _with_corruptions(scale: Scale) -> Scale:
     """Return the scale with a column of the mean accuracy over 15 corruptions at 5 severities."""
     names = {column.data: column.name.partition(",")[0] for column in scale.columns}
     more = tuple(Column(f"{name}, corrupted", data, "corruptions.linear.top1") for data, name in names.items())
@@ -25,8 +25,8 @@ TABLE = Table(
     name="study-supcon",
     title="Supervised contrastive learning and cross-entropy",
     source=f"{SOURCE}, on SupCon",
-    asks="Is contrasting classes more accurate than classification, on clean and on corrupted images?",
+    question="Is contrasting classes more accurate than classification, on clean and on corrupted images?",
     rows=ROWS,
-    scales={name: _corrupted(scale) for name, scale in _USUAL.items()}
-    | {"paper": _corrupted(published("ImageNet-1k with ResNet-50; the paper used ResNet-200 for 81.4 %"))},
+    scales={name: _with_corruptions(scale) for name, scale in _USUAL.items()}
+    | {"paper": _with_corruptions(published("ImageNet-1k with ResNet-50; the paper used ResNet-200 for 81.4 %"))},
 )

@@ -19,7 +19,7 @@ ROWS = (
 OTHERS = ("digits-canvas-colour", "cifar10")
 
 
-def _elsewhere(scale: Scale, others: tuple[str, ...] = OTHERS) -> Scale:
+def _with_transfer(scale: Scale, others: tuple[str, ...] = OTHERS) -> Scale:
     """Return the scale with a column of a linear probe on each of these data sets, with all of their labels."""
     names = {column.data: column.name.partition(",")[0] for column in scale.columns}
     more = tuple(
@@ -35,11 +35,11 @@ TABLE = Table(
     name="study-transfer",
     title="Features evaluated on other data sets than the one of their training",
     source=f"{SOURCE}, on MoCo",
-    asks="Do features that were learned without labels serve other images better than those learned with?",
+    question="Do features that were learned without labels serve other images better than those learned with?",
     rows=ROWS,
-    scales={name: _elsewhere(scale) for name, scale in _USUAL.items() if name != "smoke"}
+    scales={name: _with_transfer(scale) for name, scale in _USUAL.items() if name != "smoke"}
     | {
-        "smoke": _elsewhere(_USUAL["smoke"], OTHERS[:1]),  # always available
-        "paper": _elsewhere(published("100 to 200 epochs of ImageNet-1k with ResNet-50")),
+        "smoke": _with_transfer(_USUAL["smoke"], OTHERS[:1]),  # always available
+        "paper": _with_transfer(published("100 to 200 epochs of ImageNet-1k with ResNet-50")),
     },
 )

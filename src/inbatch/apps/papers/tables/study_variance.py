@@ -15,7 +15,7 @@ TABLE = Table(
     name="study-variance",
     title="VICReg's variance term added to other methods",
     source=f"{SOURCE}, on VICReg",
-    asks="Does keeping every feature's spread help methods that have other means against collapse?",
+    question="Does keeping every feature's spread help methods that have other means against collapse?",
     rows=tuple(Row(name, method) for name, method in PLAIN.items())
     + tuple(
         Row(f"{name} + variance", {**method, "variance_weight": WEIGHT}, against=name) for name, method in PLAIN.items()
