@@ -328,6 +328,23 @@ def test_functions_have_at_most_60_lines() -> None:
     assert not problems(check)
 
 
+EMPTY_NAMES = {"found", "told", "made", "given", "said", "some", "tell", "meet"}
+"""Names that do not say what a value is or what a function does; see docs/contributing/style.md."""
+NAMED_BY_CHECKPOINTS = {("nn/clustering.py", "made")}
+
+
+def test_names_say_what_they_hold() -> None:
+    wrong = []
+    for file in source_trees.FILES:
+        for node in source_trees.nodes(file):
+            match node:
+                case ast.Name(id=name, ctx=ast.Store()) | ast.arg(arg=name) | ast.FunctionDef(name=name):
+                    place = file.relative_to(source_trees.ROOT).as_posix()
+                    if name in EMPTY_NAMES and (place, name) not in NAMED_BY_CHECKPOINTS:
+                        wrong.append(f"{place}, line {node.lineno}: {name}")
+    assert not wrong, wrong
+
+
 def test_help_needs_no_torch() -> None:
     python(_WITHOUT, "torch", *sorted(name for name in FILES if inside(name, TORCHLESS)))
 

@@ -54,7 +54,7 @@ def test_threads(quiet: Change, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert "OMP_NUM_THREADS=8" in advice.advice(CPU, 32, 0)
     findings = {finding.what: finding for finding in doctor.examine("cpu")}
-    assert findings["threads"].found == "4 threads on 16 cores of 64, by quota"
+    assert findings["threads"].state == "4 threads on 16 cores of 64, by quota"
 
 
 def test_busy_cores_are_reported(quiet: Change, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,7 +64,7 @@ def test_busy_cores_are_reported(quiet: Change, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(tuning, "tuned", True)  # a run of the program takes fewer itself
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     assert advice.advice(CPU, 32, 0) == ""
-    load = {finding.what: finding.found for finding in doctor.examine("cpu")}["load"]
+    load = {finding.what: finding.state for finding in doctor.examine("cpu")}["load"]
     assert load == "other processes keep 1.2 cores busy; a run computes with 3 threads meanwhile"
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     quiet(cores=lambda: 1)
@@ -108,9 +108,9 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_forecast(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert all(finding.found == "not measured: no time is left" for finding in forecast.forecast(until=0.0))
+    assert all(finding.state == "not measured: no time is left" for finding in forecast.forecast(until=0.0))
     monkeypatch.setattr(forecast, "time_steps", lambda built, limit: 0.1)
-    estimates = {finding.what: finding.found for finding in forecast.forecast()}
+    estimates = {finding.what: finding.state for finding in forecast.forecast()}
     assert estimates["quickstart"] == "about 43 s"  # 200 steps of 0.1 s and the work between them
     assert estimates["a budget of 1 h"].startswith("about 30,600 steps of 128 images, 3.9 million images")
 

@@ -33,7 +33,7 @@ class Finding:
     """One machine setting: its name, its current value, and advice if a faster value exists."""
 
     what: str
-    found: str
+    state: str
     advice: str = ""
 
 

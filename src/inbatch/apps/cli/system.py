@@ -84,7 +84,7 @@ def doctor(
             return
         if cleared is not None:
             say(f"{cleared / 1e9:,.2f} GB of decoded images removed", "")
-        print_table(("", "here"), [(one.what, one.found) for one in findings])
+        print_table(("", "here"), [(one.what, one.state) for one in findings])
         if measured is not None:
             say("")
             threads = measured["threads"]
