@@ -43,10 +43,10 @@ def fusion(
         raise ConfigError(f"fuse.views = {list(requested)}: the views are numbered 0 to {len(views) - 1}")
     if requested is not None and not learned & set(requested):
         mixed = f" with mixed images ({recipe.mix.name})" if recipe.mix else ""
+        numbers = ", ".join(map(str, sorted(learned)))
         raise ConfigError(
-            f"fuse.views = {list(requested)}: {recipe.method.name}{mixed} learns from view "
-            f"{', '.join(map(str, sorted(learned)))} only, and a fusion of others would never be trained: "
-            "choose one of them"
+            f"fuse.views = {list(requested)}: {recipe.method.name}{mixed} learns from view {numbers} only, and a fusion "
+            f"of others would never be trained: pass --set fuse.views=[{numbers}]"
         )
     fused = requested or ((1,) if 1 in learned else (max(learned),))
     sizes = {views.views[v].size for v in fused}
