@@ -342,7 +342,7 @@ def test_names_say_what_they_hold() -> None:
                     place = file.relative_to(source_trees.ROOT).as_posix()
                     if name in EMPTY_NAMES and (place, name) not in NAMED_BY_CHECKPOINTS:
                         wrong.append(f"{place}, line {node.lineno}: {name}")
-    assert not wrong, wrong
+    assert not wrong, f"name these by what they hold (docs/contributing/style.md): {wrong}"
 
 
 def test_help_needs_no_torch() -> None:
