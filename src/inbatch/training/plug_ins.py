@@ -45,8 +45,8 @@ def fusion(
         mixed = f" with mixed images ({recipe.mix.name})" if recipe.mix else ""
         numbers = ", ".join(map(str, sorted(learned)))
         raise ConfigError(
-            f"fuse.views = {list(requested)}: {recipe.method.name}{mixed} learns from view {numbers} only, and a fusion "
-            f"of others would never be trained: pass --set fuse.views=[{numbers}]"
+            f"fuse.views = {list(requested)}: {recipe.method.name}{mixed} learns from view {numbers} only, and a "
+            f"fusion of others would never be trained: pass --set fuse.views=[{numbers}]"
         )
     fused = requested or ((1,) if 1 in learned else (max(learned),))
     sizes = {views.views[v].size for v in fused}
