@@ -109,7 +109,7 @@ class SampleReader:
                 return i, make(i)
             except DataError as error:
                 self.bad[i] = why = str(error)
-        raise DataError(f"{why}; and no readable image is left to replace it in the batch")
+        raise DataError(f"{why}. No readable image is left to replace it in the batch: pass a smaller --batch-size")
 
     def read_again(self, epoch: int, place: int, make: Callable[[int], Result]) -> tuple[int, Result]:
         """Do what `read` does, for a position that was read before."""
