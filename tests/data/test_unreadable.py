@@ -119,7 +119,7 @@ def test_more_than_max_bad_is_an_error_that_names_some(images: Path) -> None:
 def test_no_readable_image_is_left_for_the_batch(tmp_path: Path) -> None:
     folder = write_folder(open_data("digits-canvas", subset=20), tmp_path)
     damage(folder / open_data(folder).identity(4), "pixels")
-    with pytest.raises(DataError, match="No readable image is left .*: pass a smaller --batch-size"):
+    with pytest.raises(DataError, match=r"No readable image is left .*: pass a smaller --batch-size"):
         list(loader(folder, batch=20).epoch(0))
 
 
