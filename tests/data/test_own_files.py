@@ -92,7 +92,7 @@ def test_the_data_are_the_run_directory(tmp_path):
         open_data(tmp_path / "alone")
     (tmp_path / "bare").mkdir()
     run_folder(tmp_path / "bare")
-    with pytest.raises(DataError, match="bare' is the folder of a run, which contains no images"):
+    with pytest.raises(DataError, match="bare' is the folder of a run and contains no images"):
         open_data(tmp_path / "bare")
 
 

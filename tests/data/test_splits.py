@@ -12,6 +12,7 @@ from inbatch.data import decode_all, open_data, splits
 from inbatch.data.sources.split_names import arranged, distinct, find_split, split_within
 from inbatch.errors import DataError
 from inbatch.training.holdout import evaluation_split
+from inbatch.training.monitors.label_free import Chosen
 from inbatch.training.resolve import resolve_recipe
 
 
@@ -174,6 +175,10 @@ class TestFolders:
             held_out, rest = ([part.identity(i) for i in range(len(part))] for part in (split.queries, split.bank))
             readable = [left.identity(i) for i in range(len(left))]
             assert held_out == [name for name in names if name in readable]
+            sample, chosen = (Chosen(one, None, 0, 30) for one in (source, left))
+            halves = [[one.identity(i) for i in range(len(one))] for one in (sample, chosen)]
+            assert halves[1] == [name for name in halves[0] if name in readable]
+            assert halves[1][: chosen.viewed] == [name for name in halves[0][: sample.viewed] if name in readable]
             assert sorted(held_out + rest) == readable and split.queries.labels.tolist() == [
                 "ab".index(n[0]) for n in held_out
             ]

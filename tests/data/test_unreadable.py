@@ -18,6 +18,7 @@ import inbatch
 from inbatch import rng
 from inbatch.apps.cli import app
 from inbatch.data import Loader, open_data, write_folder
+from inbatch.data.resident import allowing
 from inbatch.errors import DataError, Preempted
 from inbatch.evaluation import embed
 from inbatch.models import create_encoder, save_encoder
@@ -114,6 +115,14 @@ def test_more_than_max_bad_is_an_error_that_names_some(images: Path) -> None:
     with pytest.raises(DataError, match=r"3 of 130 images .* cannot be read \(max_unreadable allows 2%\)") as error:
         list(loader(images, max_bad=0.02).epoch(0))
     assert error.value.exit_code == 3
+
+
+def test_the_advised_share_allows_the_unreadable_images() -> None:
+    for count in (*range(2, 130), 1_000, 10_000):
+        for bad in {1, count // 3, count // 2, count * 29 // 50, count - 1} - {0}:
+            share = allowing(bad, count)
+            assert bad <= share * count and bad / count <= share < 1, (bad, count, share)
+    assert allowing(3, 202) == 0.015 and allowing(1, 30) == 0.034
 
 
 def test_no_readable_image_is_left_for_the_batch(tmp_path: Path) -> None:

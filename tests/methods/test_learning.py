@@ -15,7 +15,7 @@ def test_every_method_learns(method: str, tmp_path: Path) -> None:
     settings = {"epochs": 10, "evaluate_every": 10, "seed": 1, "quiet": True, "precision": "float32"}
     if method == "relation":
         inbatch.pretrain("digits-canvas", "simclr", out=tmp_path / "teacher", **settings)
-        settings["teacher"] = str(tmp_path / "teacher")
+        settings["teacher"] = tmp_path / "teacher"
     run = inbatch.pretrain("digits-canvas", method, out=tmp_path / "run", **settings)
     untrained, trained = (run.result["curve"][i]["knn"] for i in (0, -1))
     assert trained > untrained + 0.15, (untrained, trained)

@@ -127,6 +127,7 @@ def test_wrong_teachers_are_refused(folder: Path, tmp_path: Path) -> None:
         ({"method.name": "simclr", "teacher": str(folder)}, "simclr does not learn from a teacher"),
         ({"method.name": "relation"}, "relation learns from a teacher: name it, --teacher RUN"),
         ({"teacher": str(tmp_path / "none")}, "is not the folder of a run"),
+        ({"teacher": tmp_path / "none"}, "is not the folder of a run"),
         ({"teacher": str(tmp_path)}, "neither recipe.json nor model.safetensors"),
         ({"teacher": "timm/resnet_unknown"}, "timm has no such model"),
         ({"teacher": str(folder), "method.queue_size": 0}, "at least one row, not 0"),

@@ -3,7 +3,7 @@
 from inbatch.data.loader import Loader
 from inbatch.data.open import OPENERS, open_data, splits
 from inbatch.data.resident import Resident, decode_all
-from inbatch.data.source import SKIPPED, Readable, Reading, Source, Subset
+from inbatch.data.source import SKIPPED, Reading, Source, Subset
 from inbatch.data.sources.arrays import GreyAsRGB
 from inbatch.data.sources.folder import write_folder
 from inbatch.data.sources.labels import NO_LABELS
@@ -16,7 +16,6 @@ __all__ = [
     "SKIPPED",
     "GreyAsRGB",
     "Loader",
-    "Readable",
     "Reading",
     "Resident",
     "Source",

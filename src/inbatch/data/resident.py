@@ -175,12 +175,19 @@ def _belongs(source: Source, kept: Decoded) -> bool:
     return known and len(kept.images) + len(missing) == len(source) and kept.images.shape[1] == source.channels
 
 
+def allowing(bad: int, count: int) -> float:
+    """Return a short value of `max_unreadable` that allows this many unreadable images, but not all, of `count`."""
+    # Above bad / count: of equal numbers, the product of the check may be rounded down.
+    shares = ((math.floor(bad / count * 10**digits) + 1) / 10**digits for digits in range(3, 16))
+    return next(share for share in shares if share < 1)
+
+
 def check_dropped(source: Source, missing: Sequence[tuple[int, str]], max_bad: float) -> None:
     """Raise DataError if the unreadable images are more than the fraction `max_bad`, or all of the images."""
     if len(missing) > max_bad * len(source) or len(missing) == len(source):
         few = "; ".join(why for _, why in missing[:3])
         if len(missing) < len(source):
-            few += f". --set max_unreadable={math.ceil(1000 * len(missing) / len(source)) / 1000:g} or more allows them"
+            few += f". --set max_unreadable={allowing(len(missing), len(source))} or more allows them"
         raise DataError(
             f"{len(missing):,} of {len(source):,} images of {source.name} cannot be read "
             f"(max_unreadable allows {100 * max_bad:g}%): {few}"

@@ -132,6 +132,15 @@ class Source(ABC):
         """Open image i with the bytes from `read_shards`; raise DataError with its name on failure."""
         raise NotImplementedError
 
+    @property
+    def whole(self) -> "Source":
+        """The source before images that cannot be read were left out: what is drawn from it does not depend on them."""
+        return self
+
+    def readable(self, numbers: Int[Tensor, "m"]) -> Int[Tensor, "k"]:
+        """Return the numbers that images of `whole` have here, without those that were left out."""
+        return numbers
+
     def skipped(self) -> dict[str, int]:
         """Return the number of files that were not taken as images, by file extension."""
         return {}
@@ -205,6 +214,15 @@ class Subset(Source):
 
 class Readable(Subset):
     """The images of a source that can be read, in their order."""
+
+    @property
+    def whole(self) -> Source:
+        return self.source
+
+    def readable(self, numbers: Int[Tensor, "m"]) -> Int[Tensor, "k"]:
+        place = torch.full((len(self.source),), -1)
+        place[self.indices] = torch.arange(len(self))
+        return place[numbers][place[numbers] >= 0]
 
 
 def unlabelled(n: int) -> Int[Tensor, "n"]:

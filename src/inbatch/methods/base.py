@@ -38,6 +38,7 @@ class Method(nn.Module):
     weighting: what the recipe's `negatives` sets for the equation, once for the run.
     mixed_keys: views with which `mixed_loss` compares a mixed view: the "other" views of its samples, the "same" view,
         or "none" (labels are the target). None: the equation has no soft targets, so that images cannot be mixed.
+    mixed_if: the settings with which images can be mixed, if `mixed_keys` depends on them, for the error message.
     keys_learn: whether `mixed_loss` has a gradient with respect to the keys; those of a target network have none.
     own_rows: whether `loss`, `mixed_loss` and `after_step` reach the other samples of the batch through
         `nn.batch_sums` and `nn.logsumexp` alone, so that on several ranks each may get its own rows (V, B, D), with the
@@ -55,6 +56,7 @@ class Method(nn.Module):
     negatives: ClassVar[tuple[str, ...]] = ()
     weighting: Negatives | None = None
     mixed_keys: MixedKeys | None = None
+    mixed_if: ClassVar[str] = ""
     keys_learn: bool = True
     own_rows: ClassVar[bool] = False
     momentum: float

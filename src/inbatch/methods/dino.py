@@ -34,6 +34,7 @@ class DINO(Method):
     online: tuple[str, ...] = ("prototypes",)
     target, views = ("prototypes",), (2, None)
     mixed_keys: MixedKeys | None = "other"
+    mixed_if = "method.koleo_weight=0"
     center: Tensor
     _imagenet = {
         "source": "dino, README, ResNet-50: SGD 0.03 for 256 images, 8 GPUs of 64", "views.name": "dino",

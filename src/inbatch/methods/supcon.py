@@ -66,7 +66,7 @@ class SupCon(Method):
     hidden_dim, out_dim: widths of the projection's hidden layer (None: that of the features) and of the projection.
     """
 
-    views, labels, negatives, own_rows = (1, None), True, ("drop-similar",), True
+    views, labels, negatives, own_rows, mixed_if = (1, None), True, ("drop-similar",), True, "method.contrast_mode=all"
     mixed_keys: MixedKeys | None = "other"
     presets = {
         "imagenet": {

@@ -34,6 +34,7 @@ class SwAV(Method):
 
     online, views, keys_learn = ("projection", "prototypes"), (2, None), False
     mixed_keys: MixedKeys | None = "other"
+    mixed_if = "method.queue_size=0 and views.name=simclr (two views)"
     vectors: Tensor
     _imagenet = {"source": "swav, scripts/swav_800ep_pretrain.sh: lr 4.8 for 4096 images", "views.name": "swav",
         "optimizer.name": "lars", "optimizer.lr": 0.3, "optimizer.weight_decay": 1e-6, "batch_size": 4096,

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from inbatch.data import NO_LABELS, Readable, Source, Subset, find_split, open_data, splits
+from inbatch.data import NO_LABELS, Source, Subset, find_split, open_data, splits
 from inbatch.errors import DataError, listed
 from inbatch.evaluation import Kept
 from inbatch.evaluation.embeddings import matched_labels
@@ -116,14 +116,12 @@ def _tenth(source: Source, how: str) -> EvaluationSplit:
     Images that cannot be read do not change the selection: a run leaves them out before, its later evaluation does not.
     """
     _check_classes(source)
-    whole = source.source if isinstance(source, Readable) else source
-    order, cut = permutation(0, 0, len(whole)), max(1, len(whole) // 10)
-    if isinstance(source, Readable):
-        place = torch.full((len(whole),), -1)
-        place[source.indices] = torch.arange(len(source))
-        order = place[order]
-        cut, order = max(1, int((order[:cut] >= 0).sum())), order[order >= 0]
-    bank, queries = (Subset(source, part.sort().values, how) for part in (order[cut:], order[:cut]))
+    order = permutation(0, 0, len(source.whole))
+    cut = max(1, len(order) // 10)
+    rest, held_out = source.readable(order[cut:]), source.readable(order[:cut])
+    if not len(held_out):
+        rest, held_out = rest[1:], rest[:1]
+    bank, queries = (Subset(source, part.sort().values, how) for part in (rest, held_out))
     return EvaluationSplit(bank, queries, how)
 
 

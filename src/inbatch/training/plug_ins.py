@@ -24,13 +24,6 @@ from inbatch.training.mixing import compared_views, learned_views
 from inbatch.training.negatives import embeds
 from inbatch.training.recipe import Recipe
 
-_MIXED_IF = {
-    "swav": "method.queue_size=0 and views.name=simclr (two views)",
-    "dino": "method.koleo_weight=0",
-    "supcon": "method.contrast_mode=all",
-}
-"""Settings with which images can be mixed with a method that allows them with some of its settings only."""
-
 
 def fusion(
     recipe: Recipe, method: Method, views: AnyViews, encoder: Encoder, context: int, mixer: Mixer | None
@@ -126,7 +119,7 @@ def mixer_of(recipe: Recipe, method: Method, views: int, context: int) -> Mixer 
     if method.mixed_keys is None:
         fitting = ", ".join(key for key, cls in METHODS.items() if cls.mixed_keys and key != name)
         whose = " with these options" if type(method).mixed_keys else ""
-        needs = f": set {_MIXED_IF[name]}, or choose another method" if name in _MIXED_IF else ""
+        needs = f": set {method.mixed_if}, or choose another method" if method.mixed_if else ""
         raise ConfigError(f"{flag}: {name}{whose} has no soft targets{needs}; images can be mixed with {fitting}")
     if mixer.temperature is not None and not hasattr(method, "temperature"):
         raise ConfigError(f"mix.temperature = {mixer.temperature:g}: {name} has no temperature; leave it out")

@@ -37,6 +37,7 @@ def merged_settings(
     requested: Settings = {} if method is None else {"method.name": method}
     requested |= {f"{key}.name" if key in (*PARTS, "schedule") else key: value for key, value in values.items()}
     requested |= dict(settings or {})
+    requested = {key: str(value) if isinstance(value, Path) else value for key, value in requested.items()}
     if values.get("budget") is not None:  # the command of a planned run has all three, by --set
         check_one_length(requested)
     if isinstance(test := requested.get("test"), str) and public(test) != test:

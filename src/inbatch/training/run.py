@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 
 from inbatch.data import SKIPPED, GreyAsRGB, Source, open_data, splits
-from inbatch.errors import PASS_A_RUN, ConfigError, DataError
+from inbatch.errors import ConfigError, DataError, not_a_run
 from inbatch.evaluation.embedding_parts import digest
 from inbatch.models import Encoder
 from inbatch.models.shipped_weights import is_shipped, with_shipped
@@ -96,8 +96,7 @@ def recipe_of(path: str | Path) -> Recipe:
             "inbatch pretrain --init continues from them"
         )
     if not (path / "recipe.json").is_file():
-        why = "it has no recipe.json" if path.is_dir() else "there is no such folder"
-        raise ConfigError(f"{path} is not the folder of a run: {why}; {PASS_A_RUN}")
+        raise not_a_run(path)
     return make(read_file(path / "recipe.json"))
 
 

@@ -160,7 +160,7 @@ def run_table_command(
     table = selection.apply(table, scale)
     if from_ is not None and not any(from_.glob("*.json")):
         state = "contains no records of runs (*.json)" if from_.is_dir() else "is not a folder of results"
-        raise ConfigError(f"--from {from_} {state}: pass the folder `results` of the --work-dir of other runs")
+        raise ConfigError(f"--from {from_} {state}: pass the folder `results` inside the --work-dir of earlier runs")
     problems: dict[str, InbatchError] = {}
     launch: tuple[str, ...] = ()
     if runs and scale == "paper":

@@ -18,7 +18,7 @@ from inbatch.batch import Batch
 from inbatch.context.curation import violating
 from inbatch.context.grouped import as_group
 from inbatch.data.views import Drawn
-from inbatch.errors import PASS_A_RUN, ConfigError, DataError, InbatchError, Unwritten
+from inbatch.errors import ConfigError, DataError, InbatchError, Unwritten, not_a_run
 from inbatch.runtime.device import device_for
 from inbatch.runtime.files import cannot_write, replacing
 from inbatch.runtime.isolation import isolated
@@ -246,8 +246,7 @@ def inspect_run(
     """
     folder = path_of(path)
     if not (folder / "recipe.json").is_file():
-        why = "it has no recipe.json" if folder.is_dir() else "there is no such folder"
-        raise ConfigError(f"{path} is not the folder of a run: {why}; {PASS_A_RUN}")
+        raise not_a_run(folder)
     if count < 1 or seed < 0:
         raise ConfigError(f"count must be at least 1 and seed at least 0, not {count} and {seed}")
     saved, settings = checkpoint.load(folder / "checkpoints"), read_file(folder / "recipe.json")

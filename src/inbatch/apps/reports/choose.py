@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from inbatch.apps.reports.choose_interval import resampled, undecided, with_intervals
 from inbatch.apps.reports.choose_study import Reliability, reliability
 from inbatch.data.views import Views, make_views
-from inbatch.errors import PASS_A_RUN, ConfigError, DataError, check_whole, listed, many, type_name
+from inbatch.errors import ConfigError, DataError, check_whole, listed, many, not_a_run, type_name
 from inbatch.evaluation import alpha_req, embed, feature_std, knn, rankme
 from inbatch.evaluation.embeddings import Embeddings
 from inbatch.evaluation.rank_correlation import kendall_tau
@@ -142,12 +142,10 @@ def score_of(by: str, one: Mapping[str, Any]) -> float:
 
 def recorded(path: Path) -> dict[str, Any]:
     """Return the measures of a run at its last online evaluation: from result.json, else from its last checkpoint."""
-    if not path.is_dir():
-        raise ConfigError(f"{path} is not the folder of a run: there is no such folder; {PASS_A_RUN}")
     if not (path / "recipe.json").is_file():
         if (path / "config.json").is_file():
             raise ConfigError(f"{path} is an encoder's folder, which has no record of a run: pass --data")
-        raise ConfigError(f"{path} is not the folder of a run: it has no recipe.json; {PASS_A_RUN}")
+        raise not_a_run(path)
     recipe, file = recipe_of(path), path / "result.json"
     steps = note = None
     if file.is_file():

@@ -14,7 +14,7 @@ import torch
 from inbatch.apps.reports.image_statistics import ImageStatistics, chunks, repeated, total
 from inbatch.apps.reports.view_grid import check_picture, check_place, save_sheet
 from inbatch.data import Source, find_split, open_data, splits
-from inbatch.data.resident import estimate, resides
+from inbatch.data.resident import allowing, estimate, resides
 from inbatch.data.views import make_views
 from inbatch.data.views.crop_pairs import arrange
 from inbatch.errors import ConfigError, InbatchError, Unwritten
@@ -218,10 +218,8 @@ def _problems(source: Source, stats: ImageStatistics, report: Mapping[str, Any],
     bad, count = len(stats.unreadable), report["looked_at"]
     if bad > max_bad * count:
         most = f"{100 * max_bad:g}%"
-        return [
-            f"{bad:,} of {count:,} images cannot be read, and a run leaves out at most {most}: remove them, or pass "
-            f"--set max_unreadable={math.ceil(1000 * bad / count) / 1000:g} to the run"
-        ]
+        fix = f", or pass --set max_unreadable={allowing(bad, count)} to the run" if bad < count else ""
+        return [f"{bad:,} of {count:,} images cannot be read, and a run leaves out at most {most}: remove them{fix}"]
     if count - bad > 1 and report["duplicates"]["images"] == count and report["duplicates"]["groups"] == 1:
         return [f"all {count:,} images are identical: at least two different images are needed"]
     return (

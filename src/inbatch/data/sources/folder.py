@@ -51,7 +51,7 @@ class FolderSource(Source):
         paths = self.scan.paths
         if not len(paths):
             if all((root / os.fsdecode(name)).is_file() for name in RUN_FILES):
-                raise DataError(f"{str(root)!r} is the folder of a run, which contains no images: pass their folder")
+                raise DataError(f"{str(root)!r} is the folder of a run and contains no images: pass the images' folder")
             kinds = " ".join(e.decode() for e in EXTENSIONS)
             raise DataError(f"No image under {str(root)!r}{self._left_out()}: put files with {kinds} there")
         check_inner_splits(root, self.scan.folders)

@@ -46,9 +46,10 @@ class Chosen(Subset):
     """
 
     def __init__(self, source: Source, held: Resident | None, seed: int, most: int = IMAGES) -> None:
-        order, self.viewed = permutation(seed, 0, len(source))[:most], most // 2
-        parts = (order[: self.viewed], order[self.viewed :])  # each in the order of the source
-        super().__init__(source, torch.cat([part.sort().values for part in parts]), "drawn by the seed")
+        order = permutation(seed, 0, len(source.whole))[:most]
+        parts = [source.readable(part).sort().values for part in (order[: most // 2], order[most // 2 :])]
+        super().__init__(source, torch.cat(parts), "drawn by the seed")
+        self.viewed = len(parts[0])
         self.held = held
 
     def open(self, i: int) -> LazyImage:
