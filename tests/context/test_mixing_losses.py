@@ -227,8 +227,11 @@ def of_negatives(
 
 
 def of_relation(m: Method, q: Rows, k: Tensor, p: int, i: int, batch: Batch) -> Tensor:
-    rows = [*(unit(k) if m.candidates == "batch" else [unit(k)[p]]), *m.queue.rows]
-    target = torch.stack([unit(k)[p] @ row / m.teacher_temperature for row in rows]).softmax(0)
+    filled = m.queue.rows[: int(m.queue.filled)]
+    center = torch.cat([unit(k), filled]).mean(0) if m.center else torch.zeros(k.shape[1]).to(k)
+    t, queue = unit(unit(k) - center), unit(m.queue.rows - center)
+    rows = [*(t if m.candidates == "batch" else [t[p]]), *queue]
+    target = torch.stack([t[p] @ row / m.teacher_temperature for row in rows]).softmax(0)
     predicted = torch.stack([unit(q["projection"])[i] @ row / m.temperature for row in rows]).log_softmax(0)
     return -(target * predicted).sum()
 

@@ -107,7 +107,10 @@ VARIANTS = {name: (name, SMALL.get(name, {})) for name in METHODS} | {
     "cc-3": ("cc", SMALL["cc"]),
     "pcl-late": ("pcl", SMALL["pcl"] | {"warmup_epochs": 1, "layers": 2}),
     "simclr-joined": ("simclr", SMALL["simclr"]),
-    "relation-own": ("relation", SMALL["relation"] | {"candidates": "own", "teacher_temperature": 0.1}),
+    "relation-own": (
+        "relation",
+        SMALL["relation"] | {"candidates": "own", "teacher_temperature": 0.1, "center": False},
+    ),
     "sogclr-epoch": ("sogclr", SMALL["sogclr"] | {"first": "epoch", "gamma": 0.5}),
     "tico-batch": ("tico", SMALL["tico"] | {"detach": False}),
     "mmcr-3": ("mmcr", SMALL["mmcr"] | {"lmbda": 0.01}),

@@ -13,9 +13,13 @@ from inbatch.nn import logsumexp
 from inbatch.nn.functional import normalize
 
 
-def literal(s: Tensor, t: Tensor, queue: Tensor, hot: float, cold: float, candidates: str) -> Tensor:
+def literal(
+    s: Tensor, t: Tensor, queue: Tensor, hot: float, cold: float, candidates: str, center: Tensor | None = None
+) -> Tensor:
     """The cross-entropy of two distributions over the candidates, one sample at a time."""
     s, t = ([row / row.norm() for row in rows] for rows in (s, t.detach()))
+    if center is not None:
+        t, queue = ([(row - center) / (row - center).norm() for row in rows] for rows in (t, queue))
     terms = []
     for i in range(len(s)):
         rows = [*(t if candidates == "batch" else [t[i]]), *queue]
@@ -30,7 +34,7 @@ def test_vectors_of_seed(golden: Path, dtype: torch.dtype) -> None:
     """Value, gradient and queue of the authors' code over three steps."""
     case = Case(golden, "seed_steps__1", dtype)
     o = case.options
-    method = Relation(o["temperature_student"], o["temperature_teacher"], o["queue_size"], None, "own")
+    method = Relation(o["temperature_student"], o["temperature_teacher"], o["queue_size"], None, "own", center=False)
     method.teacher_width = o["dim"]
     method.prepare()
     method.queue.to(dtype).rows.copy_(case["queue0"].T)
@@ -48,19 +52,45 @@ def test_vectors_of_seed(golden: Path, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("candidates", ["batch", "own"])
-def test_the_equation_as_loops(candidates: str) -> None:
+@pytest.mark.parametrize("centred", [False, True])
+def test_the_equation_as_loops(candidates: str, centred: bool) -> None:
     g = torch.Generator().manual_seed(0)
     s, t = torch.randn(2, 6, 5, generator=g, dtype=torch.float64)
     queue = normalize(torch.randn(7, 5, generator=g, dtype=torch.float64))
     leaf, other = s.clone().requires_grad_(), s.clone().requires_grad_()
-    actual, expected = relation(leaf, t, queue, 0.2, 0.1, candidates), literal(other, t, queue, 0.2, 0.1, candidates)
+    how = t, queue, 0.2, 0.1, candidates
+    center = torch.cat([normalize(t), queue]).mean(0) if centred else None
+    actual, expected = relation(leaf, *how, center=center), literal(other, *how, center)
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=0)
     actual.backward()
     expected.backward()
     torch.testing.assert_close(leaf.grad, other.grad, rtol=1e-10, atol=1e-14)
-    assert torch.autograd.gradcheck(lambda x: relation(x, t, queue, 0.2, 0.1, candidates), s.clone().requires_grad_())
+    assert torch.autograd.gradcheck(lambda x: relation(x, *how, center=center), s.clone().requires_grad_())
     with torch.no_grad():
-        torch.testing.assert_close(relation(s, t, queue, 0.2, 0.1, candidates), expected, rtol=1e-12, atol=0)
+        torch.testing.assert_close(relation(s, *how, center=center), expected, rtol=1e-12, atol=0)
+
+
+def test_the_center_is_the_mean_of_batch_and_stored_rows() -> None:
+    """Teachers whose rows all have one direction in common, as pooled outputs of ReLU do, are distinguished by it."""
+    g = torch.Generator().manual_seed(0)
+    rows = 20 + torch.randn(3, 1, 8, 6, generator=g, dtype=torch.float64)
+    method = Relation(0.04, 0.04, queue_size=20)
+    method.teacher_width = 6
+    method.prepare()
+    for step, t in enumerate(rows):
+        stored = normalize(rows[:step].reshape(-1, 6))
+        center = torch.cat([stored, normalize(t[0])]).mean(0)
+        queue = method.queue.to(t.dtype).rows
+        leaf = t.clone().requires_grad_()
+        loss = method.loss({"projection": leaf}, {"features": t}, unlabelled(8))["loss"]
+        torch.testing.assert_close(loss, literal(t[0], t[0], queue, 0.04, 0.04, "batch", center), rtol=1e-9, atol=0)
+        method.after_step({"projection": t}, {"features": t}, unlabelled(8), 0.0)
+    teacher = normalize(t[0])
+    spread = (
+        (teacher @ teacher.T / 0.04).softmax(1).amax(1),
+        (normalize(teacher - center) @ normalize(teacher - center).T / 0.04).softmax(1).amax(1),
+    )
+    assert spread[0].max() < 0.2 and spread[1].min() > 0.9
 
 
 def test_a_student_with_the_teachers_relations_has_the_least_loss() -> None:

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
+from inbatch.nn.batch_sums import batch_count, batch_sum
 from inbatch.nn.functional import normalize
 
 
@@ -41,6 +42,13 @@ class MemoryBank(nn.Module):
         if not (0 <= pointer < self.size and 0 <= filled <= self.size):
             errors.append(f"{prefix}pointer is {pointer} and {prefix}filled is {filled}: the bank has {self.size} rows")
         super()._load_from_state_dict(state, prefix, *rest)
+
+    @torch.no_grad()
+    def mean_with(self, rows: Float[Tensor, "n d"]) -> Float[Tensor, "d"]:
+        """Return the mean of rows of the whole batch and of the stored rows, without the random ones of the start."""
+        stored = torch.arange(self.size, device=rows.device) < self.filled
+        total = batch_sum(rows.sum(0)) + stored.to(rows.dtype) @ self.rows.to(rows.dtype)
+        return total / (batch_count(len(rows), rows) + self.filled)
 
     @torch.no_grad()
     def push(self, rows: Float[Tensor, "n d"], tags: Shaped[Tensor, "n ..."] | None = None) -> None:
