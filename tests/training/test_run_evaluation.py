@@ -17,7 +17,7 @@ from small_runs import assert_same_state, stop_after, tiny
 from torch.nn import functional as F
 
 import inbatch
-from inbatch.data import open_data
+from inbatch.data import decode_all, open_data, write_folder
 from inbatch.data.views import Views, make_views
 from inbatch.errors import ConfigError, DataError, Preempted
 from inbatch.models import create_encoder
@@ -94,6 +94,25 @@ def test_one_view_is_drawn_twice() -> None:
     embedded = label_free.embed_all({"it": encoder}, one, label_free.Chosen(source, None, 0), 0)["it"]
     assert embedded.first.shape == embedded.second.shape == (12, 96)
     assert not torch.allclose(embedded.first, embedded.second)
+
+
+def test_views_are_the_same_whenever_unreadable_images_are_found(tmp_path: Path) -> None:
+    """A run leaves them out at its start, `inbatch evaluate` finds them when it decodes the sample."""
+    folder = write_folder(open_data("digits-canvas-colour", subset=60), tmp_path / "images")
+    source = open_data(folder)
+    for i in (0, 7, 31, 58):
+        (folder / source.identity(i)).write_bytes(b"")
+    left = decode_all(source, max_bad=0.5).source
+    encoder = create_encoder("tiny", size=20).eval()
+    views = Views(make_views("digits", {"size": 20}, 3), encoder.mean, encoder.std)
+    for most in (60, 24):
+        now, before = (
+            label_free.embed_all({"it": encoder}, views, label_free.Chosen(one, None, 0, most), 0)["it"]
+            for one in (source, left)
+        )
+        assert len(before.clean) < most
+        for name in ("clean", "first", "second", "viewed"):
+            torch.testing.assert_close(getattr(now, name), getattr(before, name), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.slow

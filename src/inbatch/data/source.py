@@ -141,6 +141,10 @@ class Source(ABC):
         """Return the numbers that images of `whole` have here, without those that were left out."""
         return numbers
 
+    def numbers_in_whole(self, numbers: Int[Tensor, "m"]) -> Int[Tensor, "m"]:
+        """Return the numbers that images have in `whole`."""
+        return numbers
+
     def skipped(self) -> dict[str, int]:
         """Return the number of files that were not taken as images, by file extension."""
         return {}
@@ -223,6 +227,9 @@ class Readable(Subset):
         place = torch.full((len(self.source),), -1)
         place[self.indices] = torch.arange(len(self))
         return place[numbers][place[numbers] >= 0]
+
+    def numbers_in_whole(self, numbers: Int[Tensor, "m"]) -> Int[Tensor, "m"]:
+        return self.indices[numbers]
 
 
 def unlabelled(n: int) -> Int[Tensor, "n"]:

@@ -43,13 +43,18 @@ class Chosen(Subset):
 
     Attributes:
         viewed: Number of images, from the first, of which two views are also embedded.
+        keys: Place of each image in the sample as drawn, with the images that cannot be read: their views are drawn by
+            it, so that they are the same whether these images were left out before or are found now.
+        drawn: Number of images of the sample as drawn.
     """
 
     def __init__(self, source: Source, held: Resident | None, seed: int, most: int = IMAGES) -> None:
         order = permutation(seed, 0, len(source.whole))[:most]
-        parts = [source.readable(part).sort().values for part in (order[: most // 2], order[most // 2 :])]
+        halves = [half.sort().values for half in (order[: most // 2], order[most // 2 :])]
+        parts = [source.readable(half) for half in halves]
         super().__init__(source, torch.cat(parts), "drawn by the seed")
-        self.viewed = len(parts[0])
+        self.viewed, self.drawn = len(parts[0]), len(order)
+        self.keys = torch.isin(torch.cat(halves), source.numbers_in_whole(self.indices)).nonzero().flatten()
         self.held = held
 
     def open(self, i: int) -> LazyImage:
@@ -68,7 +73,14 @@ class Chosen(Subset):
     def only(self, numbers: Tensor) -> "Chosen":
         """Return the subset with these indices."""
         part = copy.copy(self)
-        part.indices, part.labels = self.indices[numbers], self.labels[numbers]
+        part.indices, part.labels, part.keys = self.indices[numbers], self.labels[numbers], self.keys[numbers]
+        return part
+
+    def spaced(self, images: int) -> "Chosen":
+        """Return at most this many evenly spaced images, whose keys count them: the source may be sorted by class."""
+        places = torch.linspace(0, self.drawn - 1, min(images, self.drawn)).long()
+        part = self.only(torch.isin(self.keys, places).nonzero().flatten())
+        part.keys = torch.searchsorted(places, part.keys)
         return part
 
 
@@ -172,9 +184,8 @@ def embed_views(
     images, count = images or LIDAR_IMAGES, count or LIDAR_VIEWS
     rows: dict[str, list[Tensor]] = {name: [] for name in encoders}
     device = next(iter(encoders.values())).device
-    spaced = torch.linspace(0, len(source) - 1, min(images, len(source))).long()  # the source may be sorted by class
     numbers = []
-    for number, batch in _decoded(source.only(spaced), 2 * max(view.size for view in views.views), seed):
+    for number, batch in _decoded(source.spaced(images), 2 * max(view.size for view in views.views), seed):
         numbers.append(number)
         drawn = several_views(views, batch.to(device), count)
         for name, encoder in encoders.items():
@@ -193,8 +204,8 @@ def lidar_of(viewed: Viewed | None) -> float:
     return math.nan if viewed is None or min(viewed.shape[:2]) < 2 else float(lidar(viewed))
 
 
-def _decoded(source: Source, canvas: int, seed: int) -> Iterator[tuple[Tensor, Batch]]:
-    """Yield the readable images in chunks, with their indices in the source: of several ranks, each gets others."""
+def _decoded(source: Chosen, canvas: int, seed: int) -> Iterator[tuple[Tensor, Batch]]:
+    """Yield the readable images in chunks, with their indices in the sample: of several ranks, each gets others."""
     parts = torch.arange(len(source)).split(_CHUNK)
     for part in (parts[i] for i in shared_work.own_tasks(len(parts))):
         shared_work.check()
@@ -205,7 +216,7 @@ def _decoded(source: Source, canvas: int, seed: int) -> Iterator[tuple[Tensor, B
             continue
         left = decoded.source
         number = part[left.indices] if isinstance(left, Subset) and left is not chunk else part
-        yield number, Batch(number, left.labels, seed, 0, images=decoded.images, size=decoded.size)
+        yield number, Batch(source.keys[number], left.labels, seed, 0, images=decoded.images, size=decoded.size)
 
 
 def two_views(views: AnyViews, batch: Batch) -> tuple[Tensor, Tensor]:
