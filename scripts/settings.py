@@ -20,9 +20,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from docstring_entries import split_entries
-
 from inbatch.apps.cli import app
+from inbatch.apps.docstring_entries import split_entries
 from inbatch.models import create_encoder
 from inbatch.training.presets import SHARED_PRESETS
 from inbatch.training.recipe import Recipe, Schedule

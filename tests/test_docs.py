@@ -13,7 +13,7 @@ import test_methods
 import torch
 from step_states import assert_same
 
-from inbatch.apps.cli.part_output import explain_plugins
+from inbatch.apps.cli.part_output import explain_method, explain_plugins
 from inbatch.errors import ConfigError
 from inbatch.methods import METHODS
 from inbatch.methods.base import Method
@@ -91,10 +91,11 @@ def test_options_of_plug_ins_are_the_code_s(name: str) -> None:
             assert rows[row][column].split(", ")[place] == str(default), option
 
 
-def test_every_option_of_a_plug_in_is_explained() -> None:
-    for plugin in explain_plugins():
-        silent = [name for name, option in plugin["options"].items() if not option["what"]]
-        assert not silent, plugin["name"]
+def test_every_option_is_explained_in_whole_sentences() -> None:
+    """A text that continues on the next line of the docstring was cut: "samples in the support set, by view 0's"."""
+    for part in [*explain_plugins(), *map(explain_method, METHODS)]:
+        cut = [name for name, option in part["options"].items() if not option["what"].endswith((".", "by default"))]
+        assert not cut, part["name"]
 
 
 @pytest.mark.slow

@@ -9,8 +9,9 @@ import inspect
 import re
 from typing import Any
 
-from docstring_entries import split_entries
 from sphinx.application import Sphinx
+
+from inbatch.apps.docstring_entries import split_entries
 
 SECTION = re.compile(r"^(Args|Attributes|Raises|Returns|Yields|Note|Example|Examples):$", re.M)
 CODE = re.compile(r"(``?)([^`]+)\1")

@@ -1,11 +1,11 @@
 """Describe and print methods and plug-ins, with their options (`inbatch methods`, `inbatch plugins`)."""
 
 import inspect
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from inbatch.apps.console import print_table, say
+from inbatch.apps.docstring_entries import split_entries
 
 if TYPE_CHECKING:  # at run time, every --help would import torch
     from inbatch.methods.base import Method
@@ -50,12 +50,12 @@ def explain_methods() -> tuple[list[dict[str, Any]], list[dict[str, str]], dict[
 
 def explain(name: str, kind: "type[Method]", origin: str = "inbatch") -> dict[str, Any]:
     """Return a method for --json and the tables, with default and description of each option by name."""
-    lines, parameters = inspect.cleandoc(kind.__doc__ or "").splitlines(), inspect.signature(kind).parameters
-    options = _descriptions(lines[1:], parameters)
+    doc, parameters = inspect.cleandoc(kind.__doc__ or ""), inspect.signature(kind).parameters
+    options = _descriptions(doc, parameters)
     least, most = kind.views
     return {
         "name": name,
-        "what": lines[0] if lines else "",
+        "what": doc.partition("\n")[0],
         "views": f"{least}" if least == most else f"{least} or more" if most is None else f"{least} to {most}",
         "labels": kind.labels,
         "target_network": bool(kind.target),
@@ -116,10 +116,9 @@ def explain_plugins() -> list[dict[str, Any]]:
 
     every = []
     for name, (part, doc, defaults) in plugins().items():
-        lines = doc.splitlines()
-        descriptions = _descriptions(lines[1:], defaults) | ({"stages": STAGES} if "stages" in defaults else {})
+        descriptions = _descriptions(doc, defaults) | ({"stages": STAGES} if "stages" in defaults else {})
         options = {key: {"default": value, "what": descriptions.get(key, "")} for key, value in defaults.items()}
-        every.append({"part": part, "name": name, "what": lines[0], "options": options})
+        every.append({"part": part, "name": name, "what": doc.partition("\n")[0], "options": options})
     return every
 
 
@@ -145,13 +144,10 @@ def print_plugin(p: Mapping[str, Any]) -> None:
     )
 
 
-def _descriptions(lines: Sequence[str], options: Iterable[str]) -> dict[str, str]:
-    """Return the option texts of a docstring: "name, name: text" at the start of a line or after a full stop."""
-    one = "|".join(options)
-    text = re.sub(r"\n\s+", " ", "\n".join(lines))
-    parts = re.split(rf"(?:^|(?<=[.;] ))((?:{one})(?:, (?:{one}))*): ", text, flags=re.M)[1:]
-    pairs = zip(parts[::2], parts[1::2], strict=True)
-    return {name: what.split("\n")[0].strip() for names, what in pairs for name in names.split(", ")}
+def _descriptions(doc: str, options: Iterable[str]) -> dict[str, str]:
+    """Return the text of each option that a docstring explains."""
+    _, entries = split_entries(doc, options)
+    return {name: what for names, what in entries.items() for name in names.split(", ")}
 
 
 def _yes(value: bool) -> str:
