@@ -13,7 +13,7 @@ from small_runs import leave_out_evaluation, stop_after, tiny, use_few_images
 import inbatch
 from inbatch.errors import ConfigError, InbatchError, Preempted
 from inbatch.training import checkpoint
-from inbatch.training.checkpoint_recipe import EARLIER, check_recipe, run_facts
+from inbatch.training.checkpoint_recipe import EARLIER, check_recipe, notes_on_version, run_facts
 from inbatch.training.recipe import Recipe, make
 from inbatch.training.renamed_keys import RENAMED
 from inbatch.training.resume import _with_context
@@ -111,6 +111,15 @@ def test_a_checkpoint_with_old_names_is_compared_by_the_new_ones() -> None:
     check_recipe(saved_then, recipe, Path("recipe.json"))
     with pytest.raises(ConfigError, match="knn_k = 8"):
         check_recipe(saved_then, replace(recipe, knn_k=8), Path("recipe.json"))
+    assert notes_on_version(saved_then, recipe) == []
+
+
+def test_settings_that_the_version_of_a_checkpoint_did_not_have_are_named() -> None:
+    recipe = recipe_with()
+    nested = recipe.nested()
+    del nested["method"]["temperature"], nested["max_unreadable"]
+    (note,) = notes_on_version(replace(stored(recipe, 5), run=run_facts(recipe, 8, 1) | {"recipe": nested}), recipe)
+    assert "without method.temperature = " in note and "max_unreadable = 0.01: the run continues with" in note
 
 
 @pytest.mark.usefixtures("brief")

@@ -32,6 +32,22 @@ def run_facts(recipe: Recipe, context: int, world: int) -> dict[str, Any]:
     return {"recipe": _plain(recipe.nested()), "context": context, "world": world}
 
 
+def notes_on_version(saved: Checkpoint, recipe: Recipe) -> list[str]:
+    """Return sentences on what the version of a checkpoint did not keep or know: its recipe, or some settings.
+
+    Args:
+        saved: The checkpoint.
+        recipe: The recipe that continues it, with the values that these settings have now.
+    """
+    if not saved.run:
+        return [EARLIER]
+    known = {RENAMED.get(key, key) for key in read_settings(saved.run["recipe"])}
+    added = [f"{key} = {value!r}" for key, value in read_settings(_plain(recipe.nested())).items() if key not in known]
+    if not added:
+        return []
+    return [f"The checkpoint is of an earlier version without {', '.join(added)}: the run continues with these values."]
+
+
 def check_recipe(saved: Checkpoint, recipe: Recipe, file: Path) -> None:
     """Raise ConfigError with the differing settings if a recipe is not that of a checkpoint.
 

@@ -16,7 +16,7 @@ from inbatch.training.budget import duration
 from inbatch.training.build import RunComponents
 from inbatch.training.callbacks import Callback, named, with_state
 from inbatch.training.checkpoint import Checkpoint, load, restore, set_aside
-from inbatch.training.checkpoint_recipe import EARLIER, check_recipe
+from inbatch.training.checkpoint_recipe import check_recipe, notes_on_version
 from inbatch.training.data_places import check_same_images, images_signature
 from inbatch.training.evaluation_plan import plan_evaluations
 from inbatch.training.holdout import EvaluationSplit
@@ -72,7 +72,7 @@ def train(
     if resume:
         saved = _restore(built, parts, progress, out, data)
         where_from = f"Resuming from step {progress.step:,} of {built.total:,}{_ranks(saved, out)}."
-        notes = [*notes, saved.note or where_from, *(() if saved.run else (EARLIER,))]
+        notes = [*notes, saved.note or where_from, *notes_on_version(saved, built.recipe)]
     else:
         progress.calibration = dict(calibration) if calibration else None
     assert_equal_across_ranks(
