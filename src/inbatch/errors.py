@@ -92,15 +92,13 @@ def many(count: int, noun: str) -> str:
 
 DIVERGED = "the encoder has diverged: train it again with a lower learning rate (--lr)"
 PASS_A_RUN = "pass the output directory of inbatch pretrain"
+"""Ends of error messages of several packages."""
 
 
 def not_a_run(folder: Path) -> ConfigError:
     """Return the error of a path that is not the folder of a run, with the reason."""
     why = "it has no recipe.json" if folder.is_dir() else "there is no such folder"
     return ConfigError(f"{folder} is not the folder of a run: {why}; {PASS_A_RUN}")
-
-
-"""Ends of error messages of several packages."""
 
 
 def listed(words: Sequence[str], most: int = 5, separator: str = ", ") -> str:

@@ -137,12 +137,8 @@ class Source(ABC):
         """The source before images that cannot be read were left out: what is drawn from it does not depend on them."""
         return self
 
-    def readable(self, numbers: Int[Tensor, "m"]) -> Int[Tensor, "k"]:
-        """Return the numbers that images of `whole` have here, without those that were left out."""
-        return numbers
-
-    def numbers_in_whole(self, numbers: Int[Tensor, "m"]) -> Int[Tensor, "m"]:
-        """Return the numbers that images have in `whole`."""
+    def numbers_here(self, numbers: Int[Tensor, "m"]) -> Int[Tensor, "m"]:
+        """Return the numbers that images of `whole` have here; -1 for those that were left out."""
         return numbers
 
     def skipped(self) -> dict[str, int]:
@@ -223,13 +219,10 @@ class Readable(Subset):
     def whole(self) -> Source:
         return self.source
 
-    def readable(self, numbers: Int[Tensor, "m"]) -> Int[Tensor, "k"]:
-        place = torch.full((len(self.source),), -1)
-        place[self.indices] = torch.arange(len(self))
-        return place[numbers][place[numbers] >= 0]
-
-    def numbers_in_whole(self, numbers: Int[Tensor, "m"]) -> Int[Tensor, "m"]:
-        return self.indices[numbers]
+    def numbers_here(self, numbers: Int[Tensor, "m"]) -> Int[Tensor, "m"]:
+        here = torch.full((len(self.source),), -1)
+        here[self.indices] = torch.arange(len(self))
+        return here[numbers]
 
 
 def unlabelled(n: int) -> Int[Tensor, "n"]:

@@ -116,9 +116,9 @@ def _tenth(source: Source, how: str) -> EvaluationSplit:
     Images that cannot be read do not change the selection: a run leaves them out before, its later evaluation does not.
     """
     _check_classes(source)
-    order = permutation(0, 0, len(source.whole))
+    order = source.numbers_here(permutation(0, 0, len(source.whole)))
     cut = max(1, len(order) // 10)
-    rest, held_out = source.readable(order[cut:]), source.readable(order[:cut])
+    rest, held_out = (part[part >= 0] for part in (order[cut:], order[:cut]))
     if not len(held_out):
         rest, held_out = rest[1:], rest[:1]
     bank, queries = (Subset(source, part.sort().values, how) for part in (rest, held_out))

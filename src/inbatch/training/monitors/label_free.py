@@ -50,12 +50,11 @@ class Chosen(Subset):
 
     def __init__(self, source: Source, held: Resident | None, seed: int, most: int = IMAGES) -> None:
         order = permutation(seed, 0, len(source.whole))[:most]
-        halves = [half.sort().values for half in (order[: most // 2], order[most // 2 :])]
-        parts = [source.readable(half) for half in halves]
-        super().__init__(source, torch.cat(parts), "drawn by the seed")
-        self.viewed, self.drawn = len(parts[0]), len(order)
-        self.keys = torch.isin(torch.cat(halves), source.numbers_in_whole(self.indices)).nonzero().flatten()
-        self.held = held
+        half, self.drawn, self.held = most // 2, len(order), held
+        numbers = source.numbers_here(torch.cat([part.sort().values for part in (order[:half], order[half:])]))
+        self.keys = (numbers >= 0).nonzero().flatten()
+        self.viewed = int((self.keys < half).sum())
+        super().__init__(source, numbers[self.keys], "drawn by the seed")
 
     def open(self, i: int) -> LazyImage:
         """Return an image, from memory if it is held there decoded."""
