@@ -2,7 +2,6 @@
 
 import os
 import sys
-from pathlib import Path
 
 import numpy as np
 import odd_images as zoo
@@ -73,18 +72,13 @@ class TestOneByOne:
 
 
 class TestTogether:
-    @pytest.fixture(scope="class")
-    def folder(self, tmp_path_factory) -> Path:
-        root = tmp_path_factory.mktemp("zoo")
-        zoo.fill(root, ALL)
-        return root
-
-    def test_decoded_once_all_bad_ones_named(self, folder):
-        source = open_data(folder)
+    def test_decoded_once_all_bad_ones_named(self, tmp_path):
+        zoo.fill(tmp_path, ALL)
+        source = open_data(tmp_path)
         assert len(source) == len(ALL)
         held = decode_all(source, canvas=64, max_bad=0.5)  # 1x5000 and 5000x1 would need a square
         assert len(held.dropped) == len(BAD) and len(held.source) == len(GOOD)
-        assert all(any(repr(os.path.join(str(folder), bad.name)) in message for message in held.dropped) for bad in BAD)
+        assert all(any(repr(os.path.join(tmp_path, bad.name)) in message for message in held.dropped) for bad in BAD)
         expected = {animal.name: animal for animal in GOOD}
         for i in range(len(held.source)):
             animal = expected.pop(held.source.identity(i))
