@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin, TiffImagePlugin
 
 SIDE = (20, 30)  # height and width of every readable image, unless stated
 RAMP = np.indices(SIDE).sum(0).astype(np.uint8) * 5  # each orientation gives different pixels
@@ -89,6 +89,59 @@ def turned(kind: str, orientation: int, **options) -> bytes:
     return encoded(stored, kind, exif=exif, **options)
 
 
+XMP = b'<x:xmpmeta xmlns:x="adobe:ns:meta/" tiff:Orientation="6"></x:xmpmeta>'
+
+
+def turned_by_xmp(kind: str) -> bytes:
+    """Store the ramp turned, with the orientation in XMP only."""
+    stored, options = Image.fromarray(grey(RAMP)).transpose(Image.Transpose.ROTATE_90), {}
+    if kind == "PNG":
+        options["pnginfo"] = PngImagePlugin.PngInfo()
+        options["pnginfo"].add_itxt("XML:com.adobe.xmp", XMP.decode())
+    elif kind == "TIFF":
+        options["tiffinfo"] = TiffImagePlugin.ImageFileDirectory_v2()
+        options["tiffinfo"][700] = XMP
+    else:
+        options |= {"xmp": XMP, "lossless": True}
+    return encoded(stored, kind, **options)
+
+
+def exif_behind_pixels() -> bytes:
+    """Encode a PNG whose orientation follows its pixels, so that it is not known when the file is opened."""
+    exif, plain = Image.Exif(), encoded(COLOUR, "PNG")
+    exif[0x0112] = 6
+    body = b"eXIf" + exif.tobytes().removeprefix(b"Exif\0\0")
+    chunk = struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
+    return plain[:-12] + chunk + plain[-12:]  # the last 12 bytes are IEND
+
+
+def transparent_colours() -> list[Animal]:
+    """Yield PNG files with a transparent colour, of each depth, grey and RGB."""
+    files = []
+    for bits in (1, 2, 4, 8, 16):
+        values = np.resize(np.arange(2 ** min(bits, 8)), SIDE).astype(np.uint16) * (1 if bits < 16 else 251)
+        clear = int(values[0, 1])
+        lines = [pack(row, bits) for row in values]
+        eight = (values >> 8 if bits == 16 else values * (255 // (2**bits - 1))).astype(np.uint8)
+        expected = np.where(values == clear, np.uint8(255), eight)
+        trns = b"tRNS", struct.pack(">H", clear)
+        files.append(Animal(f"{bits} bits, one transparent.png", raw_png(bits, 0, lines, SIDE, trns), grey(expected)))
+    colours = np.dstack([values, values[::-1], values[:, ::-1]])
+    trns = b"tRNS", struct.pack(">HHH", *colours[0, 1].tolist())
+    expected = np.where((colours == colours[0, 1]).all(2, keepdims=True), 255, colours >> 8).astype(np.uint8)
+    lines = [row.astype(">u2").tobytes() for row in colours]
+    files.append(Animal("16 bits, one colour transparent.png", raw_png(16, 2, lines, SIDE, trns), expected))
+    return files
+
+
+def pack(row: np.ndarray, bits: int) -> bytes:
+    """Return the bytes of a line of a PNG."""
+    if bits >= 8:
+        return row.astype(f">u{bits // 8}").tobytes()
+    ones = np.unpackbits(row.astype(np.uint8)[:, None], axis=1)[:, -bits:]
+    return np.packbits(ones.reshape(-1)).tobytes()
+
+
 def animals() -> list[Animal]:
     """Yield the files that can be written on every system."""
     rgb, other = Image.fromarray(COLOUR), Image.fromarray(255 - COLOUR)
@@ -152,6 +205,10 @@ def animals() -> list[Animal]:
         Animal("lower.TIFF", encoded(rgb, "TIFF"), COLOUR),
         Animal("bit map.bmp", encoded(rgb, "BMP"), COLOUR),
     ]  # fmt: skip
+    files += transparent_colours()
+    files.append(Animal("exif behind the pixels.png", exif_behind_pixels(), COLOUR))
+    for kind in ("PNG", "WEBP", "TIFF"):
+        files.append(Animal(f"turned by xmp.{kind.lower()}", turned_by_xmp(kind), grey(RAMP)))
     for orientation in range(1, 9):
         for kind, near in (("JPEG", 12), ("PNG", 0), ("WEBP", 0), ("TIFF", 0)):
             options = {"quality": 98} if kind == "JPEG" else {"lossless": True} if kind == "WEBP" else {}

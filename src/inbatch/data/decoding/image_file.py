@@ -10,10 +10,10 @@ from importlib.metadata import PackageNotFoundError, version
 import numpy as np
 import torch
 from jaxtyping import Int, UInt8
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
-from inbatch.data.decoding import jpeg, netpbm, png16, signatures, tiff
+from inbatch.data.decoding import jpeg, netpbm, png, signatures, tiff
 from inbatch.data.decoding.geometry import resized, upright
 from inbatch.data.decoding.jpeg import fast_jpeg
 from inbatch.data.decoding.pillow import collected, naming, open_image
@@ -220,14 +220,15 @@ class ImageFile:
             return open_image(self._file)
 
     def _orientation(self) -> int:
-        """Return the orientation by EXIF, else by XMP, that the stored size does not show yet; 1 is upright."""
+        """Return the orientation by EXIF, else by XMP, that the stored size does not show yet; 1 is upright.
+
+        Of a PNG, what follows the pixels is not read: it is not known before they are decoded.
+        """
         self._image = image = self._image or self._open()
-        if image.format == "TIFF":  # Pillow swaps the size of a TIFF itself
-            return 1
-        if image.format == "PNG" and "exif" not in image.info:  # reading EXIF would decode the image
+        if image.format == "TIFF" and tiff.has_orientation(image):  # Pillow has swapped the size
             return 1
         with naming(self._name), collected(self.warnings):
-            turn = image.getexif().get(_ORIENTATION, 1)
+            turn = Image.Image.getexif(image).get(_ORIENTATION, 1)  # the method of a PNG would decode the image
         return turn if turn in range(1, 9) else 1
 
     def _decode(self, scale: float) -> np.ndarray:
@@ -258,14 +259,16 @@ class ImageFile:
         with naming(self._name), collected(self.warnings), image:
             if scale < 0.5:  # JPEG decoding at 1/2, 1/4 and 1/8 costs almost nothing
                 image.draft(image.mode, _at_least(*self._stored, scale)[::-1])
-            image = ImageOps.exif_transpose(self._load_8_bits(image))
+            turned = image.format == "TIFF"  # by Pillow
+            image = self._load_8_bits(image)
             flat, self.transparent = flattened(image)
-            return from_pillow(flat if self.channels in (1, 3) else image, self.channels, self._levels)
+            pixels = from_pillow(flat if self.channels in (1, 3) else image, self.channels, self._levels)
+        return pixels if turned or self._turn == 1 else upright(pixels, self._turn)
 
     def _load_8_bits(self, image: Image.Image) -> Image.Image:
         """Load the pixels; return an image of more than 8 bits per value with 8, if Pillow would not convert it so."""
-        if image.format == "PNG" and self._levels is not None:
-            image = png16.to_8_bits(image, self._open, self._levels, self.channels == 4)
+        if image.format == "PNG":
+            image = png.to_8_bits(image, self.bits, self._open, self._levels, self.channels == 4)
         elif image.format == "TIFF":
             image = tiff.to_8_bits(image, self._levels)
         elif image.format == "PPM" and self.white > 255:

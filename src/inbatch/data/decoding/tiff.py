@@ -84,6 +84,11 @@ def white_is_zero(image: Image.Image) -> bool:
     return _tags(image).get(_PHOTOMETRIC) == _WHITE_IS_ZERO
 
 
+def has_orientation(image: Image.Image) -> bool:
+    """Return whether a TIFF that Pillow opened states its orientation in a tag."""
+    return _ORIENTATION in _tags(image)
+
+
 def exact(image: Image.Image, levels: Levels | None) -> bool:
     """Return whether Pillow keeps all samples of a TIFF that it opened, as far as they are needed with these levels.
 
