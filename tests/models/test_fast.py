@@ -77,6 +77,15 @@ def test_readout_equals_the_literal_matrix() -> None:
     assert torch.isfinite(few(x)).all()
 
 
+def test_pooled_features_if_the_map_has_other_channels() -> None:
+    """Layers behind the pooling change their number (MobileNetV3), or the channels are last (Swin)."""
+    for name, size in (("mobilenetv3_small_050", 32), ("swin_tiny_patch4_window7_224", 32)):
+        encoder = create_encoder(name, size=size, whiten=True).eval()
+        x = torch.randn(2, 3, size, size)
+        with torch.no_grad():
+            assert torch.equal(encoder.represent(x), encoder(x).repeat(1, encoder.feature_width // encoder.width))
+
+
 def test_plain_features_are_got_back() -> None:
     readout, x = Readout(6, grid=1), _rows(500)
     assert readout.unwhitened(x) is x  # not fitted yet

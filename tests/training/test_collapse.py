@@ -14,11 +14,11 @@ import inbatch
 from inbatch.api import prepare
 from inbatch.batch import Batch
 from inbatch.data.views import Views, make_views
-from inbatch.evaluation import lidar
+from inbatch.evaluation import lidar, rankme
 from inbatch.models.network import Network
 from inbatch.nn.heads import Head, mlp
 from inbatch.training.build import RunComponents
-from inbatch.training.monitors import label_free
+from inbatch.training.monitors import label_free, online_evaluation
 from inbatch.training.monitors.collapse import output_diversity, signs
 from inbatch.training.monitors.online_evaluation import OnlineEvaluator, make_online_evaluator
 
@@ -119,6 +119,20 @@ def test_an_online_evaluation_measures_views_without_a_trace(monkeypatch: pytest
     other = label_free.embed_views({"it": built.encoder}, built.views, chosen, 1, **options)["it"]
     assert not torch.equal(viewed, other)  # keyed by the seed
     assert len({tuple(row.tolist()) for row in viewed.flatten(0, 1)}) == 60  # no view is drawn twice
+
+
+def test_images_from_everywhere_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A source can be sorted, such as by folder, so that its first images are of one kind."""
+    monkeypatch.setattr(online_evaluation, "MEASURED", 8)
+    embedded, embed = list[Any](), online_evaluation.embed
+    monkeypatch.setattr(online_evaluation, "embed", lambda *args, **kw: embedded.append(args[1]) or embed(*args, **kw))
+    built, evaluate = evaluator()
+    evaluate()
+    numbers = embedded[0].source.indices
+    assert len(numbers) == 8 and numbers.max() > len(built.loader.source) // 2
+    rows = torch.cat([torch.zeros(8, 3), torch.randn(8, 3)])
+    measures = online_evaluation._feature_measures(built.encoder, rows)
+    assert measures["rankme"] == float(rankme(rows[torch.linspace(0, 15, 8).long()]))
 
 
 def test_views_for_lidar_have_the_size_of_the_first() -> None:

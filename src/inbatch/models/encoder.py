@@ -118,7 +118,9 @@ class Encoder(nn.Module):
             return self(x)
         maps = getattr(self.backbone, "forward_features", None) if self.pooled is None else None
         output = self(x) if maps is None else maps(x)
-        return self.readout(output if output.ndim in (2, 4) else self(x))
+        # The map can have other channels: channels last, or layers behind the pooling that change their number.
+        usable = output.ndim in (2, 4) and output.shape[1] == self.width
+        return self.readout(output if usable else self(x))
 
     @property
     def transform(self) -> Transform:

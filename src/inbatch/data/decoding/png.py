@@ -1,4 +1,4 @@
-"""PNG with other than 8 bits per channel: Pillow keeps the upper 8, and takes a transparent colour for one of 8 bits."""
+"""PNG with other than 8 bits per channel, of which Pillow keeps the upper 8 and misreads a transparent colour."""
 
 from collections.abc import Callable
 

@@ -42,6 +42,9 @@ from inbatch.training.train_state import TrainState
 BANK, QUERIES = 10_000, 2_000
 """Numbers of images for online evaluation of streamed data: the first step must not wait for a million of them."""
 
+MEASURED = 2048
+"""Number of images whose features are measured without labels."""
+
 OnlineEvaluator = Callable[[], dict[str, float]]
 
 
@@ -170,8 +173,12 @@ def make_online_evaluator(built: RunComponents, split: EvaluationSplit | None) -
 
     LiDAR is that of views of some of the training images, everything else that of clean images.
     """
-    seed = built.recipe.seed
-    sample = Chosen(built.loader.source, built.loader.held, seed)
+    seed, source, readout = built.recipe.seed, built.loader.source, built.encoder.readout
+    sample = Chosen(source, built.loader.held, seed)
+    if split is not None:
+        images = split.bank
+    else:  # a sample, because the source may be sorted, such as by folder, and features are whitened by these images
+        images = hold_in_memory(fixed_sample(source, MEASURED if readout is None else max(MEASURED, 4 * readout.width)))
 
     def evaluate_features() -> dict[str, float]:
         figures = evaluate_clean()
@@ -181,12 +188,10 @@ def make_online_evaluator(built: RunComponents, split: EvaluationSplit | None) -
 
     def evaluate_clean() -> dict[str, float]:
         options: dict[str, Any] = {"precision": built.network.precision, "workers": built.loader.workers}
+        bank = embed_bank(built.encoder, images, **options)
         if split is None:
-            most = 2048 if built.encoder.readout is None else 4 * built.encoder.readout.width
-            indices = torch.arange(min(most, len(built.loader.source)))
-            watched = Subset(built.loader.source, indices, "to watch the features")
-            return _feature_measures(built.encoder, embed_bank(built.encoder, watched, **options).vectors[:2048])
-        bank, queries = embed_bank(built.encoder, split.bank, **options), embed(built.encoder, split.queries, **options)
+            return _feature_measures(built.encoder, bank.vectors)
+        queries = embed(built.encoder, split.queries, **options)
         measures = _feature_measures(built.encoder, queries.vectors)
         bank = bank.labelled()
         near = knn(bank, queries, k=min(built.recipe.knn_k, len(bank)), device=built.loader.device)
@@ -198,7 +203,7 @@ def make_online_evaluator(built: RunComponents, split: EvaluationSplit | None) -
 def _feature_measures(encoder: Encoder, rows: Tensor) -> dict[str, float]:
     """Return how different and how normal features are, and how their spectrum decays, before any whitening."""
     plain = rows if encoder.readout is None else encoder.readout.unwhitened(rows)
-    sample = plain[:2048]
+    sample = plain[torch.linspace(0, len(plain) - 1, min(MEASURED, len(plain))).long()]  # they may be sorted by class
     return {
         "feature_std": float(feature_std(plain)), "rankme": float(rankme(sample)), "alpha": float(alpha_req(sample)),
         "sigreg_distance": float(sigreg_distance(sample)),
