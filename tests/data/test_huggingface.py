@@ -105,6 +105,9 @@ class TestSaved:
     def test_fingerprints(self, tmp_path):
         a, b = (open_data(saved(tmp_path / name, table())).fingerprint() for name in "ab")
         assert a and b and a != b and a == open_data(tmp_path / "a").fingerprint()
+        rows = datasets.load_from_disk(tmp_path / "a")
+        parts = [open_data(rows.select(range(*ends))).fingerprint() for ends in ((0, 3), (3, 6))]
+        assert len({a, *parts}) == 3, "slices of a table are different images"
 
     def test_empty_and_damaged(self, tmp_path):
         with pytest.raises(DataError, match="has no rows"):

@@ -9,6 +9,7 @@ from test_loader import VIEWS, photos, same  # noqa: F401 - a fixture
 
 from inbatch.data import Loader, open_data
 from inbatch.data.samplers import SAMPLERS, Apart, Balanced, Neighbours, Sampler
+from inbatch.data.workers import SampleReader
 from inbatch.errors import DataError
 
 
@@ -56,6 +57,24 @@ def test_classes_are_balanced_in_batches_and_context_groups() -> None:
     for label in set(labels):  # each image of a class as often as another, give or take one
         mine = counts[torch.tensor(labels) == label]
         assert int(mine.max() - mine.min()) <= 1
+
+
+def test_what_replaces_unreadable_images_occurs_once_in_a_batch() -> None:
+    """Balanced batches repeat images of small classes, so that the next batch can have those of this one."""
+    source = Source([0] * 3 + [1] * 60)
+    sampler = prepared(Balanced(), source, 8)
+    for bad in ({40}, {1, 7, 30, 41}):
+
+        def make(i: int, bad: set[int] = bad) -> int:
+            if i in bad:
+                raise DataError("it cannot be read")
+            return i
+
+        for epoch in range(20):
+            order = sampler.order(epoch)
+            reader = SampleReader(source, 3, 8, order)  # type: ignore[arg-type]
+            used = torch.tensor([reader.read(epoch, at, make)[0] for at in range(len(order))]).view(-1, 8).tolist()
+            assert all(len(set(batch)) == 8 and not bad & set(batch) for batch in used)
 
 
 def test_more_classes_than_samples_and_classes_of_one_image() -> None:

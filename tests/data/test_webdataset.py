@@ -154,6 +154,12 @@ class TestRead:
         ):  # fmt: skip
             source = open_data(path, label_column=column)
             assert source.classes == classes and source.labels.tolist() == labels
+        deep = shard(tmp_path / "b.tar", *pictures(0, 2), ("000.Kind.txt", b"cat"), ("001.Kind.txt", b"eel"))
+        for column in ("kind.txt", "Kind.txt", ".kind.txt"):
+            assert open_data(deep, label_column=column).labels.tolist() == [0, 1], column
+            assert open_data(deep, group_column=column).groups.tolist() == [0, 1], column
+        with pytest.raises(DataError, match=r"no member KEY\.kind.txt and .* of an image"):
+            open_data(shard(tmp_path / "c.tar", *pictures(0, 2), ("900.kind.txt", b"cat")), label_column="kind.txt")
         with pytest.raises(DataError, match=r"no member KEY\.what and no 'what' in a KEY.json"):
             open_data(path, label_column="what")
 

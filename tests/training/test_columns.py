@@ -102,6 +102,17 @@ def test_test_data_have_columns_of_their_own_and_may_lack_classes(animals: Path,
         evaluation_split(recipe, source, str(animals), str(tmp_path / "l.csv"))
 
 
+def test_test_data_of_many_levels_are_read_by_the_columns_of_the_run(tmp_path: Path) -> None:
+    """Values without a known range cannot be opened without the levels of the run."""
+    kind = np.arange(12) % 2
+    for name in ("train", "test"):
+        np.savez(tmp_path / f"{name}.npz", x=np.random.rand(12, 16, 16, 3).astype(np.float32), kind=kind, y=kind * 0)
+    settings = {"image_size": 16, "epochs": 1, "label_column": "kind", "levels": [0, 1]}
+    recipe, source = resolve_recipe(str(tmp_path / "train.npz"), settings)
+    split = evaluation_split(recipe, source, str(tmp_path / "train.npz"), str(tmp_path / "test.npz"))
+    assert split is not None and split.queries.labels.tolist() == kind.tolist()
+
+
 def test_recipes_keep_the_columns(animals: Path) -> None:
     recipe, _ = resolve_recipe(str(animals), {"image_size": 16, **COLUMNS})
     assert "--set image_column=photo --set label_column=species" in recipe.command()

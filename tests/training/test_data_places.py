@@ -149,7 +149,12 @@ def test_a_finished_run_with_a_budget_is_returned_for_the_same_images_only(
         assert run is not None and run.result["steps"] == 2
     with pytest.raises(ConfigError, match="seed = 9"):
         again(None, seed=9)
-    next(other.rglob("*.png")).unlink()
+    result = (tmp_path / "run" / "result.json").read_text()
+    (tmp_path / "run" / "result.json").write_text(result.replace('"unreadable": 0', '"unreadable": 1'))
+    shutil.copy(first := next(other.rglob("*.png")), first.with_name("broken.png"))
+    assert again(other) is not None, "the signature of the run is that of its readable images"
+    first.with_name("broken.png").unlink()
+    first.unlink()
     with pytest.raises(DataError, match="the images have changed"):
         again(other)
     (tmp_path / "run" / "result.json").write_text('{"steps": 2')

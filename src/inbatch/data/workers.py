@@ -105,6 +105,8 @@ class SampleReader:
         why = ""
         for at in range(place, place + used, self.batch):
             i = self.number_at(epoch, at % used)
+            if at > place and not self._may_replace(i, place):
+                continue
             try:
                 return i, make(i)
             except DataError as error:
@@ -114,6 +116,19 @@ class SampleReader:
     def read_again(self, epoch: int, place: int, make: Callable[[int], Result]) -> tuple[int, Result]:
         """Do what `read` does, for a position that was read before."""
         return SampleReader.read(self, epoch, place, make)
+
+    def _may_replace(self, i: int, place: int) -> bool:
+        """Return whether no other position of the batch has this image, nor can have it as a replacement.
+
+        An order may hold an image several times: it replaces only images at the positions, counted from the beginning
+        of the batch, of its first occurrence.
+        """
+        if self.order is None:
+            return True
+        first = place // self.batch * self.batch
+        if (self.order[first : first + self.batch] == i).any():
+            return False
+        return int((self.order == i).nonzero()[0]) % self.batch == place % self.batch
 
     def number_at(self, epoch: int, place: int) -> int:
         """Return the number of the image at a position of the epoch's order."""

@@ -99,7 +99,7 @@ def columns_of_other(recipe: Recipe, data: Any) -> dict[str, Any]:
     if own == usual:
         return usual
     try:
-        open_data(data, splits(data, **own)[0], **own)
+        open_data(data, splits(data, **own)[0], levels=recipe.levels, **own)
     except DataError:
         return usual
     return own

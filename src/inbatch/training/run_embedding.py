@@ -130,7 +130,8 @@ def images_for(
         label_column: Column of the labels, likewise.
     """
     columns: dict[str, Any] = {"image_column": image_column, "label_column": label_column}
-    if path is not None and (Path(path) / "recipe.json").is_file():  # an encoder's folder has none
+    path = None if path is None else path_of(path)
+    if path is not None and (path / "recipe.json").is_file():  # an encoder's folder has none
         own = columns_of_other(recipe_of(path), data)
         columns = {key: own[key] if column is None else column for key, column in columns.items()}
     reading: dict[str, Any] = {"channels": encoder.channels, "levels": encoder.levels} | columns

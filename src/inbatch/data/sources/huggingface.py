@@ -86,7 +86,7 @@ class HubSource(Source):
         chunks = self.rows.data.column(self.column).chunks
         if not self.rows.cache_files or any(chunk.field("bytes").null_count for chunk in chunks):
             return None  # in memory, or the pixels are in separate files
-        digest = hashlib.sha256(self.column.encode())
+        digest = hashlib.sha256(f"{self.column}\0{self.rows._fingerprint}".encode())  # slices share their files
         for file in self.rows.cache_files:
             name = os.path.realpath(file["filename"])
             digest.update(stat_fingerprint(name.encode(), os.stat(name)))

@@ -110,6 +110,11 @@ def _allowed(member: tarfile.TarInfo) -> str | None:
     return name
 
 
+def extension_of(column: str | None) -> str | None:
+    """Return the extension of members that a setting such as `.Kind.txt` names, as in `MemberName.extension`."""
+    return None if column is None else column.lower().lstrip(".")
+
+
 def labelled_by(parts: MemberName, column: str | None) -> tuple[str | None] | None:
     """Return the field of the JSON that a member's label is in, None for its whole text; None if it has no label.
 
@@ -119,7 +124,7 @@ def labelled_by(parts: MemberName, column: str | None) -> tuple[str | None] | No
         return None
     if column is None:
         return {"cls": (None,), "json": ("label",)}.get(parts.kind)
-    if parts.extension == column.lower().lstrip("."):
+    if parts.extension == extension_of(column):
         return (None,)
     return (column,) if parts.kind == "json" else None
 

@@ -22,7 +22,7 @@ from inbatch.data.sources.packed_names import Names
 from inbatch.data.sources.shard_files import map_shards, place_of
 from inbatch.data.sources.shard_index import Entry
 from inbatch.data.sources.split_names import split_of
-from inbatch.data.sources.tar_members import IMAGES, MemberName, labelled_by, parts_of, read_contents
+from inbatch.data.sources.tar_members import IMAGES, MemberName, extension_of, labelled_by, parts_of, read_contents
 from inbatch.errors import DataError
 
 
@@ -82,7 +82,7 @@ def choose_images(members: Members, requested: str | None, name: str) -> Images:
     """
     kinds, kind, key = [*members.kinds], np.array(members.extensions), np.array(members.keys)
     if requested is not None:
-        wanted = requested.lower().lstrip(".")
+        wanted = extension_of(requested)
         if wanted not in kinds:
             raise DataError(f"{name!r} has no image KEY.{wanted} (image_column), only {', '.join(kinds) or 'none'}")
         rank = np.where(np.arange(len(kinds)) == kinds.index(wanted), 0, -1)
@@ -144,8 +144,8 @@ def read_members(
         _add(entries, members, reading)
     _check_one_split(members.folders, name)
     column = reading.label_column
-    if column not in (None, NO_LABELS) and not members.distinct.values:
-        raise DataError(f"{name!r} has no member KEY.{column} and no {column!r} in a KEY.json ({setting})")
+    if column not in (None, NO_LABELS) and max(members.labels, default=-1) < 0:
+        raise DataError(f"{name!r} has no member KEY.{extension_of(column)} and no {column!r} in a KEY.json of an image ({setting})")
     return members
 
 
@@ -171,6 +171,7 @@ def _add(entries: Iterable[Entry], members: Members, reading: Reading) -> None:
     labels: dict[str, int] = {}
     images: list[MemberName] = []
     before = max(members.keys, default=-1) + 1
+    column = extension_of(reading.label_column)
     for entry in entries:
         parts = parts_of(entry.name)
         if any(part.startswith(".") for part in entry.name.split("/")):
@@ -185,9 +186,7 @@ def _add(entries: Iterable[Entry], members: Members, reading: Reading) -> None:
             members.extensions.append(members.kinds.setdefault(parts.extension, len(members.kinds)))
         elif labelled_by(parts, reading.label_column) is not None:
             if entry.label is not None:
-                labels[parts.key if parts.extension == reading.label_column else parts.stem] = members.distinct.code(
-                    entry.label
-                )
+                labels[parts.key if parts.extension == column else parts.stem] = members.distinct.code(entry.label)
         elif parts.kind not in ("cls", "json"):
             members.skipped[f".{parts.extension}" if parts.extension else "no extension"] += 1
     members.labels.extend(labels.get(image.stem, labels.get(image.key, -1)) for image in images)
