@@ -145,7 +145,9 @@ def read_members(
     _check_one_split(members.folders, name)
     column = reading.label_column
     if column not in (None, NO_LABELS) and max(members.labels, default=-1) < 0:
-        raise DataError(f"{name!r} has no member KEY.{extension_of(column)} and no {column!r} in a KEY.json of an image ({setting})")
+        raise DataError(
+            f"{name!r} has no member KEY.{extension_of(column)} and no {column!r} in a KEY.json of an image ({setting})"
+        )
     return members
 
 
