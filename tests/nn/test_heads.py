@@ -4,11 +4,24 @@ import pytest
 import torch
 from torch import nn
 
-from inbatch.nn.heads import hidden_widths, mlp
+from inbatch.nn.heads import Prototypes, hidden_widths, mlp
 
 
 def kinds(network: nn.Sequential) -> list[str]:
     return [type(layer).__name__ for layer in network]
+
+
+def test_prototypes_that_have_not_learned_stay_the_same_to_the_bit() -> None:
+    for kind in (torch.float32, torch.float64):
+        prototypes = Prototypes(128, 500).to(kind)
+        prototypes.restore()
+        before = prototypes.weight.clone()
+        assert torch.equal(prototypes.restore(), before)
+        with torch.no_grad():
+            prototypes.weight[::2] *= 1.01
+        after = prototypes.restore()
+        assert torch.equal(after[1::2], before[1::2])
+        assert torch.allclose(after.norm(dim=1), torch.ones(500, dtype=kind), rtol=16 * torch.finfo(kind).eps)
 
 
 def test_mlp_has_norms_and_activations_between_linear_layers() -> None:

@@ -1,6 +1,8 @@
 """Callbacks: what they receive, may do and may not do, and what a run does if they fail."""
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ from rank_pool import on_ranks
 from small_runs import assert_same_state, leave_out_evaluation, saved, tiny, use_few_images
 
 import inbatch
-from inbatch.errors import ConfigError, TrainingError
+from inbatch.errors import ConfigError, Preempted, TrainingError
 from inbatch.training.callbacks import Callback, named
 
 
@@ -23,6 +25,21 @@ def test_callbacks_are_called_log_and_stop(brief: None, tmp_path: Path) -> None:
     assert [one["Count/count"] for one in records if "Count/count" in one] == [1, 2, 3]
     assert saved(tmp_path / "called")["callback Count"] == {"steps": 3}
     assert run.recipe.replans == ((3, 0),) and not run.recipe.own
+
+
+class StopsInASignal(Callback):
+    """Ask to stop in the step in which a signal arrives."""
+
+    def on_step(self, moment: inbatch.training.callbacks.Moment) -> None:
+        if moment.step == 3:
+            moment.stop("it is enough")
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_stop_in_the_step_of_a_signal_is_kept(brief: None, tmp_path: Path) -> None:
+    with pytest.raises(Preempted):
+        tiny("simclr", tmp_path, callbacks=[StopsInASignal])
+    assert tiny("simclr", tmp_path, callbacks=[StopsInASignal], resume=True).result["steps"] == 3
 
 
 @pytest.mark.slow

@@ -59,6 +59,20 @@ def test_resuming_is_bit_exact(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("brief")
+def test_what_epochs_and_sizes_decide_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prototypes that do not learn yet, and a survey of the data set while the images grow."""
+    growing = {"method.warmup_epochs": 1, "grow_from": 0.5, "grow_until": 0.8}
+    for method, stop, settings in (("swav", 3, {"method.freeze_prototypes_epochs": 1}), ("pcl", 5, growing)):
+        tiny(method, tmp_path / method / "whole", settings=settings)
+        with monkeypatch.context() as patch, pytest.raises(Preempted):
+            stop_after(patch, stop)
+            tiny(method, tmp_path / method / "cut", settings=settings)
+        tiny(method, tmp_path / method / "cut", settings=settings, resume=True)
+        assert_same_state(saved(tmp_path / method / "cut"), saved(tmp_path / method / "whole"))
+
+
+@pytest.mark.slow
 def test_resuming_does_not_depend_on_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny("simclr", tmp_path / "whole", cache_on_device=False, workers=2)
     with monkeypatch.context() as patch, pytest.raises(Preempted):

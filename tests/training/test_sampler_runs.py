@@ -76,6 +76,12 @@ def test_the_user_reads_what_has_no_effect(tmp_path: Path) -> None:
     assert idle not in description(epochs=2, sampler="neighbours") and unused in description(epochs=1)
     late = "Curation has no effect: it begins with epoch 2"
     assert late in description(epochs=1, curate="redraw") and late not in description(epochs=2, curate="redraw")
+    epochs = {"method.queue_size": 8, "method.queue_start_epoch": 5, "method.freeze_prototypes_epochs": 0}
+    swav = fields | {"settings": fields["settings"] | epochs}
+    late = "method.queue_start_epoch = 5: the queue is filled only from epoch 6 on, after the end of the run"
+    for length, said in ((5, True), (6, False)):
+        dry = api.dry_run(file, "swav", **swav, epochs=length)["description"]
+        assert (late in " ".join(dry.split())) == said
     apart = description(epochs=1, sampler="apart")
     assert unused not in apart and idle not in apart and "leaves out 4 images" in apart
     assert unused not in description(epochs=1, negatives="drop-similar")

@@ -1,7 +1,7 @@
 """Base class of the methods: one loss, and a few hooks that most methods do not override."""
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
@@ -43,6 +43,7 @@ class Method(nn.Module):
     own_rows: whether `loss`, `mixed_loss` and `after_step` reach the other samples of the batch through
         `nn.batch_sums` and `nn.logsumexp` alone, so that on several ranks each may get its own rows (V, B, D), with the
         index and label of its B samples. A subclass that overrides one of them states it again.
+    later: what begins after a number of epochs, by the option that sets the number: {"start": "the queue is filled"}.
     presets: named settings from the paper, by dotted key of the recipe ("optimizer.lr"), and "source": their origin.
     """
 
@@ -60,6 +61,7 @@ class Method(nn.Module):
     keys_learn: bool = True
     own_rows: ClassVar[bool] = False
     momentum: float
+    later: Mapping[str, str] = {}
     presets: ClassVar[dict[str, dict[str, Any]]] = {}
 
     def __new__(cls, *args: Any, **options: Any) -> Any:

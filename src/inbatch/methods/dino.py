@@ -32,7 +32,7 @@ class DINO(Method):
     """
 
     online: tuple[str, ...] = ("prototypes",)
-    target, views = ("prototypes",), (2, None)
+    target, views, later = ("prototypes",), (2, None), {"freeze_prototypes_epochs": "the last layer learns"}
     mixed_keys: MixedKeys | None = "other"
     mixed_if = "method.koleo_weight=0"
     center: Tensor

@@ -27,9 +27,8 @@ class SwAV(Method):
 
     temperature: of the prediction. epsilon: of the codes, small is sharp. iterations: of Sinkhorn's scaling.
     hidden_dim, out_dim: widths of the projection. num_prototypes: their number.
-    freeze_prototypes_epochs: epochs before they learn.
+    freeze_prototypes_epochs: epochs before they learn. queue_start_epoch: epoch from which the queue is filled.
     queue_size: past samples assigned with the batch once it is full (0: none).
-    queue_start_epoch: epoch from which they are stored.
     """
 
     online, views, keys_learn = ("projection", "prototypes"), (2, None), False
@@ -54,9 +53,10 @@ class SwAV(Method):
                  queue_start_epoch: int = 15, hidden_dim: int = 2048, out_dim: int = 128) -> None:  # fmt: skip
         super().__init__()
         check_temperature(temperature, epsilon)
-        self.temperature, self.epsilon, self.iterations = temperature, epsilon, iterations
+        self.temperature, self.epsilon, self.iterations, self.hidden_dim = temperature, epsilon, iterations, hidden_dim
         self.freeze_prototypes_epochs, self.queue_start_epoch = freeze_prototypes_epochs, queue_start_epoch
-        self.hidden_dim = hidden_dim
+        queue = {"queue_start_epoch": "the queue is filled"} if queue_size else {}
+        self.later = {"freeze_prototypes_epochs": "the prototypes learn"} | queue
         # The prototypes: a loss has no access to heads.
         self.register_buffer("vectors", torch.zeros(num_prototypes, out_dim))
         self.queue = MemoryBank(queue_size, 2 * out_dim) if queue_size else None  # one row holds both views of a sample

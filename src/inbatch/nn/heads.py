@@ -92,5 +92,10 @@ class Prototypes(nn.Module):
 
     @torch.no_grad()
     def restore(self) -> Tensor:
-        """Normalise the vectors in place and return them, (count, dim), without gradient."""
-        return self.weight.copy_(normalize(self.weight)).detach()
+        """Normalise the vectors in place and return them, (count, dim), without gradient.
+
+        Unit vectors stay as they are, to the bit: a layer that has not learned equals the initial one.
+        """
+        rounding = 16 * torch.finfo(self.weight.dtype).eps
+        changed = (self.weight.norm(dim=1, keepdim=True) - 1).abs() > rounding
+        return self.weight.copy_(torch.where(changed, normalize(self.weight), self.weight)).detach()

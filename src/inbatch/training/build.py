@@ -137,7 +137,7 @@ def build(
         recipe, source, loader, parts.views, whole.copy if whole else parts.encoder, parts.method, network, target,
         optimizer, step, context, lr, timeline,
         (*parts.notes, *(loader.sampler.notes() if loader.sampler else ()),
-         *without_effect(recipe, source, loader, curator, timeline.total)), whole,
+         *without_effect(recipe, source, loader, parts.method, curator, timeline.total)), whole,
     )  # fmt: skip
 
 

@@ -38,16 +38,19 @@ class RunEvaluations:
         final: Images of the evaluation at the end; None without labels.
         compared: Number of images on which the encoder is compared with the one before training.
         pace: Pace of a run with a budget; that of rank 0 counts.
+        seconds: Duration of an online evaluation of a run with a budget.
     """
 
     online: EvaluationSplit | None
     final: EvaluationSplit | None
     compared: int = IMAGES
     pace: Pace | None = None
+    seconds: float = 0.0
 
     def clock(self, progress: TrainState) -> RunClock:
         """Return the monitor of the run's clock."""
         clock = RunClock(self.pace, lambda: progress.wall, SAVE_EVERY if self.pace is None else self.pace.seconds / 20)
+        clock.evaluation_seconds = self.seconds
         clock.survey_seconds = (progress.calibration or {}).get("survey", 0.0)
         return clock
 
@@ -77,9 +80,10 @@ def _within_budget(built: RunComponents, split: EvaluationSplit | None, progress
                 (sizes.bank, sizes.queries) if sizes else (len(part.bank), len(part.queries))
             )
             split = limited(split, bank, queries)
+        evaluation = time.perf_counter()
         with shared_work.sharing():
             make_online_evaluator(built, split)()
-        seconds = time.perf_counter() - began
+        evaluation, seconds = (time.perf_counter() - since for since in (evaluation, began))
         images, comparison = distributed.broadcast_object(
             (0, 0.0) if distributed.rank() else images_within(built, JUDGED * left, sizes.compared if sizes else None)
         )
@@ -89,7 +93,8 @@ def _within_budget(built: RunComponents, split: EvaluationSplit | None, progress
     if built.step.curator is not None:
         plain = (calibration or {}).get("plain") or plain_share(built)
         costs = combined(costs, [(min(1.0, built.step.curator.starts * built.loader.steps / built.total), plain)])
-    return RunEvaluations(split, split, images, Pace(budget, 3.0 * seconds + comparison + 0.01 * left + 2.0, costs))
+    pace = Pace(budget, 3.0 * seconds + comparison + 0.01 * left + 2.0, costs)
+    return RunEvaluations(split, split, images, pace, evaluation)
 
 
 def evaluation_seconds(built: RunComponents, split: EvaluationSplit | None) -> float:

@@ -92,6 +92,8 @@ class Loop:
         """Train from the current step to the last, and evaluate on the way."""
         built, progress, steps = self.built, self.progress, self.built.loader.steps
         self.unreadable = report_unreadable(built, self.out, self.log, self.unreadable)
+        if progress.step:
+            built.step.resize(progress.step - 1)  # as after the last step of the interrupted run
         if progress.step == 0:
             check_collapse(built, self.watched, progress, 0, self.log)
             self.evaluate(0)
@@ -116,6 +118,7 @@ class Loop:
         began, used = time.perf_counter(), time.process_time()  # waiting for data counts, evaluation and saving do not
         distributed.first_exchange()  # forget that of the evaluation
         if first == 0 and surveyed(built, epoch):
+            built.step.resize(progress.step)
             if values := survey(built, epoch):
                 self.log.evaluation(progress.step, values)
             self.clock.survey_seconds = time.perf_counter() - began
@@ -133,13 +136,12 @@ class Loop:
             self.values = losses
             state: dict[str, Tensor | float] = {"lr": logged_rate(built.optimizer, built.lr), "elapsed": progress.wall}
             self.log.step(progress.step, epoch, losses | state, built.recipe.batch_size)
-            asked = self.call("on_step", progress.step, epoch + 1, losses | state)
+            if asked := self.call("on_step", progress.step, epoch + 1, losses | state):
+                self.end_run(asked)
             if self.check_signals_and_clock():
                 self.save(best=False)
                 self.clock.paused(time.perf_counter() - now)
                 began, used = time.perf_counter(), time.process_time()
-            if asked:
-                self.end_run(asked)
             self.stopping.finished()
             if progress.step >= built.total:
                 break
@@ -154,7 +156,7 @@ class Loop:
 
     def check_signals_and_clock(self) -> bool:
         """Raise Preempted or Interrupted if any rank got a signal; return whether a checkpoint is due."""
-        due = distributed.rank() == 0 and self.clock.due()
+        due = distributed.rank() == 0 and self.stopped is None and self.clock.due()
         # One collective communicates a signal on any rank, and whether rank 0 must check its clock.
         signal, check = divmod(distributed.all_reduce_max(2 * (self.stopping.stop.requested or 0) + int(due)), 2)
         if signal:
@@ -178,7 +180,9 @@ class Loop:
             stays = distributed.broadcast_object(sorted(before & progress.collapsed.keys()))
         best, last = False, progress.step >= built.total
         evaluated = epoch % recipe.evaluate_every == 0 or last
-        if evaluated:
+        if evaluated and progress.curve[-1]["step"] == progress.step:  # before a callback ended the run with an error
+            best = progress.curve[-1].get("knn") == progress.best
+        elif evaluated:
             best = self.evaluate(epoch)
         self.stopping.stop.hold()
         asked = self.call("on_evaluation", progress.step, epoch, progress.curve[-1]) if evaluated else None

@@ -1,6 +1,6 @@
 """Batch fusion, batch curation and mixing of a recipe."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -50,9 +50,14 @@ def fusion(
     return make_fusion(**arguments, **recipe.fuse.options), fused
 
 
-def without_effect(recipe: Recipe, source: Source, loader: Loader, curator: Curator | None, steps: int) -> list[str]:
-    """Return a sentence for the user for every plug-in or column that this run of so many steps does not use."""
-    notes, sampler = [], loader.sampler
+def without_effect(
+    recipe: Recipe, source: Source, loader: Loader, method: Method, curator: Curator | None, steps: int
+) -> list[str]:
+    """Return a sentence for the user for every plug-in, column or part of the method that this run does not use.
+
+    steps: number of steps of the run.
+    """
+    notes, sampler = [*_parts_that_begin_later(recipe, method, -(-steps // loader.steps))], loader.sampler
     if recipe.shard and distributed.world() == 1:
         notes.append("shard has no effect on one process: start several (torchrun --nproc-per-node ...)")
     grouped = recipe.negatives is not None and recipe.negatives.name == "drop-similar" and not embeds(recipe, source)
@@ -77,6 +82,27 @@ def without_effect(recipe: Recipe, source: Source, loader: Loader, curator: Cura
             "more epochs"
         )
     return notes
+
+
+def _parts_that_begin_later(recipe: Recipe, method: Method, epochs: int) -> Iterator[str]:
+    """Yield a sentence for every part of the method that begins after the end of a run of so many epochs."""
+    for option, what in method.later.items():
+        if (start := getattr(method, option)) >= epochs:
+            yield (
+                f"method.{option} = {start}: {what} only from epoch {start + 1} on, after the end of the run. Train "
+                "for more epochs, or set it lower"
+            )
+    overridden = type(method).survey is not Method.survey
+    if overridden and not any(method.surveys(epoch) for epoch in range(epochs)):
+        first = next((epoch for epoch in range(epochs, _FAR) if method.surveys(epoch)), _FAR)
+        yield (
+            f"{recipe.method.name} reads the whole data set before epoch {first + 1} at first, after the end of the "
+            "run: what it computes from that has no effect. Train for more epochs, or set its option for that lower"
+        )
+
+
+_FAR = 10_000
+"""Epoch that no run reaches."""
 
 
 def curator_of(

@@ -71,7 +71,7 @@ def train(
     saved = None
     if resume:
         saved = _restore(built, parts, progress, out, data)
-        where_from = f"Resuming from step {progress.step:,} of {built.total:,}{_ranks(saved, out)}."
+        where_from = f"Resuming from step {progress.step:,} of {built.total:,}{_ranks(saved, out, built)}."
         notes = [*notes, saved.note or where_from, *notes_on_version(saved, built.recipe)]
     else:
         progress.calibration = dict(calibration) if calibration else None
@@ -174,9 +174,11 @@ def _expected(built: RunComponents, progress: TrainState) -> str:
     return expectation(built, seconds, progress.step)
 
 
-def _ranks(saved: Checkpoint, out: Path) -> str:
+def _ranks(saved: Checkpoint, out: Path, built: RunComponents) -> str:
     """Return the number of ranks of a resumed run as text, if there are or were several."""
     now = distributed.world()
     before = (saved.run or report_of(out)).get("world", now)
-    changed = f" ({before} before: the same images at every step, equal to rounding)" if before != now else ""
+    several = built.recipe.sync_norm and built.context < built.recipe.batch_size
+    same = "in other context groups, because sync_norm extends them over the ranks" if several else "equal to rounding"
+    changed = f" ({before} before: the same images at every step, {same})" if before != now else ""
     return f" on {now} rank{'s' * (now > 1)}{changed}" if changed or now > 1 else ""

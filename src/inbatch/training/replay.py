@@ -126,6 +126,7 @@ def _repeat_step(
 ) -> dict[str, Any]:
     """Repeat the step; return whether it fails again, and the places of non-finite values, in order."""
     recipe = make(read_file(folder / "recipe.json"))
+    synced = recipe.sync_norm
     recipe = replace(recipe, context=record["context"], sync_norm=False, compile=False, cache_on_device=False,
                      read="random")  # fmt: skip
     if precision is not None:
@@ -135,7 +136,7 @@ def _repeat_step(
         source.groups = torch.full_like(source.labels, -1)
     built = build(recipe, source, device=device, workers=0, init=kept_initial(run), teacher=kept_teacher(run))
     checkpoint.restore(built.parts(), saved["parts"])
-    step, batch = built.step, _batch(folder, record).to(device)
+    step, batch = built.step, _batch(folder, record, synced).to(device)
     step.curator = step.similar = None  # what they have done is stored in the batch
     places = [f"the weight {name}" for name, p in built.network.named_parameters() if not p.isfinite().all()]
     step.views = _checked(step.views, places)
@@ -171,8 +172,8 @@ class _Empty(Source):
         return str(i)
 
 
-def _batch(folder: Path, record: dict[str, Any]) -> Batch:
-    """Return the whole batch, from the samples of all ranks."""
+def _batch(folder: Path, record: dict[str, Any], synced: bool) -> Batch:
+    """Return the whole batch, from the samples of all ranks, one context group after the other."""
     shares = []
     for rank in range(record["world"]):
         path = folder / f"share-{rank}.safetensors"
@@ -195,7 +196,7 @@ def _batch(folder: Path, record: dict[str, Any]) -> Batch:
         return torch.cat(parts, dim)
 
     crops = [joined(f"crops.{v}") for v in range(sum(name.startswith("crops.") for name in shares[0]))]
-    return Batch(
+    batch = Batch(
         index=torch.cat([share["index"] for share in shares]),
         label=torch.cat([share["label"] for share in shares]),
         seed=record["seed"],
@@ -209,6 +210,10 @@ def _batch(folder: Path, record: dict[str, Any]) -> Batch:
         same=joined("same"),
         bank=BankGroups(shares[0]["bank.same"], shares[0]["bank.tags"]) if "bank.same" in shares[0] else None,
     )
+    if not synced:
+        return batch
+    groups = len(batch) // record["context"]  # each extends over all ranks, and was cut from the samples of every one
+    return batch.take(torch.arange(len(batch)).view(record["world"], groups, -1).transpose(0, 1).flatten())
 
 
 def _checked(views: Callable[[Batch], Sequence[Tensor]], places: list[str]) -> Callable[[Batch], Sequence[Tensor]]:

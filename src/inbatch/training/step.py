@@ -100,9 +100,9 @@ class Step:
     def __call__(self, batch: Batch, step: int) -> dict[str, Tensor | float]:
         """Perform a step on this rank's part of a global batch; the returned losses are those of the whole batch."""
         progress = self.progress(step)
+        self.resize(step)
         for network in (self.network, self.target):
             if network is not None:
-                network.scale = self.scale(progress)
                 network.freeze_encoder(step < self.frozen)
         # The wrapper would wait for the gradients of a frozen encoder.
         call = self.network if step < self.frozen else self.call
@@ -154,6 +154,12 @@ class Step:
             self.method.store(state)
             self.method.after_step({name: x.detach() for name, x in rows.items()}, target_rows, samples, progress)
         return {name: x.detach() for name, x in losses.items()} | {"grad_norm": norm} | figures
+
+    def resize(self, step: int) -> None:
+        """Set the size of the networks' images to that of a step, also for passes outside of steps."""
+        for network in (self.network, self.target):
+            if network is not None:
+                network.scale = self.scale(self.progress(step))
 
     def _losses(
         self, rows: Rows, target_rows: Rows, samples: Batch, mixing: StepMixing | None
