@@ -70,6 +70,10 @@ class BankGroups:
     tags: Tensor
 
 
+REPEATED = 2**20
+"""What each occurrence of an image in an epoch adds to the number of the draw of its views."""
+
+
 @dataclass(frozen=True)
 class Batch:
     """A batch of B samples.
@@ -93,7 +97,8 @@ class Batch:
         same: (B,) int64; samples with equal numbers are never negatives of each other (the recipe's `negatives`). None:
             every other sample is a negative.
         bank: near duplicates among the rows of the method's memory bank. None: every row of it is a negative.
-        attempt: (B,) int64, number of the draw of each sample's views. None: 0, the first draw, for all samples.
+        attempt: (B,) int64, number of the draw of each sample's views: `REPEATED` for every earlier occurrence of its
+            image in the epoch, and the number of redraws. None: 0, the first draw, for all samples.
     """
 
     index: Tensor

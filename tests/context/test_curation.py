@@ -14,7 +14,7 @@ from small_runs import tiny
 from torch import Tensor, nn
 
 from inbatch import api
-from inbatch.batch import Batch
+from inbatch.batch import REPEATED, Batch
 from inbatch.context.curation import Curator, pair_distances, violating
 from inbatch.errors import ConfigError
 
@@ -182,6 +182,17 @@ def test_a_rank_without_violators_takes_as_many_rounds(together: bool) -> None:
     views, figures = plugin(drawn(answers).take(slice(2)), gather, 0)
     assert asked == [[0, 0]] * 2 * together and figures["curate_rounds"] == 2 and len(calls) == 9
     assert figures["curate_violating"] == 0.5 and views.attempt.tolist() == [0, 0]
+
+
+def test_redraws_count_from_the_first_draw_and_need_whole_images() -> None:
+    """A sampler that repeats an image gives each occurrence a draw of its own."""
+    first = REPEATED * torch.tensor([0, 3])
+    plugin, _ = curator({}, rounds=2)
+    plugin._embed = lambda model, batch: torch.tensor([0.0, 5.0])[:, None, None].repeat(1, len(batch), 1)
+    views, figures = plugin(replace(drawn({0: [], 1: []}), attempt=first))
+    assert figures["curate_rounds"] == 2 and views.attempt.tolist() == (first + 2).tolist()
+    with pytest.raises(ConfigError, match="cache_on_device"):
+        plugin(replace(drawn({0: [], 1: []}), crops=(torch.zeros(2, 3, 4, 4, dtype=torch.uint8),), images=None))
 
 
 def test_rows_do_not_depend_on_the_batch() -> None:

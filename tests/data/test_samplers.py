@@ -8,7 +8,8 @@ import torch
 from test_loader import VIEWS, photos, same  # noqa: F401 - a fixture
 
 from inbatch.data import Loader, open_data
-from inbatch.data.samplers import SAMPLERS, Apart, Balanced, Neighbours, Sampler
+from inbatch.data.samplers import SAMPLERS, Apart, Balanced, Neighbours, Sampler, earlier_occurrences
+from inbatch.data.views import View, Views
 from inbatch.data.workers import SampleReader
 from inbatch.errors import DataError
 
@@ -153,3 +154,27 @@ def test_resident_streamed_ranks_and_resumed_batches_are_those_of_the_sampler(ph
     for whole, *shares in zip(held.epoch(1), *(part.epoch(1) for part in parts), strict=True):
         assert torch.equal(torch.cat([share.index for share in shares]), whole.index)
     streamed.close()
+
+
+def test_each_occurrence_of_a_repeated_image_has_other_views(photos: Any) -> None:  # noqa: F811
+    """Resident, streamed as crops and as whole images: the same draws, of which none is repeated."""
+    order = torch.tensor([5, 2, 5, 0, 2, 5])
+    assert earlier_occurrences(order).tolist() == [0, 0, 1, 0, 1, 2]
+    views = Views([View(size=8)], (0.5,) * 3, (0.2,) * 3)
+
+    def boxes(**options: Any) -> dict[tuple[int, int], list[tuple[int, ...]]]:
+        data = open_data(str(photos))
+        data.labels, data.classes = (torch.arange(len(data)) > 1).long(), ("rare", "other")
+        loader = Loader(data, batch=8, views=views, seed=3, sampler=Balanced(), canvas=128, **options)
+        seen: dict[tuple[int, int], list[tuple[int, ...]]] = {}
+        for batch in loader.epoch(1):
+            drawn = views(batch).boxes[0].tolist()
+            for i, box in zip(batch.index.tolist(), drawn, strict=True):
+                seen.setdefault((i, int(data.labels[i])), []).append(tuple(box))
+        loader.close()
+        return seen
+
+    held = boxes(resident=True)
+    rare = [drawn for (_, label), drawn in held.items() if not label]
+    assert len(rare) == 2 and all(len(set(drawn)) == len(drawn) > 1 for drawn in rare)
+    assert boxes(resident=False, workers=0) == boxes(resident=False, workers=2, whole=True) == held

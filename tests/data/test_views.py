@@ -467,5 +467,3 @@ def test_errors_say_what_to_do():
         views(small)
     with pytest.raises(DataError, match="boxes"):
         views(Batch(index, index, crops=(photos(2),) * 2))
-    with pytest.raises(ConfigError, match="cache_on_device"):
-        views(Batch(index, index, crops=(photos(2),) * 2, boxes=boxes, attempt=index))

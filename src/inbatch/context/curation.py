@@ -141,7 +141,14 @@ class Curator(nn.Module):
         """
         if batch.epoch < self.starts:
             return batch, {}
-        model, attempt = self._model(batch.epoch), torch.zeros_like(batch.index)
+        if batch.crops is not None and batch.images is None:
+            raise ConfigError(
+                "Views cannot be drawn again from crops that the workers have cut: keep the images "
+                "on the device (cache_on_device=true)."
+            )
+        model = self._model(batch.epoch)
+        first_draw = torch.zeros_like(batch.index) if batch.attempt is None else batch.attempt
+        attempt = first_draw.clone()
         rows = self._embed(model, batch)
         bad, excess = self._find_violations(rows, gather, first)
         rounds, redrawn, before = 0, 0, int(bad.sum())
@@ -150,7 +157,7 @@ class Curator(nn.Module):
             worst = excess.masked_fill(~bad, -math.inf).argsort(descending=True, stable=True)[:count]
             chosen = torch.zeros_like(bad).index_fill(0, worst, True)
             again = chosen[first : first + len(batch)].nonzero()[:, 0]
-            attempt[again] = rounds
+            attempt[again] = first_draw[again] + rounds
             taken = again  # their number differs between ranks, the number of rounds does not
             if self.together:  # the first sample stands for those that other ranks have in addition
                 most = int(chosen.view(-1, len(batch)).sum(1).max())

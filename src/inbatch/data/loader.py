@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from inbatch import rng
-from inbatch.batch import Batch
+from inbatch.batch import REPEATED, Batch
 from inbatch.data.pieces import checked, put
 from inbatch.data.resident import SHARE, Resident, check_different, check_dropped, estimate, hold, remark, resides
-from inbatch.data.samplers import Sampler
+from inbatch.data.samplers import Sampler, earlier_occurrences
 from inbatch.data.sequential import StreamReader
 from inbatch.data.source import Source
 from inbatch.data.streams import Sequential, Tally, check_epoch, plan_streams
@@ -157,16 +157,20 @@ class Loader:
         self, views: Boxes, workers: int | None, canvas: int, whole: bool, drawer: Drawer | None
     ) -> None:
         """Start the processes that read and decode images, of which they return the views' crops or the whole."""
-        source, batch, shared = self.source, self.batch, None
+        source, batch, shared, attempts = self.source, self.batch, None, None
         self.workers = processes(workers, self.world)
         if self.plan is not None:
             self.workers = self.plan.workers(self.rank, self.world, PIECE, self.workers)
         self._cuts = self._pieces()
         if self.sampler is not None:
             shared = torch.zeros(self.steps * batch, dtype=torch.long).share_memory_()
-        self._shared = shared
-        order = SampleReader(source, self.seed, batch, shared) if self.plan is None else StreamReader(source, self.plan)
-        dataset = CanvasDataset(order, canvas, drawer) if whole else CropDataset(order, views)
+            attempts = torch.zeros_like(shared).share_memory_() if self.sampler.repeats else None
+        self._shared, self._shared_attempts = shared, attempts
+        reader = (
+            SampleReader(source, self.seed, batch, shared, attempts) if self.plan is None
+            else StreamReader(source, self.plan)
+        )  # fmt: skip
+        dataset = CanvasDataset(reader, canvas, drawer) if whole else CropDataset(reader, views)
         self._pin = self.device.type == "cuda"
         outputs = sum(view.size**2 for view in views.views)
         pixels = canvas**2 + (4 * outputs if drawer else 0) if whole else outputs
@@ -233,6 +237,12 @@ class Loader:
             return self.sampler.order(epoch)
         return rng.permutation(self.seed, epoch, len(self.source))
 
+    def _attempts(self, order: Tensor) -> Tensor | None:
+        """Return the number of the first draw at each position of an order; None if no image is repeated."""
+        if self.sampler is None or not self.sampler.repeats:
+            return None
+        return REPEATED * earlier_occurrences(order)
+
     def _share(self, step: int) -> range:
         """Return the positions in the epoch's order that form this rank's local batch."""
         share = self.batch // self.world
@@ -241,11 +251,13 @@ class Loader:
 
     def _resident(self, epoch: int, steps: range) -> Iterator[Batch]:
         assert self.held is not None
-        order = self._images(epoch).to(self.device)
-        drawn = self._drawn(epoch, order, steps) if self.drawers else None
+        images = self._images(epoch)
+        attempts, order = self._attempts(images), images.to(self.device)
+        drawn = self._drawn(epoch, images, attempts, steps) if self.drawers else None
+        attempts = None if attempts is None else attempts.to(self.device)
         for step in steps:
-            places = self._share(step)
-            index = order[places.start : places.stop]
+            places = slice(self._share(step).start, self._share(step).stop)
+            index = order[places]
             yield Batch(
                 crops=None if drawn is None else next(drawn),
                 index=index,
@@ -255,12 +267,14 @@ class Loader:
                 images=self.held.images,
                 at=index,
                 size=self.held.size[index],
+                attempt=None if attempts is None else attempts[places],
                 group=None if self._groups is None else self._groups[index],
             )
 
-    def _drawn(self, epoch: int, order: Tensor, steps: range) -> Iterator[tuple[Tensor, ...]]:
+    def _drawn(self, epoch: int, order: Tensor, attempts: Tensor | None, steps: range) -> Iterator[tuple[Tensor, ...]]:
         """Yield the views of each batch of resident images, drawn by workers."""
-        shares = [order[places.start : places.stop] for places in map(self._share, steps)]
+        both = torch.stack([order, torch.zeros_like(order) if attempts is None else attempts], 1)
+        shares = [both[places.start : places.stop] for places in map(self._share, steps)]
         self._order.keys = [(epoch, part.tolist()) for share in shares for part in share.split(PIECE)]
         pieces = iter(self._stream)
         for share in shares:
@@ -277,7 +291,9 @@ class Loader:
     def _streamed(self, epoch: int, steps: range) -> Iterator[Batch]:
         share, cuts, tally = self.batch // self.world, self._cuts, Tally()
         if self._shared is not None:
-            self._shared.copy_(self._images(epoch))
+            self._shared.copy_(order := self._images(epoch))
+            if (attempts := self._attempts(order)) is not None and self._shared_attempts is not None:
+                self._shared_attempts.copy_(attempts)
         self._order.keys = [(epoch, self._share(step)[cut]) for step in steps for cut in cuts]
         pieces = iter(self._stream)
         for _ in steps:

@@ -26,12 +26,14 @@ class Sampler(nn.Module):
         clusters: Number of clusters of the features, of which `observe` receives that of each image; 0: none.
         every: Epochs between two calls of `observe`.
         steps: Number of batches per epoch.
+        repeats: Whether an epoch can have an image several times, each time with other views.
     """
 
     neighbours: int = 0
     clusters: int = 0
     every: int = 1
     steps: int = 0
+    repeats: bool = False
 
     def prepare(self, source: Source, batch: int, seed: int) -> None:
         """Set the images, the samples of a batch and the seed of the run.
@@ -62,6 +64,17 @@ class Sampler(nn.Module):
         return torch.Generator().manual_seed(rng.fold(self.seed, *key))
 
 
+def earlier_occurrences(order: Int[Tensor, "m"]) -> Int[Tensor, "m"]:
+    """Return how many times the image at each position of an order has occurred before."""
+    places = order.argsort(stable=True)
+    first = torch.ones_like(order, dtype=torch.bool)
+    first[1:] = order[places[1:]] != order[places[:-1]]
+    starts = first.nonzero()[:, 0]
+    counts = torch.empty_like(order)
+    counts[places] = torch.arange(len(order)) - starts[first.cumsum(0) - 1]
+    return counts
+
+
 class Balanced(Sampler):
     """Take equally many samples of each class, or of each cluster of the features, for every batch.
 
@@ -73,6 +86,7 @@ class Balanced(Sampler):
     """
 
     group: Tensor
+    repeats = True
 
     def __init__(self, by: Literal["class", "cluster"] = "class", num_clusters: int = 100, every: int = 1) -> None:
         super().__init__()

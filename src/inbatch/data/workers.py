@@ -4,6 +4,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from multiprocessing import current_process
 from pathlib import Path
 from shutil import disk_usage
@@ -39,15 +40,17 @@ class Boxes(Protocol):
     def views(self) -> Sequence[Any]: ...
 
     def boxes(
-        self, index: Int[Tensor, "b"], size: Int[Tensor, "b 2"], seed: int, epoch: int, attempt: int = 0
-    ) -> Int[Tensor, "v b 4"]: ...
+        self, index: Int[Tensor, "b"], size: Int[Tensor, "b 2"], seed: int, epoch: int,
+        attempt: int | Int[Tensor, "b"] = 0,
+    ) -> Int[Tensor, "v b 4"]: ...  # fmt: skip
 
 
 class Drawer(Protocol):
     """Protocol of views that workers draw one image at a time: those of the user's own transforms."""
 
     def draw(
-        self, index: Sequence[int], pictures: Sequence[Tensor], seed: int, epoch: int
+        self, index: Sequence[int], pictures: Sequence[Tensor], seed: int, epoch: int,
+        attempts: Sequence[int] | None = None,
     ) -> tuple[Tensor, ...]: ...  # fmt: skip
 
 
@@ -55,9 +58,9 @@ class Order(Sampler[Any]):
     """Sampler over the keys of one epoch; the keys are replaced for each epoch, the workers stay alive."""
 
     def __init__(self) -> None:
-        self.keys: list[tuple[int, Sequence[int]]] = []
+        self.keys: list[tuple[int, Sequence[Any]]] = []
 
-    def __iter__(self) -> Iterator[tuple[int, Sequence[int]]]:
+    def __iter__(self) -> Iterator[tuple[int, Sequence[Any]]]:
         return iter(self.keys)
 
     def __len__(self) -> int:
@@ -84,14 +87,18 @@ class SampleReader:
     """Read the samples at the positions of an epoch's order and replace unreadable images.
 
     order: Image numbers of the current epoch, in memory that the workers share; None for a random order.
+    attempts: Numbers of the first draw of the views at the positions, likewise; None for 0.
 
     An unreadable image is replaced by the image at the same position of the next batch, or of the first later batch
     with a readable one. A replacement never comes from the same batch and depends neither on workers nor on ranks nor
     on a resume.
     """
 
-    def __init__(self, source: Source, seed: int, batch: int, order: Int[Tensor, "m"] | None = None):
-        self.source, self.seed, self.batch, self.order = source, seed, batch, order
+    def __init__(
+        self, source: Source, seed: int, batch: int, order: Int[Tensor, "m"] | None = None,
+        attempts: Int[Tensor, "m"] | None = None,
+    ):  # fmt: skip
+        self.source, self.seed, self.batch, self.order, self.attempts = source, seed, batch, order, attempts
         self.bad: dict[int, str] = {}
         self.remarks: dict[str, set[int]] = {}
         self._epoch = -1
@@ -138,6 +145,10 @@ class SampleReader:
             self._epoch, self._permutation = epoch, rng.permutation(self.seed, epoch, len(self.source))
         return int(self._permutation[place])
 
+    def attempts_at(self, places: range) -> dict[str, Tensor]:
+        """Return the part of a batch with the numbers of the first draw at these positions, empty if all are 0."""
+        return {} if self.attempts is None else {"attempt": self.attempts[places.start : places.stop].clone()}
+
     def open(self, i: int) -> LazyImage:
         """Open an image."""
         return self.source.open(i)
@@ -168,10 +179,11 @@ class CropDataset(Dataset[Any]):
         try:
             for first in range(0, len(places), _OPEN):
                 chunk = places[first : first + _OPEN]
+                attempt = self.reader.attempts_at(chunk)
                 numbers, pictures = zip(*(self.reader.read(epoch, at, self.reader.open) for at in chunk), strict=True)
                 index.append(torch.tensor(numbers))
                 size.append(torch.tensor([p.size for p in pictures]))
-                boxes.append(self.views.boxes(index[-1], size[-1], self.reader.seed, epoch))
+                boxes.append(self.views.boxes(index[-1], size[-1], self.reader.seed, epoch, **attempt))
                 for slot, picture in enumerate(pictures):
                     try:
                         with picture:
@@ -179,20 +191,21 @@ class CropDataset(Dataset[Any]):
                         self.reader.add_remarks(numbers[slot], picture)
                     except DataError:  # the header is readable, the pixels are not
                         index[-1][slot], (size[-1][slot], boxes[-1][:, slot], cut) = self.reader.read_again(
-                            epoch, chunk[slot], lambda i: self._cut(i, epoch)
+                            epoch, chunk[slot], partial(self._cut, epoch, chunk[slot : slot + 1])
                         )
                     for out, crop in zip(crops, cut, strict=True):
                         out[first + slot] = crop
         except DataError as e:  # returned as a value: torch would wrap the exception in a long traceback
             return str(e)
-        fields = {"index": torch.cat(index), "size": torch.cat(size)}
+        fields = {"index": torch.cat(index), "size": torch.cat(size)} | self.reader.attempts_at(places)
         return self.reader.piece(fields | {"boxes": torch.cat(boxes, 1), "crops": tuple(crops)})
 
-    def _cut(self, i: int, epoch: int) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-        """Return the size, the boxes and the crops of one image."""
+    def _cut(self, epoch: int, place: range, i: int) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """Return the size, the boxes and the crops of one image at a position."""
         with self.reader.open(i) as picture:
             size = torch.tensor([picture.size])
-            box = self.views.boxes(torch.tensor([i]), size, self.reader.seed, epoch)[:, 0]
+            attempt = self.reader.attempts_at(place)
+            box = self.views.boxes(torch.tensor([i]), size, self.reader.seed, epoch, **attempt)[:, 0]
             crops = picture.crops(box, self.wanted)
             self.reader.add_remarks(i, picture)
             return size[0], box, crops
@@ -212,14 +225,18 @@ class CanvasDataset(Dataset[Any]):
 
     def __getitem__(self, key: Key) -> Piece | str | ConfigError:
         try:
-            index, pixels = zip(*(self.reader.read(key[0], at, self._decode) for at in key[1]), strict=True)
-            drawn = {} if self.views is None else {"crops": self.views.draw(index, pixels, self.reader.seed, key[0])}
+            epoch, places = key
+            index, pixels = zip(*(self.reader.read(epoch, at, self._decode) for at in places), strict=True)
+            fields: dict[str, Any] = self.reader.attempts_at(places)
+            if self.views is not None:
+                attempts = fields["attempt"].tolist() if fields else None
+                fields["crops"] = self.views.draw(index, pixels, self.reader.seed, epoch, attempts)
         except DataError as e:
             return str(e)
         except ConfigError as e:  # of a transform
             return e
         images, size = stack(list(pixels))
-        return self.reader.piece({"index": torch.tensor(index), "size": size, "images": images} | drawn)
+        return self.reader.piece({"index": torch.tensor(index), "size": size, "images": images} | fields)
 
     def _decode(self, i: int) -> Tensor:
         with self.reader.open(i) as picture:
@@ -229,16 +246,19 @@ class CanvasDataset(Dataset[Any]):
 
 
 class DrawnDataset(Dataset[Any]):
-    """Views of images that are in memory, by the user's own transforms; the keys are an epoch and image numbers."""
+    """Views of images that are in memory, by the user's own transforms.
+
+    The keys are an epoch, and of each sample the number of its image and that of the draw.
+    """
 
     def __init__(self, images: Tensor, size: Tensor, views: Drawer, seed: int):
         self.images, self.size, self.views, self.seed = images, size, views, seed
 
-    def __getitem__(self, key: tuple[int, Sequence[int]]) -> Piece | ConfigError:
-        epoch, index = key
+    def __getitem__(self, key: tuple[int, Sequence[tuple[int, int]]]) -> Piece | ConfigError:
+        epoch, (index, attempts) = key[0], zip(*key[1], strict=True)
         pictures = [self.images[i, :, : self.size[i, 0], : self.size[i, 1]] for i in index]
         try:
-            return Piece({"crops": self.views.draw(index, pictures, self.seed, epoch)}, {}, {})
+            return Piece({"crops": self.views.draw(index, pictures, self.seed, epoch, attempts)}, {}, {})
         except ConfigError as e:
             return e
 

@@ -11,7 +11,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor
 
-from inbatch.batch import Batch
+from inbatch.batch import REPEATED, Batch
 from inbatch.data.views.pipeline import Drawn, Views
 from inbatch.data.views.view import View
 from inbatch.errors import ConfigError, reason, type_name
@@ -61,7 +61,8 @@ class TransformedViews:
         images = batch.images
         assert images is not None
         size = torch.tensor([images.shape[2:]]).repeat(len(index), 1) if batch.size is None else batch.size
-        drawn = batch.crops if batch.attempt is None else None  # drawn by workers, all with attempt 0
+        redrawn = batch.attempt is not None and bool((batch.attempt % REPEATED).any())
+        drawn = None if redrawn else batch.crops  # drawn by workers
         if drawn is None:
             places = range(len(index)) if at is None else at.tolist()
             attempts = [0] * len(index) if batch.attempt is None else batch.attempt.tolist()

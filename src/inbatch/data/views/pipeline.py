@@ -234,11 +234,6 @@ class Views:
                 f"The workers' crops are {[tuple(x.shape[2:]) for x in inputs]} pixels, the views {sides} square "
                 "(with boxes). Load with the views that are drawn."
             )
-        if batch.attempt is not None:
-            raise ConfigError(
-                "Views cannot be drawn again from crops that the workers have cut: keep the images "
-                "on the device (cache_on_device=true)."
-            )
         return inputs, batch.boxes
 
 
