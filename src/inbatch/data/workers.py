@@ -90,8 +90,7 @@ class SampleReader:
     attempts: Numbers of the first draw of the views at the positions, likewise; None for 0.
 
     An unreadable image is replaced by the image at the same position of the next batch, or of the first later batch
-    with a readable one. A replacement never comes from the same batch and depends neither on workers nor on ranks nor
-    on a resume.
+    with a readable one that is not in the batch. A replacement depends neither on workers nor on ranks nor on a resume.
     """
 
     def __init__(
