@@ -8,6 +8,7 @@ model = make_pipeline(BatchEncoder(epochs=20), LogisticRegression(max_iter=1000)
 model.fit(images, labels)
 """
 
+import filecmp
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ from inbatch.data.pixels import Levels
 from inbatch.data.source import unlabelled
 from inbatch.data.sources.arrays import open_arrays
 from inbatch.data.sources.path_source import PathsSource
+from inbatch.errors import ConfigError
 from inbatch.evaluation import embed_stream
 from inbatch.methods import METHODS
 from inbatch.models import Encoder
@@ -36,7 +38,34 @@ from inbatch.models.weights import as_one, packed
 from inbatch.runtime.device import device_for
 from inbatch.runtime.isolation import usual_state
 from inbatch.runtime.paths import path_of
-from inbatch.runtime.table_file import write_table
+from inbatch.runtime.table_file import Table, write_table
+
+
+@contextmanager
+def _listed(table: Table, run: Path) -> Iterator[Path]:
+    """Yield the list of the images of a run, next to its directory; a new list is removed if the run does not begin.
+
+    Raises:
+        ConfigError: if the file exists and is another list, or no list.
+    """
+    paths = run.with_name(f"{run.name}.csv")
+    if paths.exists():
+        with TemporaryDirectory(prefix="inbatch-") as folder:
+            write_table(Path(folder) / paths.name, [table])
+            if not filecmp.cmp(Path(folder) / paths.name, paths, shallow=False):
+                raise ConfigError(
+                    f"{paths} exists and is not the list of these images, which would replace it: choose another "
+                    "run_dir, or move the file"
+                )
+        yield paths
+        return
+    write_table(paths, [table])
+    try:
+        yield paths
+    except BaseException:
+        if not (run / "recipe.json").exists():
+            paths.unlink(missing_ok=True)
+        raise
 
 
 class BatchEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
@@ -60,7 +89,7 @@ class BatchEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         seed: seed of weights, order and views.
         device: device of training and `transform`, or "auto".
         run_dir: new run directory, which is kept; None: a temporary one. With it, the list
-            of paths is written to RUN_DIR.csv.
+            of paths is written to RUN_DIR.csv, which must not exist with other content.
 
     Attributes:
         encoder_: the trained encoder.
@@ -108,7 +137,7 @@ class BatchEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
 
         Raises:
             ValueError: if X is of another form.
-            ConfigError, DataError, TrainingError: as `inbatch.pretrain`.
+            ConfigError, DataError, TrainingError: as `inbatch.pretrain`; ConfigError if RUN_DIR.csv is another file.
         """
         learns = self.method in METHODS and METHODS[self.method].labels
         if learns and y is None:
@@ -119,14 +148,14 @@ class BatchEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         with self._run_folder() as run:
             if isinstance(images, list):
                 self.channels_ = 3
-                table = {"path": images} | ({"label": list(y)} if learns else {})
-                write_table(paths := run.with_name(f"{run.name}.csv"), [table])
-                data: Any = str(paths)
+                table: Table = {"path": images} | ({"label": list(y)} if learns else {})
+                with _listed(table, run) as paths:
+                    self.encoder_ = self._train(str(paths), run, len(images))
             else:
                 source = open_arrays(images, None, Reading(levels=self._levels(images)))
                 self.channels_, pixels = source.channels, source.images
                 data = (pixels, np.asarray(y)) if learns else pixels
-            self.encoder_ = self._train(data, run, len(images))
+                self.encoder_ = self._train(data, run, len(images))
         return self
 
     def transform(self, X: Any) -> Float[np.ndarray, "n f"]:
@@ -163,9 +192,10 @@ class BatchEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
             X = X.detach().cpu().numpy()
         if (X.ndim if hasattr(X, "ndim") else np.asarray(X).ndim) in (3, 4):
             images = np.asarray(X)
-            return images.astype(np.uint8) * 255 if images.dtype == bool else images
-        rows: np.ndarray = validate_data(self, X, reset=reset, dtype="numeric", ensure_min_samples=2 if reset else 1)
-        return rows.reshape(len(rows), *self._shape(rows.shape[1]))
+        else:
+            rows = validate_data(self, X, reset=reset, dtype="numeric", ensure_min_samples=2 if reset else 1)
+            images = rows.reshape(len(rows), *self._shape(rows.shape[1]))
+        return images.astype(np.uint8) * 255 if images.dtype == bool else images
 
     def _shape(self, features: int) -> tuple[int, ...]:
         """Return the shape of flattened images of so many features."""

@@ -17,7 +17,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 import inbatch
-from inbatch.errors import DataError
+from inbatch.errors import ConfigError, DataError
 from inbatch.models import create_encoder
 from inbatch.sklearn import BatchEncoder
 
@@ -86,6 +86,32 @@ def test_forms_of_the_same_images_have_the_same_features(untrained, tmp_path):
     assert fields["budget"] == "5m" and not {"epochs", "encoder"} & fields.keys()
 
 
+def test_the_list_of_paths_replaces_no_other_file(untrained, monkeypatch, tmp_path):
+    files, run, paths = [tmp_path / f"{i}.png" for i in range(4)], tmp_path / "run", tmp_path / "run.csv"
+    encoder = BatchEncoder(run_dir=run, **FAST)
+    paths.write_text("path,label\nmine/a.jpg,rose\n")
+    with pytest.raises(ConfigError, match=r"run\.csv exists and is not the list of these images"):
+        encoder.fit(files)
+    assert paths.read_text() == "path,label\nmine/a.jpg,rose\n" and not untrained
+    paths.unlink()
+    encoder.fit(files)
+    before = paths.read_text()
+    with pytest.raises(ConfigError, match="choose another run_dir"):
+        encoder.fit(files[:3])
+    encoder.fit(files)
+    assert paths.read_text() == before and len(untrained) == 2
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise DataError("no")
+
+    monkeypatch.setattr("inbatch.sklearn.pretrain", refuse)
+    for kept in (True, False):
+        with pytest.raises(DataError, match="no"):
+            encoder.fit(files)
+        assert paths.exists() == kept
+        paths.unlink(missing_ok=True)
+
+
 def test_levels_of_numbers(untrained):
     encoder = BatchEncoder(**FAST)
     features = encoder.fit(RGB).transform(RGB)
@@ -94,7 +120,10 @@ def test_levels_of_numbers(untrained):
         encoder.fit(images)
     assert untrained[-1][0].dtype == torch.uint8 and np.array_equal(untrained[-1][0], RGB.transpose(0, 3, 1, 2))
     encoder.fit(RGB < 128)
-    assert untrained[-1][0].unique().tolist() == [0, 255]
+    black_and_white = untrained[-1][0]
+    assert black_and_white.unique().tolist() == [0, 255]
+    BatchEncoder(**FAST, image_shape=(12, 10, 3)).fit((RGB < 128).reshape(24, -1))
+    assert torch.equal(untrained[-1][0], black_and_white)
     for images, words in ((RGB * 2.0, "pass levels"), (RGB - 300.0, "pass levels"), (RGB.astype(str), "numbers")):
         with pytest.raises(ValueError, match=words):
             encoder.fit(images)

@@ -107,6 +107,15 @@ def test_raw_pixels():
     assert raw_pixels(large, size=8).feature == "raw pixels, 8x8"
     flat = Pictures([torch.full((1, 50, 70), 51, dtype=torch.uint8)], [0])
     assert torch.allclose(raw_pixels(flat).vectors, torch.tensor(0.2))
+    with pytest.raises(DataError, match="no images"):
+        raw_pixels(Pictures([], [], "empty"))
+
+
+def test_raw_pixels_of_unreadable_images_are_refused(tmp_path):
+    for name in ("a.jpg", "b.jpg"):
+        (tmp_path / name).write_bytes(b"\xff\xd8\xff\xe0junk")
+    with pytest.raises(DataError, match="none of 2 images can be read"):
+        raw_pixels(tmp_path)
 
 
 @pytest.mark.parametrize("sizes", [((20, 20),), ((20, 20), (31, 40))])
@@ -556,6 +565,9 @@ def test_written_labels_are_those_of_the_data(tmp_path, ending):
         else:
             table = pq.read_table(tmp_path / f"f{ending}").to_pydict()
             assert table["label"] == labels and table["class"] == names
+    with pytest.raises(DataError, match=r"shape \(4, 2\): files of features have one label .* one column"):
+        write_embeddings(tmp_path / f"several{ending}", [replace(features, labels=torch.zeros(4, 2).long())])
+    assert not (tmp_path / f"several{ending}").exists()
 
 
 def test_classes_of_two_sources_are_matched_by_name():

@@ -263,6 +263,9 @@ def test_a_card_states_figures_and_nothing_personal(tmp_path: Path) -> None:
     card = model_card(encoder, "vit", facts | {"weights_sha256": "a" * 64, "step": 5, "steps": 10})
     assert "someone" not in card + json.dumps(facts) and "50 images of the user's own collection" in card
     assert "| k-NN, top-1 accuracy | 0.512 | 0.100 |\n| linear probe, top-1 accuracy | 0.250 | not measured |" in card
+    assert "whitened" not in card
+    encoder = settled("tiny", 12, channels=1, whiten=True)
+    assert "measured on the whitened features" in model_card(encoder, "vit", facts | {"weights_sha256": "a" * 64})
     assert "`optimizer.lr`: 0.003" in card and "- Step: 5 of 10" in card and "license: unknown" in card
     (tmp_path / "result.json").write_text("{")
     assert "figures" not in run_facts(tmp_path)

@@ -12,7 +12,7 @@ from command_line import one_object, run
 from torch import Tensor, nn
 
 import inbatch
-from inbatch.errors import InbatchError
+from inbatch.errors import ConfigError, InbatchError
 from inbatch.models import Classifier, Encoder, create_encoder, load_classifier, save_classifier
 from inbatch.models.export import TARGETS, export_model
 from inbatch.models.export.graph import Graph
@@ -128,6 +128,25 @@ def test_timm_opens_a_classifier(tmp_path: Path) -> None:
     assert model.pretrained_cfg["label_names"] == list(CLASSES)
     again = load_classifier(tmp_path / "out")
     assert np.array_equal(again.predict_proba(images), classifier.predict_proba(images)) and again.temperature == 1.5
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("deit_tiny_distilled_patch16_224", {"depth": 1}),
+        pytest.param("caformer_s18", {}, marks=pytest.mark.slow),
+    ],
+)
+def test_timm_refuses_a_classifier_if_its_own_has_other_layers(
+    name: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    classifier = trained(name, 32, **options)
+    with pytest.raises(ConfigError, match="cannot be exported to timm: its model in timm has other layers"):
+        export_model(classifier, tmp_path / "out", "timm")
+    save_classifier(classifier, tmp_path / "own")
+    assert list(json.loads((tmp_path / "own" / "config.json").read_text())) == ["inbatch"]
+    images = pictures(2, classifier)
+    assert np.array_equal(load_classifier(tmp_path / "own").predict_proba(images), classifier.predict_proba(images))
 
 
 # every kind of encoder

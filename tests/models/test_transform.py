@@ -45,7 +45,13 @@ def test_every_kind_of_image_has_the_values_of_preprocess(tmp_path):
 
 def test_values_that_are_not_images_are_refused():
     transform = create_encoder("tiny", size=20).transform
-    for value, words in (("a.png", "not str"), (torch.zeros(1, 5, 5, dtype=torch.uint8), "3 channels")):
+    for value, words in (
+        ("a.png", "not str"),
+        (torch.zeros(1, 5, 5, dtype=torch.uint8), "3 channels"),
+        (torch.zeros(5, 5), r"shape \(5, 5\), not \(C, h, w\)"),
+        (torch.zeros(1, 3, 5, 5, dtype=torch.uint8), r"shape \(1, 3, 5, 5\), not \(C, h, w\)"),
+        (np.zeros(()), r"shape \(\), not \(h, w"),
+    ):
         with pytest.raises(DataError, match=words):
             transform(value)
 

@@ -18,6 +18,7 @@ from inbatch.nn.eval_mode import in_pieces
 from inbatch.runtime import child_processes, shared_work
 from inbatch.runtime.isolation import usual_numerics, usual_state
 from inbatch.runtime.memory import free_bytes
+from inbatch.runtime.spacing import spaced
 from inbatch.runtime.thread_map import thread_map
 
 _TOGETHER = 2**24  # bytes of images that are prepared together rather than one by one
@@ -114,7 +115,7 @@ def hold_in_memory(source: AnySource, limit: int = 2**29) -> AnySource | Kept:
     limit: maximum bytes of the images, estimated from 16 of them; they may also fill at most a twentieth of the free
         memory, because the run needs the rest.
     """
-    sample = torch.linspace(0, len(source) - 1, min(16, len(source))).long().tolist()
+    sample = spaced(len(source), 16).tolist()
     size = sum(image.nbytes for image in readable(source, sample)) / max(1, len(sample)) * len(source)
     return Kept(source) if size <= min(limit, free_bytes(torch.device("cpu")) // 20) else source
 

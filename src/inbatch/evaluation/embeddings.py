@@ -16,7 +16,7 @@ class Embeddings:
 
     Attributes:
         vectors: (N, F) float32 on the CPU.
-        labels: (N,) int64, -1 if unknown; several per image, (N, L), can be stored but not evaluated.
+        labels: (N,) int64, -1 if unknown; several per image, (N, L), can be neither evaluated nor written to a file.
         identities: path or number of each image.
         name: the data set.
         feature: the layer of the vectors.
@@ -126,12 +126,14 @@ def matched_labels(train: Labelled, test: Labelled) -> Int[Tensor, "n"]:
     return table[test.labels]
 
 
-def check_one_label(labels: Tensor, name: str) -> None:
-    """Raise DataError if images have several labels each, labels (N, L)."""
+def check_one_label(
+    labels: Tensor, name: str, reason: str = "k-NN, probes and clustering compare one class per image"
+) -> None:
+    """Raise DataError, with the reason, if images have several labels each, labels (N, L)."""
     if labels.ndim != 1:
         raise DataError(
-            f"the labels of {name} have the shape {tuple(labels.shape)}: k-NN, probes and clustering compare one class "
-            "per image and take no images with several labels; pass one column, such as labels[:, 0], at a time."
+            f"the labels of {name} have the shape {tuple(labels.shape)}: {reason} and take no images with several "
+            "labels; pass one column, such as labels[:, 0], at a time."
         )
 
 

@@ -11,7 +11,7 @@ from typing import IO, Any
 import numpy as np
 
 from inbatch.errors import ConfigError, DataError
-from inbatch.evaluation.embeddings import Embeddings
+from inbatch.evaluation.embeddings import Embeddings, check_one_label
 from inbatch.runtime.files import check_writable, replacing
 from inbatch.runtime.paths import path_of
 
@@ -49,7 +49,7 @@ def write_embeddings(path: str | Path, stream: Iterable[Embeddings], tokens: Tok
 
     Raises:
         ConfigError: for other endings, or .parquet without pyarrow.
-        DataError: if the stream is empty, or a number does not fit into float16.
+        DataError: if the stream is empty, images have several labels, or a number does not fit into float16.
     """
     path = path_of(path, "out")
     write = _writer(path)
@@ -164,6 +164,7 @@ def _tables(chunk: Embeddings, known: tuple[np.ndarray, np.ndarray] | None = Non
 
     known: Result for another chunk with the same classes; it is extended if labels have no names.
     """
+    check_one_label(chunk.labels, chunk.name, "files of features have one label per image")
     names = [*map(_text, chunk.classes)]
     most = max(len(names), int(chunk.labels.max()) + 1, 0 if known is None else len(known[0]) - 1)
     ids = range(most) if chunk.ids is None else chunk.ids

@@ -19,7 +19,8 @@ def raw_pixels(source: Any, *, size: int | None = None, batch: int = 512, worker
     Images are resized (bilinear, antialiased) to size x size: by default their own size up to 32 pixels.
     """
     source = as_source(source)
-    size = size or min(32, *next(readable(source, range(len(source)))).shape[1:])
+    shapes = (image.shape[1:] for image in readable(source, range(len(source))))
+    size = size or min((32, *next(shapes, ())))  # without a readable image, an error follows
     resize, bad = _Flatten(size), dict[int, str]()
     stream = stream_chunks(source, resize, lambda x: x, f"raw pixels, {size}x{size}", batch, workers, bad)
     with shared_work.alone():

@@ -135,19 +135,37 @@ def linear_layer(
     return layer.to(weight.device)
 
 
+def timm_layer(encoder: Encoder, classes: int) -> str | None:
+    """Return timm's name for a linear layer on the features of an encoder.
+
+    None if timm cannot build it: for example, CAFormer has more layers there, and a distilled ViT two linear layers.
+    """
+    config, name = timm_config(encoder), published_cfg(encoder.backbone).get("classifier")
+    if not config or encoder.readout is not None or not isinstance(name, str):
+        return None
+    import timm
+
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        model = timm.create_model(config["architecture"], num_classes=classes, **config["model_args"])
+    theirs = {key: tuple(x.shape) for key, x in model.state_dict().items()}
+    ours = {key: tuple(x.shape) for key, x in as_one(encoder)[0].items()}
+    ours |= {f"{name}.weight": (classes, encoder.width), f"{name}.bias": (classes,)}
+    return name if theirs == ours else None
+
+
 def save_classifier(classifier: Classifier, directory: str | Path) -> None:
     """Write model.safetensors with all weights, and config.json, each replaced atomically.
 
-    If timm can build the backbone, the linear layer has timm's name for it, and
+    If timm can build the backbone with a linear layer (`timm_layer`), the layer has timm's name for it, and
     `timm.create_model("local-dir:DIRECTORY", pretrained=True)` returns the classifier with the same logits.
     """
     encoder, folder = classifier.encoder, path_of(directory, "directory")
     weights, ours = as_one(encoder)
-    others = timm_config(encoder) if encoder.readout is None else {}
-    layer = LAYER
-    if others and isinstance(named := published_cfg(encoder.backbone).get("classifier"), str):
-        layer = named
+    named, others = timm_layer(encoder, len(classifier.classes)), dict[str, Any]()
+    if named is not None:
+        others = timm_config(encoder)
         others |= {"num_classes": len(classifier.classes), "label_names": list(classifier.classes)}
+    layer = named or LAYER
     weights |= {f"{layer}.{k}": v for k, v in classifier.head.state_dict().items()}
     ours["classifier"] = {
         "layer": layer,

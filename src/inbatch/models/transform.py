@@ -1,6 +1,7 @@
 """The preparation of single images for an encoder, as a transform for data sets of PyTorch."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +43,7 @@ class Transform:
     def pixels(self, image: Any) -> UInt8[Tensor, "c h w"]:
         """Return one image as uint8, before resizing."""
         if isinstance(image, Tensor):
+            _check_shape(image.shape, (3,), "(C, h, w)")
             if image.dtype == torch.uint8:
                 return image
             image = (
@@ -52,10 +54,16 @@ class Transform:
         try:
             if isinstance(image, Image.Image):
                 image = from_pillow(ImageOps.exif_transpose(image), self.prepare.channels, self.levels)
-            image = torch.from_numpy(np.array(to_bytes(np.asarray(image), self.levels)))
+            array = np.asarray(image)
+            _check_shape(array.shape, (2, 3), "(h, w[, C])")
+            pixels = torch.from_numpy(np.array(to_bytes(array, self.levels)))
         except ValueError as e:
             text = str(e).replace("--set levels=[0,1]", "encoder.levels = (0, 1)")
             raise DataError(f"An image cannot be embedded: {text}") from e
-        if image.ndim not in (2, 3):
-            raise DataError(f"An image cannot be embedded: it has the shape {tuple(image.shape)}, not (h, w[, C])")
-        return image[None] if image.ndim == 2 else image.permute(2, 0, 1)
+        return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
+
+
+def _check_shape(shape: Sequence[int], sides: Sequence[int], expected: str) -> None:
+    """Raise DataError unless an image has one of these numbers of sides."""
+    if len(shape) not in sides:
+        raise DataError(f"An image cannot be embedded: it has the shape {tuple(shape)}, not {expected}")

@@ -31,8 +31,8 @@ def grad_cache(model: nn.Module, chunks: int) -> Iterator["CachedStep"]:
     The model computes the rows of all chunks without a graph; the loss and the gradients of the rows are computed from
     all of them; then every chunk passes through the model again, with the same random numbers (dropout), and its
     gradient is propagated back (Gao et al. 2021, arXiv 2101.06983). The result is that of one graph over the chunks;
-    the price is a second forward pass. Batch norm uses the statistics of each chunk and view, and its running
-    statistics end as the mean of those that each chunk alone would have left.
+    the price is a second forward pass. Batch norm uses the statistics of each chunk, of adjacent views of one shape
+    together, and its running statistics end as the mean of those that each chunk alone would have left.
 
     Args:
         model: maps samples (N, ...) to rows (N, D), or a dict or tuple of rows; may be a DistributedDataParallel, which

@@ -14,6 +14,7 @@ from inbatch.data import Loader, Source
 from inbatch.errors import ConfigError, DataError
 from inbatch.runtime import distributed
 from inbatch.runtime.resources import cores
+from inbatch.runtime.spacing import spaced
 from inbatch.runtime.threads import beside_others
 from inbatch.training.auto_context import resolve, within_memory
 from inbatch.training.budget import duration
@@ -228,7 +229,7 @@ def _time_for_another(start: float, last: float, budget: float) -> bool:
 
 def decode_seconds(source: Source, canvas: int) -> float:
     """Return the seconds to decode one image on all cores, estimated from evenly spaced images."""
-    chosen = torch.linspace(0, len(source) - 1, min(16, len(source))).long().tolist()
+    chosen = spaced(len(source), 16).tolist()
     began, done = time.perf_counter(), 0
     for i in chosen:
         try:

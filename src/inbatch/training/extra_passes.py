@@ -12,6 +12,7 @@ from inbatch.evaluation import embed
 from inbatch.evaluation.neighbours import nearest_others
 from inbatch.nn.clustering import k_means
 from inbatch.runtime import distributed
+from inbatch.runtime.spacing import spaced
 from inbatch.training.build import RunComponents
 from inbatch.training.survey import ITERATIONS, surveyed
 
@@ -63,7 +64,7 @@ def survey_seconds(built: RunComponents) -> float:
     if not clusterings and not for_sampler:
         return 0.0
     source, n = built.loader.source, len(built.loader.source)
-    part = Subset(source, torch.linspace(0, n - 1, min(n, _IMAGES)).long(), "timed")
+    part = Subset(source, spaced(n, _IMAGES), "timed")
     with built.gathered():
         embed(built.encoder, part, workers=built.loader.workers)
         began = time.perf_counter()

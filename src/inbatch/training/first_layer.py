@@ -10,6 +10,7 @@ from inbatch.errors import DataError
 from inbatch.models import Encoder, Prepare
 from inbatch.models.whitened_patches import WhitenedPatches
 from inbatch.runtime import distributed
+from inbatch.runtime.spacing import spaced
 
 _SAMPLE = 256
 """Largest number of images from which a first layer of whitened patches is computed."""
@@ -38,7 +39,7 @@ def _sample(source: Source, prepare: Prepare) -> Tensor:
     samples = _SAMPLES.setdefault(source, {})
     if prepare not in samples:
         images: list[Tensor] = []
-        for i in torch.linspace(0, len(source) - 1, min(_SAMPLE, len(source))).long().tolist():
+        for i in spaced(len(source), _SAMPLE).tolist():
             try:
                 with source.open(i) as picture:
                     images.append(picture.tensor(2 * prepare.size))

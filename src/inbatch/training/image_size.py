@@ -4,12 +4,13 @@ import torch
 
 from inbatch.data import Source
 from inbatch.errors import DataError
+from inbatch.runtime.spacing import spaced
 
 
 def natural_size(source: Source) -> int:
     """Return the side of the images if they are squares of one size of at most 96 pixels, else 224."""
     sizes = set()
-    for i in torch.linspace(0, len(source) - 1, min(len(source), 16)).long().tolist():
+    for i in spaced(len(source), 16).tolist():
         try:
             with source.open(i) as picture:
                 sizes.add(tuple(picture.size))

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, SupportsFloat
 
-import torch
 from torch import Tensor
 
 from inbatch.batch import Batch
@@ -14,6 +13,7 @@ from inbatch.data import Subset
 from inbatch.errors import InbatchError, TrainingError
 from inbatch.runtime import distributed
 from inbatch.runtime.files import write_json
+from inbatch.runtime.spacing import spaced
 from inbatch.runtime.threads import Threads
 from inbatch.training.budget import RunClock
 from inbatch.training.build import RunComponents
@@ -82,8 +82,7 @@ class Loop:
 
     def __post_init__(self) -> None:
         source = self.built.loader.source
-        spaced = torch.linspace(0, len(source) - 1, min(256, len(source))).long()
-        self.watched = Subset(source, spaced, "watched for collapse")
+        self.watched = Subset(source, spaced(len(source), 256), "watched for collapse")
         self.call = Callbacks(self.callbacks, self.built, self.out, self.log, lambda: self.save(best=False))
         self.slow_ranks = SlowRanks(self.built.loader.device)
         self.evaluator = make_online_evaluator(self.built, self.split)

@@ -21,6 +21,7 @@ from inbatch.data.sources.columns import image_column, label_column
 from inbatch.data.sources.groups import check_group_column, groups_of_values
 from inbatch.data.sources.labels import NO_LABELS, Labels, from_array
 from inbatch.errors import DataError, reason, type_name
+from inbatch.runtime.spacing import spaced
 
 _SAMPLED = 32
 """Evenly spaced images whose pixels are part of the signature."""
@@ -66,7 +67,7 @@ class ItemSource(Source):
         return f"item {i}"
 
     def signature(self) -> str:
-        places = torch.linspace(0, len(self) - 1, min(_SAMPLED, len(self))).long().tolist()
+        places = spaced(len(self), _SAMPLED).tolist()
         digest = hashlib.sha256()
         for i in places:
             try:

@@ -19,6 +19,11 @@ with torch.no_grad():
 With timm alone: `timm.create_model("local-dir:FOLDER", pretrained=True)`. `FOLDER` is this folder or the name of the
 repository (with timm: `hf-hub:NAME`)."""
 
+_WHITENED = (
+    "k-NN and linear probe were measured on the whitened features of `inbatch.load(FOLDER).embed`; the features of "
+    "timm and transformers, before whitening, can have other figures."
+)
+
 
 def model_card(encoder: Encoder, architecture: str, facts: Mapping[str, Any]) -> str:
     """Return README.md of a repository.
@@ -50,6 +55,8 @@ def model_card(encoder: Encoder, architecture: str, facts: Mapping[str, Any]) ->
         text += [f"- Step: {facts.get('step')} of {facts['steps']}"]
     text += [f"- `{key}`: {value}" for key, value in facts.get("recipe", {}).items()]
     text += ["", "## Figures", "", *_figures(facts.get("figures", []))]
+    if facts.get("figures") and encoder.readout is not None:
+        text += ["", _WHITENED]
     text += ["", "## Licence and files", "", f"- Licence of the weights: {facts.get('licence') or 'not stated'}"]
     text += [f"- SHA-256 of model.safetensors: `{facts['weights_sha256']}`"]
     return "\n".join([*head, *text]) + "\n"

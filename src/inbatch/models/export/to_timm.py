@@ -9,7 +9,7 @@ from torch import Tensor
 
 from inbatch.errors import ConfigError
 from inbatch.models.attention_slots import mixes_in_training_only, without
-from inbatch.models.classifier import Classifier, save_classifier
+from inbatch.models.classifier import Classifier, save_classifier, timm_layer
 from inbatch.models.encoder import Encoder
 from inbatch.models.export.target import Written, compare, library, refused
 from inbatch.models.factory import create_encoder
@@ -28,6 +28,7 @@ WHITENED = (
     "its linear layer takes whitened features, which no model of timm has; train-classifier --mode finetune leaves the "
     "whitening out"
 )
+HEAD = "its model in timm has other layers than one linear layer behind the features"
 
 
 def write(model: Encoder | Classifier, folder: Path, facts: Mapping[str, Any], target: str = "timm") -> Written:
@@ -40,14 +41,13 @@ def write(model: Encoder | Classifier, folder: Path, facts: Mapping[str, Any], t
 
     encoder = model.encoder if isinstance(model, Classifier) else model
     native = as_timm(encoder, target)
-    if not isinstance(model, Classifier):
-        save_encoder(native, folder)
-    elif encoder.readout is None:
+    if isinstance(model, Classifier):
+        with refused(encoder, target, HINT):
+            _check_head(native, len(model.classes))
         classes, temperature = model.classes, model.temperature
         save_classifier(Classifier(native, model.head, classes, temperature=temperature, figures=model.figures), folder)
     else:
-        with refused(encoder, target, HINT):
-            raise ConfigError(WHITENED)
+        save_encoder(native, folder)
     theirs = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
 
     def run(images: Tensor) -> Tensor:
@@ -60,6 +60,14 @@ def write(model: Encoder | Classifier, folder: Path, facts: Mapping[str, Any], t
     features = "before whitening" if encoder.readout is not None else "embed"
     architecture = read_json(folder / "config.json")["architecture"]  # timm's name: resnet10 is its resnet18
     return Written(library("timm"), difference, largest, load, features, {"model": architecture})
+
+
+def _check_head(encoder: Encoder, classes: int) -> None:
+    """Raise ConfigError if timm's model has no linear layer on the same features."""
+    if encoder.readout is not None:
+        raise ConfigError(WHITENED)
+    if timm_layer(encoder, classes) is None:
+        raise ConfigError(HEAD)
 
 
 def as_timm(encoder: Encoder, target: str = "timm") -> Encoder:

@@ -26,6 +26,7 @@ from inbatch.models import Encoder
 from inbatch.models.readout import Readout
 from inbatch.rng import permutation
 from inbatch.runtime import shared_work
+from inbatch.runtime.spacing import spaced
 from inbatch.training.monitors.neighbour_grid import SIDE
 
 IMAGES = 2_000
@@ -77,7 +78,7 @@ class Chosen(Subset):
 
     def spaced(self, images: int) -> "Chosen":
         """Return at most this many evenly spaced images, whose keys count them: the source may be sorted by class."""
-        places = torch.linspace(0, self.drawn - 1, min(images, self.drawn)).long()
+        places = spaced(self.drawn, images)
         part = self.only(torch.isin(self.keys, places).nonzero().flatten())
         part.keys = torch.searchsorted(places, part.keys)
         return part

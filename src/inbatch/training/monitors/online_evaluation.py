@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from inbatch.data import Source, Subset
@@ -27,6 +26,7 @@ from inbatch.evaluation import (
 from inbatch.models import Encoder
 from inbatch.rng import permutation
 from inbatch.runtime import distributed, shared_work
+from inbatch.runtime.spacing import spaced
 from inbatch.training.build import RunComponents
 from inbatch.training.head_evaluation import evaluate_head
 from inbatch.training.holdout import EvaluationSplit, Images
@@ -72,12 +72,11 @@ def affordable(built: RunComponents, split: EvaluationSplit, seconds: float) -> 
     The sample is the same for each call; the description states what is omitted.
     """
     queries = split.queries
-    spaced = torch.linspace(0, len(queries) - 1, min(128, len(queries))).long()
-    sample = subset(queries, spaced, "timed")
+    sample = subset(queries, spaced(len(queries), 128), "timed")
     _embedded(built, sample)  # warm-up
     began = time.perf_counter()
     _embedded(built, sample)
-    each = (time.perf_counter() - began) / len(spaced)
+    each = (time.perf_counter() - began) / len(sample)
     most = int(seconds / each)
     if len(split.bank) + len(queries) <= most:
         return split
@@ -203,7 +202,7 @@ def make_online_evaluator(built: RunComponents, split: EvaluationSplit | None) -
 def _feature_measures(encoder: Encoder, rows: Tensor) -> dict[str, float]:
     """Return how different and how normal features are, and how their spectrum decays, before any whitening."""
     plain = rows if encoder.readout is None else encoder.readout.unwhitened(rows)
-    sample = plain[torch.linspace(0, len(plain) - 1, min(MEASURED, len(plain))).long()]  # they may be sorted by class
+    sample = plain[spaced(len(plain), MEASURED)]  # they may be sorted by class
     return {
         "feature_std": float(feature_std(plain)), "rankme": float(rankme(sample)), "alpha": float(alpha_req(sample)),
         "sigreg_distance": float(sigreg_distance(sample)),
