@@ -112,6 +112,9 @@ def test_invalid_input_gives_one_sentence(photos: Path, features: Path, tmp_path
     (tmp_path / "empty").mkdir()
     (tmp_path / "else.csv").write_text("path\nelse.png\n")
     (tmp_path / "file").write_text("")
+    odd = tmp_path / "odd.npz"
+    part = Embeddings(torch.ones(1, 2), torch.zeros(1).long(), ("ant/00.png",), "photos", "")
+    write_embeddings(odd, [Embeddings(**vars(part) | {"split": "train", "classes": ("NA",)})])
     one, none = tmp_path / "one.npz", tmp_path / "unlabelled.npz"
     write_embeddings(one, [clouds(1)])
     write_embeddings(none, [Embeddings(torch.ones(9, 2), torch.full((9,), -1), tuple("abcdefghi"), "x", "")])
@@ -130,6 +133,7 @@ def test_invalid_input_gives_one_sentence(photos: Path, features: Path, tmp_path
         (f"select {features} -n 2 --labelled {tmp_path / 'else.csv'}", 3, "none of the 1 labelled images"),
         (f"select {features} -n 2 --labelled {tmp_path / 'no.csv'}", 3, "does not exist"),
         (f"select {features} -n 2 --labelled {tmp_path / 'file'}", 2, "not a list of labelled images"),
+        (f"select {features} {photos} -n 2 --write {tmp_path / 'a.csv'} --labelled {odd}", 3, "has the class 'NA'"),
         (f"select {none} -n 2 --labelled data", 3, "no image of"),
         (f"labels {none}", 3, "no image of"),
         (f"labels {one}", 3, "least two are needed"),

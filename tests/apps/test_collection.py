@@ -10,7 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
+from inbatch import find_duplicates, find_label_errors, find_outliers, select_images
 from inbatch.apps.collection.features import open_collection
+from inbatch.apps.collection.images import open_images
 from inbatch.apps.collection.output_files import write_list
 from inbatch.data import open_data
 from inbatch.errors import ConfigError, DataError
@@ -107,6 +109,20 @@ def test_a_list_of_images_is_read_by_data(photos: Path, encoder: Path, tmp_path:
     np.save(array, np.zeros((3, 20, 20, 3), np.uint8))
     with pytest.raises(DataError, match="no files of their own"):
         write_list(tmp_path / "list.csv", open_collection(encoder, array), [0])
+    (tmp_path / "named" / "null").mkdir(parents=True)
+    shutil.copytree(photos / "train", tmp_path / "named", dirs_exist_ok=True)
+    shutil.copy(photos / "train" / "cats" / "01.png", tmp_path / "named" / "null")
+    unlabelled, keep = open_images(tmp_path / "named", None, None, None, "cpu", True), tmp_path / "keep.csv"
+    for write in (
+        lambda: find_duplicates(tmp_path / "named", write=keep), lambda: write_list(keep, unlabelled, range(9)),
+        lambda: select_images(encoder, tmp_path / "named", count=1, write=keep),
+        lambda: find_outliers(encoder, tmp_path / "named", count=1, write=keep),
+        lambda: find_label_errors(encoder, tmp_path / "named", write=keep),
+    ):  # fmt: skip
+        with pytest.raises(DataError, match=r"has the class 'null', .*; rename the class"):
+            write()
+        assert not keep.exists()
+    assert write_list(keep, unlabelled, range(8)) == 8  # without the image of this class
 
 
 def test_features_that_cannot_be_used_are_refused(photos: Path, encoder: Path, tmp_path: Path) -> None:
