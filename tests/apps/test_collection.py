@@ -14,7 +14,7 @@ from inbatch import find_duplicates, find_label_errors, find_outliers, select_im
 from inbatch.apps.collection.features import open_collection
 from inbatch.apps.collection.images import open_images
 from inbatch.apps.collection.output_files import write_list
-from inbatch.data import open_data
+from inbatch.data import Source, open_data
 from inbatch.errors import ConfigError, DataError
 from inbatch.evaluation import Embeddings, write_embeddings
 from inbatch.evaluation.feature_table import read_features
@@ -42,8 +42,16 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def _refuse(source: Source, i: int, name: str) -> torch.Tensor:
+    """Read an image as `Source.image`; DataError for that of one name."""
+    if source.identity(i) == name:
+        raise DataError(f"{name!r} needs a decoder")
+    with source.open(i) as picture:
+        return picture.tensor()
+
+
 def test_features_of_an_encoder_are_kept_until_images_or_weights_change(
-    photos: Path, encoder: Path, tmp_path: Path
+    photos: Path, encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, mine = tmp_path / "encoder", tmp_path / "photos"
     shutil.copytree(encoder, folder)
@@ -58,6 +66,13 @@ def test_features_of_an_encoder_are_kept_until_images_or_weights_change(
     for i in range(12):
         assert np.array_equal(again.image(i), np.array(Image.open(again.file_of(i))).transpose(2, 0, 1))
         assert again.class_of(i) == Path(again.paths[i]).parts[0] == again.row(i)["class"]
+    with monkeypatch.context() as patch:  # an image that needs a decoder
+        patch.setattr(Source, "image", lambda self, i: _refuse(self, i, "dogs/02.png"))
+        kept.unlink()
+        assert len(open_collection(folder, mine)) == 11 and len(open_collection(folder, mine).unreadable) == 2
+    decoded = open_collection(folder, mine)
+    assert torch.equal(decoded.vectors, first.vectors) and decoded.unreadable == first.unreadable
+    assert not decoded.origin["reused"] and open_collection(folder, mine).origin["reused"]
     Image.fromarray(np.zeros((20, 24, 3), np.uint8)).save(mine / "train" / "dogs" / "00.png")
     assert open_collection(folder, mine).origin["file"] != str(kept)
     kept.with_suffix(".json").write_text("damaged")
