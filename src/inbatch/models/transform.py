@@ -54,7 +54,7 @@ class Transform:
                 image = from_pillow(ImageOps.exif_transpose(image), self.prepare.channels, self.levels)
             image = torch.from_numpy(np.array(to_bytes(np.asarray(image), self.levels)))
         except ValueError as e:
-            text = str(e).replace("--set levels=[0,1]", "encoder.levels = (0, 1)")
+            text = str(e).replace("a run with --set levels=[0,1] reads them", "encoder.levels = (0, 1)")
             raise DataError(f"An image cannot be embedded: {text}") from e
         if image.ndim not in (2, 3):
             raise DataError(f"An image cannot be embedded: it has the shape {tuple(image.shape)}, not (h, w[, C])")
