@@ -42,6 +42,8 @@ def test_the_interval_counts_seeds_and_images() -> None:
     assert (seeds.low, seeds.high) == (pytest.approx(0.2 - half, rel=1e-5), pytest.approx(0.2 + half, rel=1e-5))
     scalars = measure_gain([0.0] * 3, [0.1, 0.2, 0.3], "higher")
     assert (scalars.low, scalars.high) == (pytest.approx(seeds.low), pytest.approx(seeds.high))
+    close = measure_gain([0.0] * 3, [0.5, 0.5 + 1e-9, 0.5 + 2e-9], "higher")  # equal in float32
+    assert close.spread == pytest.approx(1e-9) and close.high - close.mean == pytest.approx(4.302653e-9 / 3**0.5)
     hits = (torch.arange(50) < 10).double().expand(3, -1)
     alone = accuracy_gain(0 * hits, hits)
     assert alone.high - alone.mean == pytest.approx(2.009575 * float(hits[0].std()) / 50**0.5, rel=1e-5)

@@ -11,6 +11,8 @@ from feature_sets import clouds
 from PIL import Image
 
 import inbatch
+from inbatch.apps.collection.features import open_collection
+from inbatch.apps.collection.known_labels import known_labels
 from inbatch.data import open_data
 from inbatch.evaluation import Embeddings, write_embeddings
 
@@ -83,6 +85,16 @@ def test_labels_of_some_images_are_used_unless_disabled(photos: Path, features: 
         (partly, None, 18), (partly, "none", 0), (partly, "data", 18), (features, None, 0), (features, "none", 0),
     ):  # fmt: skip
         assert inbatch.select_images(file, count=1, labelled=labelled)["labelled"] == count
+    part = Embeddings(torch.rand(3, 2), torch.tensor([0, 1, 0]), ("a", "b", "c"), "photos", "")
+    for name, names in (("both", ("train", "test")), ("test", ("test",)), ("none", ("",))):
+        parts = [Embeddings(**vars(part) | {"split": split, "classes": NAMES}) for split in names]
+        write_embeddings(tmp_path / f"{name}.npz", parts)
+    for name, listed, rows in (
+        ("both", "test", [3, 4, 5]), ("both", "none", [*range(6)]), ("none", "test", [0, 1, 2]),
+        ("test", "both", [0, 1, 2]),
+    ):  # fmt: skip
+        known = known_labels(open_collection(tmp_path / f"{name}.npz"), tmp_path / f"{listed}.npz")
+        assert known.labelled.nonzero()[:, 0].tolist() == rows, "labels of another split"
     full = run(f"select {features} --labelled data -n 1")
     assert full.exit_code == 2 and "all 60 images are labelled" in full.stderr
 
@@ -112,6 +124,9 @@ def test_invalid_input_gives_one_sentence(photos: Path, features: Path, tmp_path
     (tmp_path / "empty").mkdir()
     (tmp_path / "else.csv").write_text("path\nelse.png\n")
     (tmp_path / "file").write_text("")
+    odd = tmp_path / "odd.npz"
+    part = Embeddings(torch.ones(1, 2), torch.zeros(1).long(), ("ant/00.png",), "photos", "")
+    write_embeddings(odd, [Embeddings(**vars(part) | {"split": "train", "classes": ("NA",)})])
     one, none = tmp_path / "one.npz", tmp_path / "unlabelled.npz"
     write_embeddings(one, [clouds(1)])
     write_embeddings(none, [Embeddings(torch.ones(9, 2), torch.full((9,), -1), tuple("abcdefghi"), "x", "")])
@@ -130,6 +145,7 @@ def test_invalid_input_gives_one_sentence(photos: Path, features: Path, tmp_path
         (f"select {features} -n 2 --labelled {tmp_path / 'else.csv'}", 3, "none of the 1 labelled images"),
         (f"select {features} -n 2 --labelled {tmp_path / 'no.csv'}", 3, "does not exist"),
         (f"select {features} -n 2 --labelled {tmp_path / 'file'}", 2, "not a list of labelled images"),
+        (f"select {features} {photos} -n 2 --write {tmp_path / 'a.csv'} --labelled {odd}", 3, "has the class 'NA'"),
         (f"select {none} -n 2 --labelled data", 3, "no image of"),
         (f"labels {none}", 3, "no image of"),
         (f"labels {one}", 3, "least two are needed"),

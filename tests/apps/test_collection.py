@@ -10,9 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
+from inbatch import find_duplicates, find_label_errors, find_outliers, select_images
 from inbatch.apps.collection.features import open_collection
+from inbatch.apps.collection.images import open_images
 from inbatch.apps.collection.output_files import write_list
-from inbatch.data import open_data
+from inbatch.data import Source, open_data
 from inbatch.errors import ConfigError, DataError
 from inbatch.evaluation import Embeddings, write_embeddings
 from inbatch.evaluation.feature_table import read_features
@@ -40,8 +42,16 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def _refuse(source: Source, i: int, name: str) -> torch.Tensor:
+    """Read an image as `Source.image`; DataError for that of one name."""
+    if source.identity(i) == name:
+        raise DataError(f"{name!r} needs a decoder")
+    with source.open(i) as picture:
+        return picture.tensor()
+
+
 def test_features_of_an_encoder_are_kept_until_images_or_weights_change(
-    photos: Path, encoder: Path, tmp_path: Path
+    photos: Path, encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, mine = tmp_path / "encoder", tmp_path / "photos"
     shutil.copytree(encoder, folder)
@@ -56,6 +66,13 @@ def test_features_of_an_encoder_are_kept_until_images_or_weights_change(
     for i in range(12):
         assert np.array_equal(again.image(i), np.array(Image.open(again.file_of(i))).transpose(2, 0, 1))
         assert again.class_of(i) == Path(again.paths[i]).parts[0] == again.row(i)["class"]
+    with monkeypatch.context() as patch:  # an image that needs a decoder
+        patch.setattr(Source, "image", lambda self, i: _refuse(self, i, "dogs/02.png"))
+        kept.unlink()
+        assert len(open_collection(folder, mine)) == 11 and len(open_collection(folder, mine).unreadable) == 2
+    decoded = open_collection(folder, mine)
+    assert torch.equal(decoded.vectors, first.vectors) and decoded.unreadable == first.unreadable
+    assert not decoded.origin["reused"] and open_collection(folder, mine).origin["reused"]
     Image.fromarray(np.zeros((20, 24, 3), np.uint8)).save(mine / "train" / "dogs" / "00.png")
     assert open_collection(folder, mine).origin["file"] != str(kept)
     kept.with_suffix(".json").write_text("damaged")
@@ -107,6 +124,20 @@ def test_a_list_of_images_is_read_by_data(photos: Path, encoder: Path, tmp_path:
     np.save(array, np.zeros((3, 20, 20, 3), np.uint8))
     with pytest.raises(DataError, match="no files of their own"):
         write_list(tmp_path / "list.csv", open_collection(encoder, array), [0])
+    (tmp_path / "named" / "null").mkdir(parents=True)
+    shutil.copytree(photos / "train", tmp_path / "named", dirs_exist_ok=True)
+    shutil.copy(photos / "train" / "cats" / "01.png", tmp_path / "named" / "null")
+    unlabelled, keep = open_images(tmp_path / "named", None, None, None, "cpu", True), tmp_path / "keep.csv"
+    for write in (
+        lambda: find_duplicates(tmp_path / "named", write=keep), lambda: write_list(keep, unlabelled, range(9)),
+        lambda: select_images(encoder, tmp_path / "named", count=1, write=keep),
+        lambda: find_outliers(encoder, tmp_path / "named", count=1, write=keep),
+        lambda: find_label_errors(encoder, tmp_path / "named", write=keep),
+    ):  # fmt: skip
+        with pytest.raises(DataError, match=r"has the class 'null', .*; rename the class"):
+            write()
+        assert not keep.exists()
+    assert write_list(keep, unlabelled, range(8)) == 8  # without the image of this class
 
 
 def test_features_that_cannot_be_used_are_refused(photos: Path, encoder: Path, tmp_path: Path) -> None:

@@ -345,7 +345,10 @@ def test_a_path_with_features(photos: tuple[Path, Path], tmp_path: Path) -> None
     (tmp_path / "broken.npz").write_bytes(b"?")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "recipe.json").write_text("{}")
-    assert is_features(features) and is_features(tmp_path / "run")
+    (tmp_path / "adapted" / "encoder").mkdir(parents=True)
+    (tmp_path / "adapted" / "encoder" / "config.json").write_text("{}")
+    assert is_features(features) and is_features("inbatch/cifar10-fast")
+    assert is_features(tmp_path / "run") and is_features(tmp_path / "adapted")
     for path in (folder, tmp_path / "images.npz", tmp_path / "broken.npz", tmp_path / "missing"):
         assert not is_features(path)
     assert explore.NEIGHBOURS == 12

@@ -123,6 +123,8 @@ def test_wrong_input(photos: Path, features: Path, tmp_path: Path) -> None:
     assert (report["identical"], report["duplicates"]) == (1, 1), "images without detail have no near duplicates"
     one = tmp_path / "one.npz"
     write_embeddings(one, iter([Embeddings(torch.ones(1, 4), torch.tensor([-1]), ("a",), "one", "test")]))
+    plain, names = tmp_path / "plain.npz", ("0.png", "1.png", "2.bmp")  # all of one colour
+    write_embeddings(plain, iter([Embeddings(torch.eye(3), torch.full((3,), -1), names, "same", "test")]))
     blocked = tmp_path / "file"
     blocked.write_text("")
     for words, code, message in (
@@ -142,10 +144,12 @@ def test_wrong_input(photos: Path, features: Path, tmp_path: Path) -> None:
         (f"outliers {features} --order size", 2, "distribution, distance, density"),
         (f"outliers {features} --write keep.csv", 2, "pass DATA"),
         (f"outliers {features} {photos} -n 9 --write {tmp_path}/keep.csv", 2, "choose a smaller number"),
+        (f"outliers {plain} {same} -n 1 --write {tmp_path}/keep.csv", 2, "all 3 images of"),
         (f"outliers {features} {photos} --picture {blocked}/sheet.png", 1, "Cannot write"),
     ):
         result = run(words)
         assert result.exit_code == code and message in result.stderr, (words, result.stderr)
+    assert not (tmp_path / "keep.csv").exists()
     with pytest.raises(ConfigError, match=r"the threshold is '0\.9': choose"):
         inbatch.find_duplicates(photos, threshold="0.9")  # type: ignore[arg-type]
     with pytest.raises(DataError, match=r"no readable image: .*0\.png' cannot be read"):

@@ -51,10 +51,26 @@ CLASSES = [
     ([True, False, True, None], ["True", "False", "True", None]),
     ([None, None, None, None], [None] * 4),
 ]
+NAMES = {
+    ("cat", "null", "nan", "NA", "-1", "None", "N/A"): ["null", "nan", "NA", "-1", "None", "N/A"],
+    ("cat", " dog", "dog "): [" dog", "dog "],
+    ("1", "01", "2"): ["1", "01"],
+    ("cat", "1", "01", "-2"): [],
+    ("-2", "-1.0", "2"): ["-2", "-1.0"],
+    ("001", "2.0", "13"): [],
+    ("none", "?", "true", "2e3", "-"): [],
+}
 OTHER = [[0.5, 1.0, 2.0, 3.0], [[1, 2], [3], [], [4]], [{"a": 1}] * 4]
 
 
 class TestTypes:
+    def test_names_that_a_list_changes(self, tmp_path):
+        for names, changed in NAMES.items():
+            assert labels.changed_names(names) == changed
+            kept = [name for name in names if name not in changed]
+            source = open_data(as_list(tmp_path / "list.csv", kept))
+            assert len(set(source.labels.tolist())) == len(kept) == len(source.classes) and min(source.labels) == 0
+
     @pytest.mark.parametrize("source", ["array", "parquet", "list", "npz", "saved"])
     def test_classes_of_every_source(self, source, tmp_path):
         for number, (values, expected) in enumerate(CLASSES):

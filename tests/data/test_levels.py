@@ -81,7 +81,7 @@ class TestToBytes:
         assert (to_bytes(every, None) == every // 256).all()
         assert to_bytes(np.array([3, 200], np.uint8), (0, 10)).tolist() == [3, 200]  # 8 bits are pixels already
         for dtype in (np.float32, np.int32, np.int16, np.uint32):
-            with pytest.raises(ValueError, match=r"no known range.*--set levels=\[0,1\]"):
+            with pytest.raises(ValueError, match=r"no known range.*\(a run with --set levels=\[0,1\] reads them\)"):
                 to_bytes(np.zeros(2, dtype), None)
         for dtype in (bool, complex, "U3"):
             with pytest.raises(ValueError, match="are not pixels"):

@@ -28,8 +28,8 @@ def to_bytes(values: np.ndarray, levels: Levels | None, white: int = 65535) -> n
         raise ValueError(f"{values.dtype} values are not pixels: pass uint8, 0 (black) to 255")
     if levels is None and kind != ("u", 2):
         raise ValueError(
-            f"{values.dtype} values have no known range: set those that become 0 and 255, such as --set levels=[0,1], "
-            "or give uint8"
+            f"{values.dtype} values have no known range: give uint8, or name those that become 0 and 255 "
+            "(a run with --set levels=[0,1] reads them)"
         )
     out = np.empty(values.shape, np.uint8)
     step = max(1, _CHUNK // max(1, values[0].size)) if len(values) else 1
@@ -78,8 +78,8 @@ def from_pillow(image: Image.Image, channels: int, levels: Levels | None) -> np.
     elif image.mode in ("I", "F"):
         if levels is None:
             raise ValueError(
-                "32-bit pixels have no known range: set the two values that become 0 and 255, such as "
-                "--set levels=[0,1], or save them with 8 or 16 bits"
+                "32-bit pixels have no known range: save them with 8 or 16 bits, or name the two values that become 0 "
+                "and 255 (a run with --set levels=[0,1] reads them)"
             )
         image = Image.fromarray(to_bytes(np.asarray(image), levels))
     if channels in (2, 4):

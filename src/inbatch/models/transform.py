@@ -58,7 +58,7 @@ class Transform:
             _check_shape(array.shape, (2, 3), "(h, w[, C])")
             pixels = torch.from_numpy(np.array(to_bytes(array, self.levels)))
         except ValueError as e:
-            text = str(e).replace("--set levels=[0,1]", "encoder.levels = (0, 1)")
+            text = str(e).replace("a run with --set levels=[0,1] reads them", "encoder.levels = (0, 1)")
             raise DataError(f"An image cannot be embedded: {text}") from e
         return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
 

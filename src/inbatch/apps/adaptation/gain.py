@@ -1,6 +1,7 @@
 """The gain of adapted weights over the weights they started from: its mean over seeds and its interval."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +37,7 @@ class Gain:
     @property
     def spread(self) -> float | None:
         """Standard deviation of the differences over the seeds; None with one seed."""
-        differences = torch.tensor(self.after).double() - torch.tensor(self.before).double()
+        differences = _differences(self.before, self.after)
         return float(differences.std()) if len(differences) > 1 else None
 
     def shows(self, sign: int) -> bool:
@@ -64,7 +65,7 @@ def accuracy_gain(before: Float[Tensor, "s n"], after: Float[Tensor, "s n"]) -> 
         before: Hits with the initial weights, which may be the same for every seed.
         after: Hits with the trained weights.
     """
-    difference = (after - before).double()
+    difference = after.double() - before.double()
     seeds, images = difference.shape
     old, new = (tuple(x.double().mean(1).tolist()) for x in (before, after))
     if seeds < 2 or images < 2:
@@ -83,11 +84,16 @@ def measure_gain(before: list[float], after: list[float], better: str) -> Gain:
         after: The measure with the trained weights.
         better: "higher" or "lower".
     """
-    difference = torch.tensor(after).double() - torch.tensor(before).double()
+    difference = _differences(before, after)
     bounds: tuple[float | None, float | None] = (None, None)
     if len(difference) > 1 and bool(difference.isfinite().all()):
         bounds = _interval(float(difference.mean()), float(difference.var() / len(difference)), len(difference) - 1)
     return Gain(tuple(before), tuple(after), *bounds, better)
+
+
+def _differences(before: Sequence[float], after: Sequence[float]) -> Float[Tensor, "s"]:
+    """Return the differences in double precision: float32 rounds close figures to equal ones."""
+    return torch.tensor(after, dtype=torch.float64) - torch.tensor(before, dtype=torch.float64)
 
 
 def _interval(mean: float, variance: float, freedom: float) -> tuple[float, float]:

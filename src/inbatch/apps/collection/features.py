@@ -20,6 +20,7 @@ from inbatch.data.source import LazyImage
 from inbatch.data.sources.split_names import distinct
 from inbatch.errors import ConfigError, DataError, InbatchError, many
 from inbatch.evaluation import write_embeddings
+from inbatch.evaluation.embed import readable
 from inbatch.evaluation.feature_table import FeatureTable, read_features
 from inbatch.models import Encoder
 from inbatch.models.shipped_weights import is_shipped
@@ -158,7 +159,7 @@ def _load_or_embed(
     """Return the features, unreadable images, the file in which the features are kept, and whether it was there."""
     key = _key(encoder, sources)
     file = None if key is None or is_shipped(path) else path / "features" / f"{key}.npz"
-    if file is not None and file.is_file() and (known := _load_kept(file)) is not None:
+    if file is not None and file.is_file() and (known := _load_kept(file, sources)) is not None:
         return *known, file, True
     if file is not None:
         try:
@@ -182,13 +183,27 @@ def _load_or_embed(
         return read_features(place), tuple(bad.values()), file, False
 
 
-def _load_kept(file: Path) -> tuple[FeatureTable, tuple[str, ...]] | None:
-    """Return features that were kept, and messages on unreadable images; None if a file is damaged or missing."""
+def _load_kept(file: Path, sources: Mapping[str, Source]) -> tuple[FeatureTable, tuple[str, ...]] | None:
+    """Return features that were kept, and messages on unreadable images; None to embed again.
+
+    This is the case if a file is damaged or missing, or if an image can be read now, as with a decoder installed since.
+    """
     try:
         unreadable = read_json(file.with_suffix(".json")).get("unreadable")
-        return read_features(file), tuple(map(str, unreadable if isinstance(unreadable, list) else ()))
+        table, messages = read_features(file), tuple(map(str, unreadable if isinstance(unreadable, list) else ()))
     except DataError:
         return None
+    lacking = len(table.paths) < sum(map(len, sources.values()))
+    return None if lacking and _readable_now(table, sources) else (table, messages)
+
+
+def _readable_now(table: FeatureTable, sources: Mapping[str, Source]) -> bool:
+    """Return whether any image without features can be read."""
+    kept = {*zip(table.splits, table.index.tolist(), strict=True)}
+    return any(
+        next(readable(source, [i for i in range(len(source)) if (split, i) not in kept]), None) is not None
+        for split, source in sources.items()
+    )
 
 
 def _key(encoder: Encoder, sources: Mapping[str, Source]) -> str | None:

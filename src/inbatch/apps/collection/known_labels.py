@@ -18,6 +18,8 @@ from inbatch.runtime.paths import path_of
 
 LISTS = (".csv", ".tsv", ".txt")
 
+_Key = tuple[str, str]  # split, or empty for any, and name or file
+
 
 @dataclass(frozen=True)
 class KnownLabels:
@@ -42,8 +44,8 @@ def known_labels(collection: Collection, labelled: str | Path | None) -> KnownLa
     Args:
         collection: The images.
         labelled: "data": images with a label in the data; "none"; a .csv, .tsv or .txt list of images, with or without
-            their classes; or features of `inbatch embed`, of which those with a label count. By default as "data" if
-            some images have a label and others have none, else as "none".
+            their classes; or features of `inbatch embed`, of which those with a label count, by split and name if both
+            have splits. By default as "data" if some images have a label and others have none, else as "none".
 
     Raises:
         ConfigError: For another kind of file.
@@ -65,12 +67,12 @@ def _of_file(collection: Collection, path: Path) -> KnownLabels:
         raise ConfigError(f"{path} is not a list of labelled images: pass a .csv, .tsv or .txt file, features, or data")
     if not path.is_file():
         raise DataError(f"{path} does not exist: pass a list of the labelled images")
-    places = _places(collection)
+    places, divided = _places(collection), any(collection.splits)
     classes = {name: number for number, name in enumerate(collection.classes)}
     labels, mask = collection.labels.clone(), torch.zeros(len(collection), dtype=torch.bool)
     listed, missing = 0, 0
-    for names, label in _features(path) if path.suffix in ENDINGS else _list(path):
-        rows = next((places[name] for name in names if name in places), [])
+    for keys, label in _features(path, divided) if path.suffix in ENDINGS else _list(path):
+        rows = next((places[key] for key in keys if key in places), [])
         listed, missing = listed + 1, missing + (not rows)
         for row in rows:
             mask[row] = True
@@ -83,27 +85,28 @@ def _of_file(collection: Collection, path: Path) -> KnownLabels:
     return KnownLabels(mask, labels, tuple(classes), (note,) if missing else ())
 
 
-def _places(collection: Collection) -> dict[str, list[int]]:
-    """Return the positions of the images with a name, and with a file."""
-    places = defaultdict[str, list[int]](list)
-    for row, name in enumerate(collection.paths):
-        places[name].append(row)
-        if collection.has_images and (file := collection.file_of(row)) is not None and file != name:
-            places[file].append(row)
+def _places(collection: Collection) -> dict[_Key, list[int]]:
+    """Return the positions of the images with a name in a split, and in any split with a name or a file."""
+    places = defaultdict[_Key, list[int]](list)
+    for row, (split, name) in enumerate(zip(collection.splits, collection.paths, strict=True)):
+        file = collection.file_of(row) if collection.has_images else None
+        for key in {(split, name), ("", name), ("", file or name)}:
+            places[key].append(row)
     return dict(places)
 
 
-def _list(path: Path) -> Iterator[tuple[tuple[str, ...], str | None]]:
+def _list(path: Path) -> Iterator[tuple[tuple[_Key, ...], str | None]]:
     """Iterate over file and name of each listed image, and its class."""
     for split in distinct(splits(path)):
         source = open_data(path, split)
         for i, label in enumerate(source.labels.tolist()):
-            names = (source.file_of(i) or "", source.identity(i))
-            yield names, source.classes[label] if label >= 0 else None
+            keys = ("", source.file_of(i) or ""), ("", source.identity(i))
+            yield keys, source.classes[label] if label >= 0 else None
 
 
-def _features(path: Path) -> Iterator[tuple[tuple[str, ...], str | None]]:
+def _features(path: Path, divided: bool) -> Iterator[tuple[tuple[_Key, ...], str | None]]:
+    """Iterate over the name of each image with a label, in its split if the collection is `divided`, and its class."""
     table = read_features(path)
-    for name, label in zip(table.paths, table.labels.tolist(), strict=True):
+    for split, name, label in zip(table.splits, table.paths, table.labels.tolist(), strict=True):
         if label >= 0:
-            yield (name,), table.classes[label]
+            yield ((split if divided else "", name),), table.classes[label]

@@ -11,7 +11,7 @@ from inbatch.apps.collection.features import Collection, open_collection
 from inbatch.apps.collection.images import by_threads
 from inbatch.apps.collection.output_files import check_images, check_outputs, with_files, write_list
 from inbatch.apps.reports.captioned_grid import Tile, save_captioned
-from inbatch.errors import ConfigError, DataError, check_whole
+from inbatch.errors import ConfigError, DataError, check_whole, many
 from inbatch.evaluation.image_defects import LIMITS, LONGEST, measures, reason
 from inbatch.evaluation.neighbours import check_index
 from inbatch.evaluation.outliers import OutlierScores, outlier_scores
@@ -72,13 +72,16 @@ def find_outliers(
     if len(collection) < 2:
         raise DataError(f"{collection.name} has one image: an outlier is unlike the others, so at least 2 are needed")
     if write is not None and count >= len(collection):
-        raise ConfigError(
-            f"-n {count:,} lists all {len(collection):,} images of {collection.name}, so that --write would keep none: "
-            "choose a smaller number"
-        )
+        raise _keeps_none(collection, f"-n {count:,} lists", "choose a smaller number")
     broken, unreadable = _find_broken(collection, quiet) if collection.has_images else ({}, [])
     scores = outlier_scores(collection.vectors, min(neighbours, len(collection) - 1), index)
     chosen = getattr(scores, order).argsort(descending=True, stable=True)[:count].tolist()
+    left_out = {*broken, *chosen}
+    kept = [i for i in range(len(collection)) if i not in left_out]
+    if write is not None and not kept:
+        listed = f"-n {count:,} with {many(len(broken), 'image')} that look broken lists"
+        fix = "choose a smaller number" if len(broken) < len(collection) else "leave it out"
+        raise _keeps_none(collection, listed, fix)
     result: dict[str, Any] = {
         **collection.origin,
         "images": len(collection),
@@ -92,12 +95,16 @@ def find_outliers(
         "unreadable": [one_line(why) for why in (*collection.unreadable, *unreadable)],
         "notes": list(collection.notes),
     }  # fmt: skip
-    left_out = {*broken, *chosen}
-    kept = [i for i in range(len(collection)) if i not in left_out]
     return with_files(result | {"kept": None if write is None else len(kept)}, {
         "written": (write, lambda path: write_list(path, collection, kept)),
         "picture": (picture, lambda path: _draw(path, collection, result, [*broken, *chosen])),
     })  # fmt: skip
+
+
+def _keeps_none(collection: Collection, listed: str, fix: str) -> ConfigError:
+    return ConfigError(
+        f"{listed} all {len(collection):,} images of {collection.name}, so that --write would keep none: {fix}"
+    )
 
 
 def _find_broken(collection: Collection, quiet: bool) -> tuple[dict[int, tuple[str, str]], list[str]]:

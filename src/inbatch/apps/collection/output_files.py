@@ -6,6 +6,7 @@ from typing import Any
 
 from inbatch.apps.collection.features import Collection
 from inbatch.apps.reports.view_grid import check_picture, check_place
+from inbatch.data.sources.labels import changed_names
 from inbatch.errors import ConfigError, DataError, InbatchError, Unwritten
 from inbatch.runtime.files import check_writable
 from inbatch.runtime.paths import path_of
@@ -36,13 +37,16 @@ def check_images(collection: Collection, write: str | Path | None, picture: str 
 
     Raises:
         ConfigError: If there are features without their images.
-        DataError: If the images have no files that a list could name.
+        DataError: If the images have no files that a list could name, or a class that a list cannot hold.
     """
     if not collection.has_images and (write is not None or picture is not None):
         what = "a list of their files" if write is not None else "a picture"
         raise ConfigError(f"{collection.name} holds features without their images, and {what} needs them: pass DATA")
     if write is not None and len(collection) and collection.file_of(0) is None:
         raise _without_files(collection)
+    if write is not None:
+        labels = collection.labels.unique().tolist()
+        _check_classes(collection, [collection.classes[label] for label in labels if label >= 0])
 
 
 def write_list(
@@ -61,13 +65,15 @@ def write_list(
 
     Raises:
         ConfigError: If the file does not end in .csv.
-        DataError: If images have no files of their own, because they are parts of an archive or an array.
+        DataError: If images have no files of their own, because they are parts of an archive or an array, or if a list
+            cannot hold their classes.
         InbatchError: If the file cannot be written.
     """
     files = [collection.file_of(i) for i in rows]
     if None in files:
         raise _without_files(collection)
     classes = [collection.class_of(i) for i in rows]
+    _check_classes(collection, [*dict.fromkeys(name for name in classes if name is not None)])
     table: dict[str, Sequence[Any]] = {"path": files}
     if any(classes):
         table["class"] = ["" if name is None else name for name in classes]
@@ -107,6 +113,15 @@ def _list_path(path: str | Path) -> Path:
     if file.suffix.lower() != ".csv":
         raise ConfigError(f"{file}: a list of images is written to a file that ends in .csv")
     return file
+
+
+def _check_classes(collection: Collection, names: Sequence[str]) -> None:
+    """Raise DataError if the names of classes mean something else when a list with them is read."""
+    if changed := changed_names(names):
+        raise DataError(
+            f"{collection.name} has the class {changed[0]!r}, which a list of images cannot hold: it would be read as "
+            "no label or as another class; rename the class, which is a folder or a label of the data"
+        )
 
 
 def _without_files(collection: Collection) -> DataError:

@@ -56,8 +56,9 @@ def select_images(
     collection = open_collection(
         features, data, split=split, device=device, quiet=quiet, image_column=image_column, label_column=label_column
     )
-    check_images(collection, write, picture)
     known = known_labels(collection, labelled)
+    named = replace(collection, labels=known.labels, classes=known.classes)  # with the labels of a list
+    check_images(named, write, picture)
     chosen = select(
         collection.vectors, count, strategy, labelled=known.labelled, labels=known.labels, names=known.classes,
         seed=seed,
@@ -65,7 +66,6 @@ def select_images(
     result = _result(collection, known, chosen)
     result |= {"strategy": strategy, "count": count, "seed": seed, "measure": chosen.measure}
     columns = {"rank": list(range(1, count + 1)), "reason": chosen.reasons}
-    named = replace(collection, labels=known.labels, classes=known.classes)  # with the labels of a list
     return with_files(result, {
         "written": (write, lambda path: write_list(path, named, chosen.rows.tolist(), columns)),
         "picture": (picture, lambda path: _draw(path, collection, chosen)),

@@ -7,6 +7,7 @@ sentence, so that methods that need no labels can use the images.
 
 import re
 from array import array
+from collections import Counter
 from collections.abc import Mapping, Sequence, Set
 from decimal import Decimal
 from typing import Any, NamedTuple
@@ -216,6 +217,20 @@ def _joined(meanings: list[int | str | None]) -> list[int | str | None]:
     if whole and all(-(2**63) <= int(value) < 2**63 for value in known if isinstance(value, int)):
         return [value if value is None or isinstance(value, int) else _whole(value) for value in meanings]
     return [None if value is None else str(value) for value in meanings]
+
+
+def changed_names(names: Sequence[str]) -> list[str]:
+    """Return the names of classes that mean something else in a list of images with all of these classes.
+
+    These are the words for unknown, negative numbers, names with spaces around them, and equal numbers.
+    """
+    meanings = _joined([meaning(name) for name in names])
+    times = Counter(meanings)
+    return [
+        name
+        for name, value in zip(names, meanings, strict=True)
+        if value is None or name != name.strip() or times[value] > 1 or (isinstance(value, int) and value < 0)
+    ]
 
 
 def _whole(text: str) -> int:

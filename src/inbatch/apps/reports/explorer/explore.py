@@ -22,6 +22,7 @@ from inbatch.apps.reports.explorer.sprite import Sprite, draw_sprite
 from inbatch.apps.reports.view_grid import check_place
 from inbatch.errors import ConfigError, DataError, check_whole, many
 from inbatch.evaluation.neighbours import check_index
+from inbatch.models.shipped_weights import is_shipped
 from inbatch.runtime.files import check_writable, replacing
 from inbatch.runtime.isolation import isolated
 from inbatch.runtime.paths import path_of
@@ -59,8 +60,10 @@ class Pictures:
 def is_features(path: str | Path) -> bool:
     """Return whether a path holds features or an encoder rather than images."""
     place = path_of(path)
+    if is_shipped(place):  # also a wrong name, which opening it reports with those that exist
+        return True
     if place.is_dir():
-        return (place / "recipe.json").is_file() or (place / "model.safetensors").is_file()
+        return any((place / name).is_file() for name in ("recipe.json", "encoder/config.json", "model.safetensors"))
     if place.suffix == ".npz" and zipfile.is_zipfile(place):
         with zipfile.ZipFile(place) as archive:
             return "vector.npy" in archive.namelist()
