@@ -207,7 +207,7 @@ def test_embed_accepts_arrays_tensors_and_lists():
         (np.uint8(5), "a list of images, not numpy.uint8"),
         (["a.jpg"], "'a.jpg' is a path; open it"),
         ((np.zeros((2, 20, 20, 3), np.uint8), np.zeros(2, np.uint8)), r"the shape \(2, 20, 20, 3\)"),
-        ((images(2, 3, 20, 20), torch.zeros(2, dtype=torch.uint8)), "uint8 images of 3 channels"),
+        ((images(2, 3, 20, 20), torch.zeros(2, dtype=torch.uint8)), r"the shape \(2, 3, 20, 20\), not \(C, h, w\)"),
     ],
 )
 def test_embed_refuses_what_holds_no_images(wrong, words):

@@ -43,9 +43,9 @@ class Transform:
     def pixels(self, image: Any) -> UInt8[Tensor, "c h w"]:
         """Return one image as uint8, before resizing."""
         if isinstance(image, Tensor):
+            _check_shape(image.shape, (3,), "(C, h, w)")
             if image.dtype == torch.uint8:
                 return image
-            _check_shape(image.shape, (3,), "(C, h, w)")
             image = (
                 (image.float() if image.dtype == torch.bfloat16 else image.detach()).cpu().numpy().transpose(1, 2, 0)
             )
