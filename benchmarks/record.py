@@ -122,7 +122,7 @@ def rows(entries: list[dict[str, Any]]) -> str:
             f"{'' if reached else ', not reached'} | {mean(one['seconds'] for one in seeds):,.0f} "
             f"| {mean(one['cpu_seconds'] for one in seeds):,.0f} | `{' '.join(entry['words'])}` "
             f"| {where['processor']}, {entry['threads']} threads, torch {where['versions']['torch']}, commit "
-            f"{where.get('commit') or 'unknown'}, {entry['date']}, load before {busy:.1f} | {gpu:,.0f} s |"
+            f"{where.get('commit') or 'unknown'}, {entry['date']}, load before {busy:.1f} | {gpu:,.1f} s |"
         )
     return "\n".join(lines)
 
