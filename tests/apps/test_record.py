@@ -32,4 +32,4 @@ def test_entries_are_ordered_by_their_means(record: ModuleType) -> None:
     lines = record.rows([entry("b", 70, 0.69, 900), entry("c", 75, 0.70, 100), entry("a", 70, 0.71, 300)]).split("\n")
     assert [line.split("`")[1] for line in lines[2:]] == ["simclr a", "simclr b", "simclr c"]
     assert ["not reached" in line for line in lines[2:]] == [False, False, True]
-    assert "| 72.00 (71.00, 73.00) | 300 | 600 |" in lines[2] and lines[2].endswith("| 1 s |")
+    assert "| 72.00 (71.00, 73.00) | 300 | 600 |" in lines[2] and lines[2].endswith("| 1.0 s |")
