@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from inbatch import find_duplicates, find_label_errors, find_outliers, select_images
+from inbatch.apps.collection import features
 from inbatch.apps.collection.features import open_collection
 from inbatch.apps.collection.images import open_images
 from inbatch.apps.collection.output_files import write_list
@@ -73,6 +74,9 @@ def test_features_of_an_encoder_are_kept_until_images_or_weights_change(
     decoded = open_collection(folder, mine)
     assert torch.equal(decoded.vectors, first.vectors) and decoded.unreadable == first.unreadable
     assert not decoded.origin["reused"] and open_collection(folder, mine).origin["reused"]
+    with monkeypatch.context() as patch:  # pixels may differ
+        patch.setattr(features, "decoders", lambda: "another version")
+        assert not open_collection(folder, mine).origin["reused"]
     Image.fromarray(np.zeros((20, 24, 3), np.uint8)).save(mine / "train" / "dogs" / "00.png")
     assert open_collection(folder, mine).origin["file"] != str(kept)
     kept.with_suffix(".json").write_text("damaged")

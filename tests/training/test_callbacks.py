@@ -42,6 +42,20 @@ def test_a_stop_in_the_step_of_a_signal_is_kept(brief: None, tmp_path: Path) -> 
     assert tiny("simclr", tmp_path, callbacks=[StopsInASignal], resume=True).result["steps"] == 3
 
 
+class FailsAfterAnEpoch(Callback):
+    """Fail after the first epoch and its evaluation."""
+
+    def on_epoch(self, moment: inbatch.training.callbacks.Moment) -> None:
+        raise RuntimeError("it fails")
+
+
+def test_an_evaluation_before_a_failing_callback_is_recorded_once(brief: None, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="FailsAfterAnEpoch"):
+        tiny("simclr", tmp_path, callbacks=[FailsAfterAnEpoch], evaluate_every=1)
+    steps = [one["step"] for one in tiny("simclr", tmp_path, resume=True, evaluate_every=1).result["curve"]]
+    assert steps == [0, 5, 10]
+
+
 @pytest.mark.slow
 def test_callback_that_fails_or_changes_weights_is_named(brief: None, tmp_path: Path) -> None:
     with pytest.raises(

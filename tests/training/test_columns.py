@@ -73,6 +73,14 @@ def test_embed_writes_the_ids_of_the_data(learned: inbatch.Run, animals: Path, t
         inbatch.embed_run(learned.directory, animals, tmp_path / "f.npz", label_column="kind")
 
 
+def test_a_run_below_the_home_directory_keeps_its_columns(
+    learned: inbatch.Run, animals: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(name, str(learned.directory.parent))
+    assert inbatch.embed_run(f"~/{learned.directory.name}", animals, tmp_path / "f.npz") == 30
+
+
 def test_evaluation_without_classes_reports_the_skipped_protocols(
     learned: inbatch.Run, animals: Path, tmp_path: Path
 ) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from rank_pool import on_ranks
 from small_methods import small_settings
@@ -129,6 +130,19 @@ def test_a_view_that_is_not_a_number_is_named_by_its_image(tmp_path: Path, monke
     monkeypatch.setattr(module, "_checked", spoiling)
     report = replay_run(tmp_path)
     assert report["reproduced"] and report["places"][0] == f"view 1 of image {bad}"
+
+
+def test_groups_over_all_ranks_are_put_together_again(tmp_path: Path) -> None:
+    """With sync_norm a group has a part of every rank's samples."""
+    for rank in range(2):
+        index = torch.arange(8) + 10 * rank
+        share = {"index": index, "label": -index, "size": index[:, None].repeat(1, 2)}
+        (tmp_path / f"share-{rank}.safetensors").write_bytes(safetensors.torch.save(share))
+    record = {"world": 2, "seed": 0, "epoch": 0, "context": 8}
+    assert module._batch(tmp_path, record, False).index.tolist() == [*range(8), *range(10, 18)]
+    batch = module._batch(tmp_path, record, True)
+    assert batch.index.view(2, 8).tolist() == [[0, 1, 2, 3, 10, 11, 12, 13], [4, 5, 6, 7, 14, 15, 16, 17]]
+    assert batch.size is not None and torch.equal(batch.size[:, 0], batch.index)
 
 
 @pytest.mark.slow

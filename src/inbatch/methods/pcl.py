@@ -56,7 +56,7 @@ class PCL(Method):
                  out_dim: int = 128) -> None:  # fmt: skip
         super().__init__()
         self.temperature, self.momentum, self.warmup_epochs = temperature, momentum, warmup_epochs
-        self.layers, self.out_dim = layers, out_dim
+        self.layers, self.out_dim, self.later = layers, out_dim, {"warmup_epochs": "its prototypes are used"}
         self.clusterings = Clusterings(num_clusters, out_dim, negatives, temperature, alpha, restarts, iterations)
         self.queue = MemoryBank(queue_size, out_dim)
 

@@ -91,14 +91,14 @@ class Loop:
         """Train from the current step to the last, and evaluate on the way."""
         built, progress, steps = self.built, self.progress, self.built.loader.steps
         self.unreadable = report_unreadable(built, self.out, self.log, self.unreadable)
-        if progress.step:
-            built.step.resize(progress.step - 1)  # as after the last step of the interrupted run
         if progress.step == 0:
             check_collapse(built, self.watched, progress, 0, self.log)
             self.evaluate(0)
             if asked := self.call("on_evaluation", 0, 0, progress.curve[-1]):
                 raise TrainingError(f"a callback asked to stop before the first step ({asked})")
-        elif progress.ended < progress.step // steps or progress.curve[-1]["step"] < progress.step == built.total:
+        else:
+            built.step.resize(progress.step - 1)  # as after the last step of the interrupted run
+        if progress.ended < progress.step // steps or progress.curve[-1]["step"] < progress.step == built.total:
             self.end_epoch()  # stopped by a signal at the last step of an epoch
         self.clock.start(progress.step, built.total)
         while progress.step < built.total:

@@ -1,6 +1,6 @@
 """Batch fusion, batch curation and mixing of a recipe."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -57,7 +57,13 @@ def without_effect(
 
     steps: number of steps of the run.
     """
-    notes, sampler = [*_parts_that_begin_later(recipe, method, -(-steps // loader.steps))], loader.sampler
+    notes, sampler = [], loader.sampler
+    for option, what in method.later.items():
+        if steps <= (start := getattr(method, option)) * loader.steps:
+            notes.append(
+                f"method.{option} = {start}: {what} only from epoch {start + 1} on, after the end of the run. Train "
+                "for more epochs, or set it lower"
+            )
     if recipe.shard and distributed.world() == 1:
         notes.append("shard has no effect on one process: start several (torchrun --nproc-per-node ...)")
     grouped = recipe.negatives is not None and recipe.negatives.name == "drop-similar" and not embeds(recipe, source)
@@ -82,27 +88,6 @@ def without_effect(
             "more epochs"
         )
     return notes
-
-
-def _parts_that_begin_later(recipe: Recipe, method: Method, epochs: int) -> Iterator[str]:
-    """Yield a sentence for every part of the method that begins after the end of a run of so many epochs."""
-    for option, what in method.later.items():
-        if (start := getattr(method, option)) >= epochs:
-            yield (
-                f"method.{option} = {start}: {what} only from epoch {start + 1} on, after the end of the run. Train "
-                "for more epochs, or set it lower"
-            )
-    overridden = type(method).survey is not Method.survey
-    if overridden and not any(method.surveys(epoch) for epoch in range(epochs)):
-        first = next((epoch for epoch in range(epochs, _FAR) if method.surveys(epoch)), _FAR)
-        yield (
-            f"{recipe.method.name} reads the whole data set before epoch {first + 1} at first, after the end of the "
-            "run: what it computes from that has no effect. Train for more epochs, or set its option for that lower"
-        )
-
-
-_FAR = 10_000
-"""Epoch that no run reaches."""
 
 
 def curator_of(

@@ -16,6 +16,7 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from inbatch.data import Source, find_split, open_data, splits
+from inbatch.data.decoding.image_file import decoders
 from inbatch.data.source import LazyImage
 from inbatch.data.sources.split_names import distinct
 from inbatch.errors import ConfigError, DataError, InbatchError, many
@@ -208,7 +209,8 @@ def _readable_now(table: FeatureTable, sources: Mapping[str, Source]) -> bool:
 
 def _key(encoder: Encoder, sources: Mapping[str, Source]) -> str | None:
     """Return a name that depends on the encoder and the pixels and labels of the images; None if these are unknown."""
-    digest = hashlib.sha256(repr((encoder.name, encoder.size, encoder.mean, encoder.std, encoder.levels)).encode())
+    preparation = encoder.name, encoder.size, encoder.mean, encoder.std, encoder.levels, decoders()
+    digest = hashlib.sha256(repr(preparation).encode())
     for name, tensor in encoder.state_dict().items():
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)

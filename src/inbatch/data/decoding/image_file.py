@@ -31,6 +31,9 @@ REMARKS = {
 }
 """Sentences about a number of images, by the key of the remark."""
 
+_RULES = 2
+"""Incremented if the same file gives other pixels than before: what was decoded earlier is not used again."""
+
 _ORIENTATION = 0x0112
 _HEAD = 2**18  # bytes read when a file is opened: most files entirely; a worker holds 32 opened files at once
 
@@ -43,9 +46,10 @@ def file_channels(channels: int | None) -> int:
 
 
 def decoders() -> str:
-    """Return the names and versions of all libraries that decoded pixels depend on."""
+    """Return what decoded pixels depend on: our rules, and the names and versions of libraries."""
     names = [*(["simplejpeg"] if fast_jpeg() else []), "pillow", "torch", "tifffile"]
-    return ", ".join([*(f"{name} {_version(name)}" for name in names), torch.backends.cpu.get_cpu_capability()])
+    libraries = (f"{name} {_version(name)}" for name in names)
+    return ", ".join([*libraries, torch.backends.cpu.get_cpu_capability(), f"rules {_RULES}"])
 
 
 def _version(name: str) -> str:

@@ -32,9 +32,8 @@ def to_8_bits(
         image.info["transparency"] = clear * 255 // (2**bits - 1)
     if kind == "LA;16B" and levels is not None:
         raise ValueError("16-bit grey with transparency cannot be read by levels: save it without transparency")
-    if clear is None and (levels is None or kind not in ("RGB;16B", "RGBA;16B")):
-        return image
-    if kind not in ("I;16B", "RGB;16B", "RGBA;16B"):
+    by_levels = levels is not None and kind in ("RGB;16B", "RGBA;16B")
+    if not by_levels and (clear is None or kind not in ("I;16B", "RGB;16B")):
         return image
     values = np.atleast_3d(np.asarray(image)) if kind == "I;16B" else _colours(image, kind, reopen)
     pixels = to_bytes(values, levels)
