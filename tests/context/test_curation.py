@@ -207,6 +207,22 @@ def test_rows_do_not_depend_on_the_batch() -> None:
     assert built.network.training, "the network is back in training mode"
 
 
+@pytest.mark.parametrize("model", ["snapshot", "live"])
+def test_rows_are_of_images_of_the_size_trained_on(model: str) -> None:
+    """While images are small, distances are those of small images: that is what the loss compares, and what is cheap."""
+    settings = {"curate.name": "redraw", "curate.model": model, "grow_from": 0.5, "grow_until": 0.5}
+    built = api.prepare("digits-canvas", subset=80, batch_size=16, epochs=4, settings=settings)
+    plugin, batch, sides = built.step.curator, next(iter(built.loader.epoch(1))), []
+    plugin(batch)  # makes the snapshot
+    embedding = plugin.snapshot if model == "snapshot" else built.network
+    embedding.encoder.register_forward_pre_hook(lambda module, inputs: sides.append(inputs[0].shape[-1]))
+    for step in (built.loader.steps, 3 * built.loader.steps):
+        built.step.resize(step)
+        plugin._embed(embedding, batch)
+    full = built.recipe.image_size
+    assert sides == [full // 2] * 2 + [full] * 2, "two views each"
+
+
 @pytest.mark.parametrize("crops", ["default", "intersection"])
 def test_redrawing_is_repeatable_and_independent(crops: str) -> None:
     built = api.prepare(

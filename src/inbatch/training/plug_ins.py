@@ -112,6 +112,7 @@ def curator_of(
         def rows(image: Tensor) -> Tensor:
             return model.features(image) if where == "features" else model.outputs(image)[where]
 
+        model.scale = network.scale  # the snapshot compares images of the size that the step trains on
         with model.evaluating():
             parts = (views(part.to(device)).images for part in batch.split(piece))  # sequentially
             return torch.cat([torch.stack([rows(image) for image in images]) for images in parts], dim=1)
