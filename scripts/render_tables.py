@@ -24,6 +24,7 @@ inbatch table                                                    # list of table
 inbatch table ba-ssl-3                                           # results, differences, every command; runs nothing
 inbatch table ba-ssl-3 --scale cpu --data cifar10=FOLDER         # run missing cells on two cores
 inbatch table ba-ssl-3 --scale cpu --on digits --row SimCLR --seed 0   # one cell
+inbatch table ba-ssl-3 --scale laptop --precision float32 --data cifar10=FOLDER   # not that of the processor
 inbatch table ba-ssl-3 --scale cpu --from runs/table/results -o table.html   # or .md, .tex
 ```
 
@@ -38,7 +39,8 @@ inbatch table ba-ssl-3 --scale cpu --from runs/table/results -o table.html   # o
 Each run is a separate process. Its directory and log are in `runs/table`, its result in `runs/table/results`. After Ctrl-C or
 SIGTERM, running processes save a checkpoint; the same command continues them and skips finished runs. A run that diverges is a
 result, shown as failed with its error message (`--retry-failed` repeats it), as is a protocol that fails after training. A run
-without images is not a result. A `--work-dir` holds one table at a time. "Gain" is the mean over the seeds of the difference from
+without images is not a result. A `--work-dir` holds one table at a time. The precision is that of the machine, bf16 where it is fast; with `--precision` every
+machine computes in the same one, and results in another are missing. A page states it. "Gain" is the mean over the seeds of the difference from
 the row without, at the same seed, with the p of a paired t-test: with three seeds, only large differences are distinguishable from
 chance. `inbatch pretrain ... --compare auto` compares a run with the [curves](../compare.md) of these.
 

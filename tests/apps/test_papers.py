@@ -26,12 +26,13 @@ from inbatch.apps.papers.effects import effect_notes, effects
 from inbatch.apps.papers.expected_time import expected_time
 from inbatch.apps.papers.filled_table import fill
 from inbatch.apps.papers.results import Record, Records, find_record, read_record, read_records, shipped, write_record
+from inbatch.apps.papers.run_records import record_of
 from inbatch.apps.papers.runner import Runner
 from inbatch.apps.papers.spec import SCALES, Cell, Row, Table, cells, key
 from inbatch.apps.statistics import difference, paired, seeds_for
 from inbatch.errors import ConfigError, DataError, InbatchError, Preempted
 from inbatch.runtime.environment import environment
-from inbatch.runtime.files import locked
+from inbatch.runtime.files import locked, write_json
 from inbatch.training.recipe import make
 
 EVERY = pytest.mark.parametrize("table", TABLES.values(), ids=TABLES)
@@ -354,6 +355,29 @@ def test_existing_results_are_not_computed_again(tmp_path: Path) -> None:
     retried = Fake(tmp_path / "results", tmp_path / "work", retry_failed=True, notify=messages.append)
     retried.run(asked)
     assert len(retried.asked) == 1 and all(r.status == "finished" for r in read_records(tmp_path / "results").values())
+
+
+def test_the_precision_of_runs_can_be_chosen(tmp_path: Path) -> None:
+    """A table states its precision, which depends on the machine otherwise; a result in another one is missing."""
+    asked = [cell for cell in cells(TABLE, "smoke", (0,)) if cell.row in ("SimCLR", "SimCLR + BA")]
+    runner = Fake(tmp_path / "results", tmp_path / "work", precision="bf16", notify=lambda text: None)
+    for cell, precision in zip(asked, ("bfloat16", "float32"), strict=True):
+        write_record(runner.results, cell, record(cell, 0.5, precision=precision))
+    sheet = fill(TABLE, "smoke", read_records(runner.results))
+    assert sheet.mixed_pairs == 1 and "1 gain between runs of different precision" in " ".join(render.notes(sheet))
+    assert all(f", {name})" in " ".join(render.notes(sheet)) for name in ("bfloat16", "float32"))
+    assert runner.missing(asked) == asked[1:] and replace(runner, precision="auto").missing(asked) == []
+    assert all(" --precision bf16 " in line for line in runner.launch(asked))
+    runner.run(asked)
+    config = json.loads((runner.work / f"{asked[1].stem}.json").read_text())
+    assert config["precision"] == "bf16" and len(runner.asked) == 1
+    result = record(asked[1], 0.5).file() | {"precision": "bfloat16"}
+    made = record_of(asked[1], "images", result | {"recipe": result["recipe"] | {"precision": "bf16"}})
+    assert made.run_key == record(asked[1], 0.5).run_key and made.precision == "bfloat16"
+    (runner.work / asked[1].stem).mkdir()
+    write_json(runner.work / asked[1].stem / "result.json", result | {"precision": "float32"})
+    with pytest.raises(ConfigError, match="is of precision float32: choose another --work-dir"):
+        runner._run_cell(asked[1])
 
 
 def test_a_second_table_in_the_same_folder_waits_for_the_first(tmp_path: Path) -> None:

@@ -209,7 +209,7 @@ def test_rows_do_not_depend_on_the_batch() -> None:
 
 @pytest.mark.parametrize("model", ["snapshot", "live"])
 def test_rows_are_of_images_of_the_size_trained_on(model: str) -> None:
-    """While images are small, distances are those of small images: that is what the loss compares, and what is cheap."""
+    """While images are small, distances are those of small images, which the loss compares."""
     settings = {"curate.name": "redraw", "curate.model": model, "grow_from": 0.5, "grow_until": 0.5}
     built = api.prepare("digits-canvas", subset=80, batch_size=16, epochs=4, settings=settings)
     plugin, batch, sides = built.step.curator, next(iter(built.loader.epoch(1))), []

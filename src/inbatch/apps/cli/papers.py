@@ -51,6 +51,9 @@ def table(
         int | None, Option(min=1, help="Simultaneous runs; default: one per core, or one on a GPU.")
     ] = None,
     device: Device = "auto",
+    precision: Annotated[
+        str, Option(metavar="auto|bf16|float32", help="Precision of the runs; auto: that of the machine.")
+    ] = "auto",
     download: Annotated[bool, Option("--download", help="Download torchvision data sets that are missing.")] = False,
     again: Annotated[bool, Option("--retry-failed", "--again", help="Repeat failed runs.")] = False,
     as_json: Json = False,
@@ -60,8 +63,9 @@ def table(
     with report_errors(as_json):
         from inbatch.apps.papers import TABLES
         from inbatch.apps.papers.command import Selection, run_table_command
-        from inbatch.apps.papers.runner import Runner
+        from inbatch.apps.papers.runner import PRECISIONS, Runner
         from inbatch.runtime.terminal import progress
+        from inbatch.training.registry import check_known
 
         if name is None:
             rows = [(t.name, t.title, t.source) for t in TABLES.values()]
@@ -70,10 +74,11 @@ def table(
             return
         work, file = path_of(work, "--work-dir"), None if out is None else path_of(out, "--out")
         records = work / "results" if results is None else path_of(results, "--results")
+        check_known("precision", precision, PRECISIONS)
         with progress(quiet) as (notify, show):
             runner = Runner(
-                records, work, _places(data), jobs=jobs, device=device, download=download, retry_failed=again,
-                notify=notify, show=show,
+                records, work, _places(data), jobs=jobs, device=device, precision=precision, download=download,
+                retry_failed=again, notify=notify, show=show,
             )  # fmt: skip
             report = run_table_command(
                 TABLES,

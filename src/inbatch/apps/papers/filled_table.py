@@ -85,6 +85,17 @@ class FilledTable:
         return {c.stem: r for line in self.lines for c, r in zip(line.cells, line.records, strict=True)}
 
     @property
+    def mixed_pairs(self) -> int:
+        """Number of runs that are compared with a run of another precision, which may itself have an effect."""
+
+        def precisions(line: Line) -> dict[tuple[str, int], str]:
+            pairs = zip(line.cells, line.records, strict=True)
+            return {(c.data, c.seed): r.precision for c, r in pairs if r.precision is not None}
+
+        pairs = [(precisions(line), precisions(other)) for line in self.lines if (other := self.line(line.row.against))]
+        return sum(own[run] != other[run] for own, other in pairs for run in own.keys() & other.keys())
+
+    @property
     def columns(self) -> tuple[Column, ...]:
         """Our columns."""
         return self.table.scales[self.scale].columns

@@ -13,6 +13,7 @@ from inbatch.apps.papers.effects import effect_grid, effect_notes, stated_effect
 from inbatch.apps.papers.filled_table import SURE, FilledTable, Line, Value
 from inbatch.apps.papers.results import Record, wall_seconds
 from inbatch.apps.papers.spec import Cell, cells
+from inbatch.errors import many
 from inbatch.runtime.text import one_line, printable
 
 
@@ -115,6 +116,10 @@ def notes(filled: FilledTable) -> list[str]:
             f"Gain: against {' or '.join(references)} at the same seeds, with p of a paired t-test (* below {SURE}, "
             "not corrected for the number of rows)."
         )
+    if mixed := filled.mixed_pairs:
+        lines.append(
+            f"{many(mixed, 'gain')} between runs of different precision: repeat one of them with --precision float32."
+        )
     lines += [f"{one[0].upper()}{one[1:]}." for one in at.differs]
     sources = {record.data: record.source for record in finished if record.source not in ("drawn", record.data)}
     if "cifar10-jpeg" in sources.values():
@@ -136,7 +141,8 @@ def _machines(records: Iterable[Record]) -> str:
     def name(record: Record) -> str:
         where = record.environment
         what = where["processor"] if where["device"] == "cpu" else where["device"]
-        return f"{what} ({where['threads']} thread{'s' * (where['threads'] > 1)}, torch {where['versions']['torch']})"
+        details = [f"{where['threads']} thread{'s' * (where['threads'] > 1)}", f"torch {where['versions']['torch']}"]
+        return f"{what} ({', '.join([*details, *([record.precision] if record.precision else [])])})"
 
     return ", ".join(sorted({name(record) for record in records}))
 

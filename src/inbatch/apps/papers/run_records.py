@@ -31,6 +31,8 @@ def record_of(cell: Cell, place: str, result: Mapping[str, Any]) -> Record:
     if not isinstance(result.get("recipe"), dict):
         raise DataError(f"the result of the run {cell.stem} holds no recipe: remove its folder, and run it again")
     recipe = result["recipe"] | {"data": cell.settings["data"]}
+    if cell.recipe().precision == "auto":  # any precision is the table's (`Runner.precision`); the record states it
+        recipe |= {"precision": "auto"}
     if key(make(read_settings(recipe))) != cell.key:
         expected = cell.recipe().nested()
         changed = [name for name, value in expected.items() if name != "seed" and value != recipe.get(name)]

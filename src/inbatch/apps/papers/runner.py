@@ -30,6 +30,8 @@ from inbatch.runtime.files import locked, read_json, write_json
 from inbatch.runtime.resources import cores
 from inbatch.runtime.signals import stop_on_signals, stopped
 
+PRECISIONS = {"auto": None, "float32": "float32", "bf16": "bfloat16"}
+"""Precision of runs -> name of it in results."""
 ON = "on-"
 """Prefix of protocols that are a linear probe on the images of another data set."""
 Notify = Callable[[str], None]
@@ -47,6 +49,8 @@ class Runner:
         places: Name of a data set -> location of its images.
         jobs: Number of concurrent runs; None: one per core, on a GPU one.
         device: Name of the device, or "auto".
+        precision: Precision of the runs, "float32" or "bf16"; a result in the other one is missing. "auto": that of the
+            machine, and results in any precision are used.
         download: Download missing torchvision data sets.
         retry_failed: Repeat failed runs.
         notify: Receives sentences for the user.
@@ -59,6 +63,7 @@ class Runner:
     places: Mapping[str, str] = field(default_factory=dict)
     jobs: int | None = None
     device: str = "auto"
+    precision: str = "auto"
     download: bool = False
     retry_failed: bool = False
     notify: Notify = print
@@ -76,10 +81,14 @@ class Runner:
         lacking: dict[str, Cell] = {}
         for cell in cells:
             record = find_record(known, cell)
-            if record is None or (self.retry_failed and record.failures):
+            if record is None or (self.retry_failed and record.failures) or not self._precise(record.precision):
                 first = lacking.setdefault(cell.stem, cell)
                 lacking[cell.stem] = replace(first, protocols=tuple(dict.fromkeys((*first.protocols, *cell.protocols))))
         return list(lacking.values())
+
+    def _precise(self, name: str | None) -> bool:
+        """Return whether a result of this precision is what was asked for; counted crops and failed runs have none."""
+        return self.precision == "auto" or name in (None, PRECISIONS[self.precision])
 
     def collect(self, cells: Sequence[Cell]) -> None:
         """Store the results of runs that were made elsewhere and are finished in the work folder."""
@@ -96,6 +105,7 @@ class Runner:
             name, folder = str(cell.settings["data"]), shlex.quote(str(self.work / cell.stem))
             place = shlex.quote(self.places.get(name, "PATH"))
             words = cell.command().replace(f"--data {name}", f"--data {place}", 1)
+            words += "" if self.precision == "auto" else f" --precision {self.precision}"
             yield f"torchrun --nproc-per-node gpu -m {words} --out {folder} --resume auto"
 
     def place(self, name: str) -> str:
@@ -181,8 +191,14 @@ class Runner:
         folder, log = self.work / cell.stem, self.work / f"{cell.stem}.log"
         folder.parent.mkdir(parents=True, exist_ok=True)
         result = _read_result(folder)
+        if result is not None and not self._precise(result.get("precision")):
+            raise ConfigError(
+                f"the run {cell.stem} in {self.work} is of precision {result['precision']}: choose another --work-dir, "
+                "or remove the run"
+            )
         if result is None:
-            write_json(recipe := self.work / f"{cell.stem}.json", cell.recipe().nested() | {"data": place})
+            settings = {"data": place} | ({} if self.precision == "auto" else {"precision": self.precision})
+            write_json(recipe := self.work / f"{cell.stem}.json", cell.recipe().nested() | settings)
             words = ["pretrain", "--config", str(recipe), "--out", str(folder), "--resume", "auto", "--quiet"]
             result = self._call(cell, [*words, *(["--download"] if self.download else [])], log)
         if "exit_code" in result:
