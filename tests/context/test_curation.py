@@ -306,3 +306,11 @@ def test_invalid_options_are_refused() -> None:
             "digits-canvas", "supervised", subset=80, batch_size=16,
             settings={"curate.name": "redraw", "curate.where": "projection"},
         )  # fmt: skip
+
+
+@pytest.mark.parametrize(("length", "first"), [({"epochs": 40}, 4), ({"steps": 100}, 2), ({"steps": 48}, 1)])
+def test_the_warm_up_is_a_share_of_a_run_whose_length_is_in_steps(length: dict[str, int], first: int) -> None:
+    """Epochs of 5 steps: the preset's number of epochs does not count if the length is in steps."""
+    settings = {"curate.name": "redraw", "epochs": 400} | length
+    built = api.prepare("digits-canvas", subset=80, batch_size=16, settings=settings)
+    assert built.loader.steps == 5 and built.step.curator is not None and built.step.curator.starts == first

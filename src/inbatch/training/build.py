@@ -112,7 +112,8 @@ def build(
     whole = WholeEncoder(parts.encoder) if recipe.shard and distributed.world() > 1 else None
     network, target, snapshot = _make_networks(recipe, parts, device, whole is not None)
     piece = recipe.batch_size // distributed.world() // groups
-    curator = curator_of(recipe, parts.views, network, snapshot, piece, device)
+    epochs = recipe.epochs if recipe.steps is None else -(-recipe.steps // loader.steps)
+    curator = curator_of(recipe, parts.views, network, snapshot, piece, epochs, device)
     similar = plug_in_negatives(recipe, source, parts.method, network, parts.encoder, piece, device)
     if recipe.compile and whole is None:
         _compile(parts.views, network, target)

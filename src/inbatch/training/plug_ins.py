@@ -91,11 +91,13 @@ def without_effect(
 
 
 def curator_of(
-    recipe: Recipe, views: AnyViews, network: Network, snapshot: Network | None, piece: int, device: torch.device
-) -> Curator | None:
+    recipe: Recipe, views: AnyViews, network: Network, snapshot: Network | None, piece: int, epochs: int,
+    device: torch.device,
+) -> Curator | None:  # fmt: skip
     """Return the curator of a recipe; it embeds `piece` images at a time.
 
-    snapshot: a copy of a sharded network, divided like it.
+    snapshot: a copy of a sharded network, divided like it. epochs: number of epochs of the run, also of one whose
+    length is in steps.
     """
     if recipe.curate is None:
         return None
@@ -118,7 +120,7 @@ def curator_of(
             return torch.cat([torch.stack([rows(image) for image in images]) for images in parts], dim=1)
 
     curator = CURATORS[recipe.curate.name](**recipe.curate.options)
-    curator.prepare(network, embed, recipe.epochs, snapshot, is_sharded(network))
+    curator.prepare(network, embed, epochs, snapshot, is_sharded(network))
     return curator.to(device)
 
 
