@@ -1,6 +1,7 @@
 """Errors for users: each message names the problem, the value and the fix, and carries the exit code of the process."""
 
 import difflib
+import math
 import traceback
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -19,6 +20,14 @@ def check_whole(name: str, value: object, least: int | None = None) -> None:
         raise ConfigError(f"{name} must be a whole number, not {value!r:.40}")
     if least is not None and value < least:  # type: ignore[operator]
         raise ConfigError(f"{name} must be at least {least}, not {value}")
+
+
+def check_range(least: float, most: float = math.inf, **values: float) -> None:
+    """Raise ValueError for an option of a method that is below `least` or above `most`."""
+    for name, value in values.items():
+        if not least <= value <= most:
+            limits = f"at least {least:g}" if most == math.inf else f"from {least:g} to {most:g}"
+            raise ValueError(f"{name} must be {limits}, not {value:g}")
 
 
 class InbatchError(Exception):

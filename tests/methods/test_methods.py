@@ -268,3 +268,27 @@ def test_a_head_without_layers_or_width_is_refused() -> None:
             with pytest.raises((ValueError, ConfigError), match=r"at least 1|above 0|positive"):
                 create(name, **with_hidden | {option: 0})
                 pytest.fail(f"{name} takes {option}=0")
+
+
+@pytest.mark.parametrize(
+    ("method", "option", "value", "words"),
+    [
+        ("pcl", "restarts", 0, "restarts must be at least 1, not 0"),
+        ("pcl", "iterations", 0, "iterations must be at least 1, not 0"),
+        ("pcl", "num_clusters", (), "clusterings must be at least 1, not 0"),
+        ("pcl", "negatives", -1, "negatives must be at least 0, not -1"),
+        ("pcl", "alpha", -1.0, "alpha must be at least 0, not -1"),
+        ("swav", "iterations", 0, "iterations must be at least 1, not 0"),
+        ("swav", "num_prototypes", 1, "num_prototypes must be at least 2, not 1"),
+        ("dino", "num_prototypes", 0, "num_prototypes must be at least 2, not 0"),
+        ("wmse", "w_iter", 0, "w_iter must be at least 1, not 0"),
+        ("wmse", "w_size", 0, "w_size must be at least 1, not 0"),
+        ("wmse", "eps", 2.0, "eps must be from 0 to 1, not 2"),
+        ("supervised", "label_smoothing", 2.0, "label_smoothing must be from 0 to 1, not 2"),
+    ],
+)
+def test_options_that_fail_in_a_later_step_are_refused_at_once(
+    method: str, option: str, value: Any, words: str
+) -> None:
+    with pytest.raises(ValueError, match=words):
+        METHODS[method](**{option: value}).heads(12)

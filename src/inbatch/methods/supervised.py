@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy as torch_cross_entropy
 
 from inbatch.batch import Batch, Losses, Mixture, Rows
+from inbatch.errors import check_range
 from inbatch.methods.base import Method
 from inbatch.nn.batch_sums import batch_sum, loss_sum
 from inbatch.nn.functional import wide
@@ -53,6 +54,7 @@ class Supervised(Method):
 
     def __init__(self, num_classes: int | None = None, label_smoothing: float = 0.0) -> None:
         super().__init__()
+        check_range(0, 1, label_smoothing=label_smoothing)
         self.num_classes, self.label_smoothing = num_classes, label_smoothing
 
     def prepare(self, *, images: int, classes: int, batch: int, views: int) -> None:

@@ -5,6 +5,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from inbatch.batch import Batch, Losses, Mixture, Rows
+from inbatch.errors import check_range
 from inbatch.methods.base import Method, MixedKeys
 from inbatch.nn.batch_sums import loss_mean, own_share, whole
 from inbatch.nn.functional import cross_prediction, normalize, product, scale_by_temperature, sinkhorn
@@ -38,11 +39,10 @@ class SwAV(Method):
     _imagenet = {"source": "swav, scripts/swav_800ep_pretrain.sh: lr 4.8 for 4096 images", "views.name": "swav",
         "optimizer.name": "lars", "optimizer.lr": 0.3, "optimizer.weight_decay": 1e-6, "batch_size": 4096,
         "epochs": 800, "schedule.warmup_epochs": 10, "schedule.end": 0.001}  # fmt: skip
-    _cifar = {
-        "source": "lightly, cifar10_benchmark.py: Adam 1e-3 for 128; small crops: inbatch", "views.name": "swav_cifar",
-        "optimizer.name": "adam", "optimizer.lr": 2e-3, "optimizer.weight_decay": 1e-6, "batch_size": 128,
-        "epochs": 200, "schedule.warmup_epochs": 0, "method.num_prototypes": 512, "method.hidden_dim": 512,
-        "method.freeze_prototypes_epochs": 0}  # fmt: skip
+    _cifar = {"source": "lightly, cifar10_benchmark.py: Adam 1e-3 for 128; small crops: inbatch",
+        "views.name": "swav_cifar", "optimizer.name": "adam", "optimizer.lr": 2e-3, "optimizer.weight_decay": 1e-6,
+        "batch_size": 128, "epochs": 200, "schedule.warmup_epochs": 0, "method.num_prototypes": 512,
+        "method.hidden_dim": 512, "method.freeze_prototypes_epochs": 0}  # fmt: skip
     _digits = {"source": "inbatch, embedded data", "method.num_prototypes": 256, "method.out_dim": 32,
         "method.hidden_dim": 256, "method.temperature": 0.2, "method.epsilon": 0.01}  # fmt: skip
     presets = {"imagenet": _imagenet, "cifar": _cifar, "digits": _digits}
@@ -53,12 +53,12 @@ class SwAV(Method):
                  queue_start_epoch: int = 15, hidden_dim: int = 2048, out_dim: int = 128) -> None:  # fmt: skip
         super().__init__()
         check_temperature(temperature, epsilon)
+        check_range(1, iterations=iterations)
         self.temperature, self.epsilon, self.iterations, self.hidden_dim = temperature, epsilon, iterations, hidden_dim
         self.freeze_prototypes_epochs, self.queue_start_epoch = freeze_prototypes_epochs, queue_start_epoch
         queue = {"queue_start_epoch": "the queue is filled"} if queue_size else {}
         self.later = {"freeze_prototypes_epochs": "the prototypes learn"} | queue
-        # The prototypes: a loss has no access to heads.
-        self.register_buffer("vectors", torch.zeros(num_prototypes, out_dim))
+        self.register_buffer("vectors", torch.zeros(num_prototypes, out_dim))  # of the head, which a loss cannot reach
         self.queue = MemoryBank(queue_size, 2 * out_dim) if queue_size else None  # one row holds both views of a sample
 
     def prepare(self, *, views: int, **sizes: int) -> None:

@@ -5,6 +5,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from inbatch.batch import Batch, Losses, Rows
+from inbatch.errors import check_range
 from inbatch.methods.base import Method
 from inbatch.nn.batch_sums import batch_count, batch_max, loss_mean, own_share, whole
 from inbatch.nn.functional import cholesky_with_jitter, moments, normalize, wide
@@ -74,6 +75,8 @@ class WMSE(Method):
     def __init__(self, w_size: int = 128, w_iter: int = 1, eps: float = 0.0, norm: bool = True, hidden_dim: int = 1024,
                  out_dim: int = 64) -> None:  # fmt: skip
         super().__init__()
+        check_range(1, w_size=w_size, w_iter=w_iter)
+        check_range(0, 1, eps=eps)
         self.w_size, self.w_iter, self.eps = w_size, w_iter, eps
         self.norm, self.hidden_dim, self.out_dim = norm, hidden_dim, out_dim
 

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from inbatch.batch import Batch
-from inbatch.errors import DataError
+from inbatch.errors import DataError, check_range
 from inbatch.nn.batch_sums import whole
 from inbatch.nn.functional import normalize
 from inbatch.nn.logsumexp import check_temperature
@@ -196,6 +196,8 @@ class Clusterings(nn.Module):
     ) -> None:
         super().__init__()
         check_temperature(temperature)
+        check_range(1, clusterings=len(counts), restarts=restarts, iterations=iterations)
+        check_range(0, negatives=negatives, alpha=alpha)
         self.counts, self.dim, self.negatives = tuple(counts), dim, negatives
         self.temperature, self.alpha, self.restarts, self.iterations = temperature, alpha, restarts, iterations
         self.every = nn.ModuleList()

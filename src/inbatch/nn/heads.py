@@ -6,6 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from inbatch.errors import check_range
 from inbatch.nn.functional import normalize, product
 
 
@@ -83,6 +84,7 @@ class Prototypes(nn.Module):
 
     def __init__(self, dim: int, count: int, through: bool = False) -> None:
         super().__init__()
+        check_range(2, num_prototypes=count)  # a soft-max over one of them is constant
         self.through = through
         self.weight = nn.Parameter(normalize(torch.randn(count, dim)))
 
