@@ -16,7 +16,9 @@ from inbatch.apps.reports import choose, choose_study
 from inbatch.apps.reports.choose_interval import resampled, undecided, with_intervals
 from inbatch.errors import ConfigError, DataError
 from inbatch.evaluation import rankme
+from inbatch.evaluation.embeddings import Embeddings
 from inbatch.models import create_encoder, save_encoder
+from inbatch.rng import permutation
 from inbatch.runtime.files import write_json
 from inbatch.training import checkpoint
 from inbatch.training.monitors import label_free
@@ -168,6 +170,19 @@ def test_encoders_of_different_sizes_are_measured_on_the_same_images(
     assert unclear == (other["difference"]["low"] <= 0)
     with pytest.raises(DataError):
         inbatch.choose_run([tmp_path / "small", tmp_path / "large"], data=tmp_path / "nowhere")
+
+
+def test_images_whose_classes_cannot_be_compared_order_runs_without_k_nn() -> None:
+    """All images are of one class, or the only ones of a rare class are among the queries."""
+    encoder = create_encoder("tiny", size=16)
+    labels = torch.zeros(30, dtype=torch.long)
+    rare = labels.clone()
+    rare[permutation(0, 1, 30)[0]] = 1
+    several = labels.clone()
+    several[::2] = 1
+    for own, known in ((labels, False), (rare, False), (several, True)):
+        clean = Embeddings(torch.randn(30, 8), own, tuple(map(str, range(30))), "images", "features")
+        assert (choose._knn(encoder, clean, 0) is not None) == known
 
 
 def measured(run: str, hits: list[int]) -> dict[str, Any]:

@@ -217,7 +217,7 @@ def common_views(encoder: Encoder) -> Views:
 
 
 def _knn(encoder: Encoder, clean: Embeddings, seed: int) -> float | None:
-    """Return the k-NN accuracy of a fifth of the labelled images among the others; None without labels."""
+    """Return the k-NN accuracy of a fifth of the labelled images among the others; None unless these have classes."""
     labelled = clean.labels.ndim == 1 and (clean.labels >= 0).nonzero()[:, 0]
     if labelled is False or len(labelled) < 10:
         return None
@@ -226,6 +226,8 @@ def _knn(encoder: Encoder, clean: Embeddings, seed: int) -> float | None:
     order = labelled[permutation(seed, 1, len(labelled))]
     cut = len(order) // 5
     bank, queries = clean.take(order[cut:].sort().values), clean.take(order[:cut].sort().values)
+    if len(bank.labels.unique()) < 2:  # all images, or all but a few of a rare class
+        return None
     return float(knn(bank, queries, k=min(NEIGHBOURS, len(bank)))["top1"])
 
 
