@@ -160,6 +160,15 @@ class TestFolders:
             recipe, source = resolve_recipe(refill(tmp_path / "d", *paths), {})
             assert evaluation_split(recipe, source, tmp_path / "d").description.startswith(expected)
 
+    def test_the_bank_has_every_class(self, tmp_path):
+        """Of 65 images the last one is in the tenth, here as the only one of its class."""
+        folder = fill(tmp_path / "d", *(f"a/{i:02}.png" for i in range(64)), "b/1.png")
+        recipe, source = resolve_recipe(folder, {})
+        for images in (source, decode_all(open_data(folder)).source):
+            split = evaluation_split(recipe, images, folder)
+            assert sorted(split.bank.labels.unique().tolist()) == [0, 1] and split.queries.labels.tolist() == [0] * 5
+            assert len(split.bank) == 60
+
     def test_images_that_cannot_be_read_do_not_change_the_tenth(self, tmp_path):
         """A run leaves them out before the tenth is chosen, a later evaluation after."""
         folder = fill(tmp_path / "d", *(f"{c}/{i:02}.png" for c in "ab" for i in range(20)))

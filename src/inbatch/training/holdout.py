@@ -113,12 +113,16 @@ def _learns_labels(recipe: Recipe) -> bool:
 def _tenth(source: Source, how: str) -> EvaluationSplit:
     """Return nine tenths of the images as the bank and one tenth as queries, selected by a fixed permutation.
 
-    Images that cannot be read do not change the selection: a run leaves them out before, its later evaluation does not.
+    Of classes that are otherwise not in the bank, all images are. Images that cannot be read do not change the
+    selection: a run leaves them out before, its later evaluation does not.
     """
     _check_classes(source)
-    order = source.numbers_here(permutation(0, 0, len(source.whole)))
+    order = permutation(0, 0, len(source.whole))
     cut = max(1, len(order) // 10)
-    rest, held_out = (part[part >= 0] for part in (order[cut:], order[:cut]))
+    labels = source.whole.labels[order]
+    lacking = (torch.arange(len(order)) < cut) & (labels >= 0) & ~torch.isin(labels, labels[cut:])
+    order, queries = source.numbers_here(order), (torch.arange(len(order)) < cut) & ~lacking
+    rest, held_out = (order[part & (order >= 0)] for part in (~queries, queries))
     if not len(held_out):
         rest, held_out = rest[1:], rest[:1]
     bank, queries = (Subset(source, part.sort().values, how) for part in (rest, held_out))
