@@ -17,6 +17,7 @@ from inbatch.data import open_data, write_folder
 from inbatch.errors import ConfigError, DataError, Interrupted, Preempted
 from inbatch.methods import METHODS
 from inbatch.training import checkpoint
+from inbatch.training.resume import run_to_resume
 
 WITH_STATE = ("moco",)
 """Methods of the fast suite: with a target network and a memory bank. -m slow also resumes clusters."""
@@ -203,3 +204,14 @@ def test_auto_starts_from_step_0_without_a_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="already holds a run"):
         tiny("simclr", tmp_path, epochs=1)
     assert tiny("simclr", tmp_path, epochs=1, resume="auto").result["steps"] == 5
+
+
+def test_another_output_directory_than_that_of_the_run_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    for file in ("recipe.json", "checkpoints/last.pt"):
+        (tmp_path / "run" / file).touch()
+    (tmp_path / "link").symlink_to("run")
+    for out in (None, tmp_path / "run", tmp_path / "link"):
+        assert run_to_resume(out, tmp_path / "run") == tmp_path / "run"
+    with pytest.raises(ConfigError, match=r"--output-dir .*new is another: leave out --output-dir"):
+        run_to_resume(tmp_path / "new", tmp_path / "run")

@@ -35,6 +35,9 @@ def run_to_resume(out: Path | None, resume: str | Path | bool | None) -> Path | 
     Args:
         out: Requested run directory.
         resume: Directory of a run; True or "auto" for the run in `out`, if it can be resumed.
+
+    Raises:
+        ConfigError: If there is no such run, or if `out` is another directory.
     """
     if resume is False or resume is None:
         return None
@@ -42,6 +45,11 @@ def run_to_resume(out: Path | None, resume: str | Path | bool | None) -> Path | 
     if automatic and out is None:
         raise ConfigError("--resume auto needs --output-dir: the directory of the run")
     folder = out if automatic and out is not None else path_of(resume, "resume")
+    if out is not None and os.path.realpath(out) != os.path.realpath(folder):
+        raise ConfigError(
+            f"--resume {folder} continues the run in its own directory, and --output-dir {out} is another: leave out "
+            f"--output-dir, or copy the directory and resume the copy"
+        )
     if (folder / "recipe.json").is_file() and list((folder / "checkpoints").glob("*.pt")):
         return folder
     if automatic:
