@@ -32,7 +32,7 @@ from inbatch.training.plan import RunPlan, plan_run, plan_without_budget, with_c
 from inbatch.training.predictions import predict
 from inbatch.training.pretraining import train
 from inbatch.training.recipe import Recipe
-from inbatch.training.requested_settings import merged_settings
+from inbatch.training.requested_settings import merged_settings, requested_test
 from inbatch.training.resume import barely_begun, finished_run, restarted, resumed_plan, run_to_resume
 from inbatch.training.run import Run, evaluate_run, load, load_run, replay_run
 from inbatch.training.run_embedding import embed_run
@@ -100,7 +100,8 @@ def pretrain(
             `overwrite`.
         config: a YAML or JSON file of settings.
         settings: settings with a dotted name, {"method.temperature": 0.2}.
-        test: labelled images for evaluation, if the data has no test split.
+        test: labelled images for evaluation, if the data has no test split. A path is part of the recipe; pass other
+            objects again to resume or to evaluate the run.
         resume: True to resume the run in `out` if it can be resumed, or the directory of such a run. `data` can be a
             new place of the same images.
         overwrite: replace a run in `out`. Processes that torchrun restarts resume their run, also without `resume`.
@@ -141,6 +142,8 @@ def pretrain(
         if resume is False and out is not None and restarted(out):
             resume, overwrite = True, False
         previous, replaces = run_to_resume(out, resume), overwrite or barely_begun(out, resume)
+        if previous is None:
+            requested |= requested_test(test)
         seen = "none" if previous is None else "found"  # before any rank plans a new run, which all do together
         assert_equal_across_ranks({"checkpoint in the run directory, which all ranks must see": seen})
         before = run_identity(previous or out)

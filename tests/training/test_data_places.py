@@ -159,3 +159,16 @@ def test_a_finished_run_with_a_budget_is_returned_for_the_same_images_only(
         again(other)
     (tmp_path / "run" / "result.json").write_text('{"steps": 2')
     assert again(None) is None, "without its result a run is not finished"
+
+
+@pytest.mark.usefixtures("brief")
+def test_test_data_passed_as_a_path_are_those_of_a_resumed_run(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(project)
+    with monkeypatch.context() as patch, pytest.raises(Preempted):
+        stop_after(patch, 2)
+        inbatch.pretrain("photos", "simclr", test=Path("photos"), out=tmp_path / "run", **FIELDS)
+    monkeypatch.chdir(tmp_path)
+    run = inbatch.pretrain(resume=tmp_path / "run", quiet=True)
+    assert run.recipe.test == "photos" and run.result["held_out"].startswith("train split of ")

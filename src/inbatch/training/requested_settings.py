@@ -23,6 +23,12 @@ def requested_data(data: Any, settings: Settings) -> Any:
     return data
 
 
+def requested_test(test: Any) -> Settings:
+    """Return the setting of test data that are passed as a path, which a resumed run reads again; empty for others."""
+    test = joined_paths(test)
+    return {"test": public(str(test))} if isinstance(test, str | Path) else {}
+
+
 def merged_settings(
     method: str | None, config: str | Path | None, settings: Mapping[str, Any] | None, values: Mapping[str, Any]
 ) -> Settings:
