@@ -158,6 +158,23 @@ def test_run_lists_unreadable_images_and_continues(images: Path, tmp_path: Path,
     assert sum(evaluated[split].get("unreadable", 0) for split in ("train", "test")) >= (0 if resident else 3)
 
 
+@pytest.mark.usefixtures("brief")
+def test_a_resumed_run_reports_what_could_not_be_read_before(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order = rng.permutation(0, 0, 130).tolist()
+    bad = [files(images)[order[at]] for at in (0, BATCH + 1)]  # of the first and of the second step
+    for file in bad:
+        damage(file, "header")
+    fields = {"epochs": 1, "cache_on_device": False, "workers": 0}
+    with monkeypatch.context() as patch, pytest.raises(Preempted):
+        stop_after(patch, 1)
+        run(images, tmp_path / "cut", **fields)
+    assert run(images, tmp_path / "cut", resume=True, **fields).result["unreadable"] == 2
+    listed = (tmp_path / "cut" / "bad_images.txt").read_text().splitlines()
+    assert [line.split("' cannot be read: ")[0].lstrip("'") for line in listed] == list(map(str, bad))
+
+
 @pytest.mark.slow
 def test_resumed_run_uses_the_same_images(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for i in (5, 60, 100):

@@ -65,8 +65,8 @@ def train(
         TrainingError: If the loss or the gradient is not finite (the step is kept, see `replay.capture`), or if the run
             stops on collapse.
     """
-    progress, main = TrainState(began=time.perf_counter() if began is None else began), distributed.rank() == 0
-    called = named(callbacks)
+    progress = TrainState(began=began or time.perf_counter(), unreadable=built.loader.bad)
+    called, main = named(callbacks), distributed.rank() == 0
     parts, data = built.parts() | {"progress": progress} | with_state(called), images_signature(built.loader.source)
     saved = None
     if resume:

@@ -29,6 +29,10 @@ def _mapping(x: Any, valid: Callable[[Any], bool]) -> bool:
     return isinstance(x, dict) and all(isinstance(key, str) and valid(value) for key, value in x.items())
 
 
+def _sentences(x: Any) -> bool:
+    return isinstance(x, dict) and all(_whole(key) and isinstance(value, str) for key, value in x.items())
+
+
 def _evaluation(x: Any) -> bool:
     return _mapping(x, _number) and _whole(x.get("step")) and _seconds(x.get("epoch"))
 
@@ -65,9 +69,10 @@ _VALID: dict[str, tuple[Callable[[Any], bool], str]] = {
     "threads": (lambda x: isinstance(x, list) and all(_whole(n) and n > 0 for n in x), "numbers of threads"),
     "machines": (lambda x: isinstance(x, list) and all(isinstance(one, dict) for one in x), "a list of machines"),
     "cpu_seconds": (lambda x: _number(x) and not x < 0, "a number of seconds"),
+    "unreadable": (_sentences, "a dict of sentences by number"),
 }
 """Entries of a saved state, each with the test of its value and a description."""
-_LATER = ("calibration", "judged", "threads", "machines", "cpu_seconds")
+_LATER = ("calibration", "judged", "threads", "machines", "cpu_seconds", "unreadable")
 """Entries that checkpoints of earlier versions do not have."""
 
 
@@ -103,6 +108,7 @@ class TrainState:
         sizes: Numbers of images of the evaluations, with a budget; kept after a resume.
         threads: Every number of threads used for computation, in the order of first use.
         machines: Environments of the processes of the run (`machine.machine`), successive equal ones once.
+        unreadable: Unreadable streamed images so far, with the reason: those of the loader.
         began: Start time (`time.perf_counter`).
         saved: `step` and `ended` of the last checkpoint on the disk.
     """
@@ -124,6 +130,7 @@ class TrainState:
     sizes: EvaluationSizes | None = None
     threads: list[int] = field(default_factory=list)
     machines: list[dict[str, Any]] = field(default_factory=list)
+    unreadable: dict[int, str] = field(default_factory=dict)
     began: float = field(default_factory=time.perf_counter)
     saved: tuple[int, int] = (0, 0)
 
@@ -148,7 +155,7 @@ class TrainState:
         """Return the state for a checkpoint."""
         kept = {name: getattr(self, name) for name in self._KEPT}
         plan = {"calibration": self.calibration, "judged": list(astuple(self.sizes)) if self.sizes else []}
-        used = {"threads": list(self.threads), "machines": list(self.machines)}
+        used = {"threads": list(self.threads), "machines": list(self.machines), "unreadable": dict(self.unreadable)}
         return kept | plan | used | {"before": self.wall, "cpu_seconds": self.cpu_seconds}
 
     @staticmethod
@@ -169,4 +176,5 @@ class TrainState:
         self.sizes = EvaluationSizes(*sizes) if (sizes := state.get("judged")) else None
         self.threads[:] = state.get("threads", [])  # checkpoints of earlier versions have neither
         self.machines[:] = state.get("machines", [])
+        self.unreadable.update(state.get("unreadable", {}))
         self.cpu_seconds = state.get("cpu_seconds", math.nan)  # absent from checkpoints of earlier versions
