@@ -108,6 +108,12 @@ def test_a_daemon_has_no_workers(photos, monkeypatch):
         Loader(open_data(photos), batch=7, views=VIEWS, seed=5, resident=False, workers=2)
 
 
+def test_a_number_of_workers_is_a_whole_number_from_0(photos):
+    for workers, words in ((-1, "at least 0, not -1"), ("two", "a whole number, not 'two'")):
+        with pytest.raises(ConfigError, match=f"workers must be {words}"):
+            Loader(open_data(photos), batch=8, views=VIEWS, seed=0, resident=False, workers=workers)
+
+
 def test_any_number_of_workers_gives_the_same_batches(photos):
     loaders = [Loader(open_data(photos), batch=7, views=VIEWS, seed=5, resident=False, workers=w) for w in (0, 1, 2)]
     for epoch in (0, 1):  # the workers persist between epochs

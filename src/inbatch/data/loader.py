@@ -29,7 +29,7 @@ from inbatch.data.workers import (
     may_not_start_workers,
     stream,
 )
-from inbatch.errors import DataError, many
+from inbatch.errors import DataError, check_whole, many
 from inbatch.runtime import distributed
 from inbatch.runtime.memory import free_bytes
 from inbatch.runtime.resources import cores
@@ -313,7 +313,12 @@ class Loader:
 
 
 def processes(workers: int | None, world: int) -> int:
-    """Return the number of decoding processes per rank: as requested, else by the CPU cores, or 0 in a daemon."""
+    """Return the number of decoding processes per rank: as requested, else by the CPU cores, or 0 in a daemon.
+
+    Raises:
+        ConfigError: If the requested number is not a whole number from 0.
+    """
     if workers is None:
         return 0 if may_not_start_workers() else max(1, min(16, cores() // world))
+    check_whole("workers", workers, 0)
     return workers
