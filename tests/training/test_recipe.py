@@ -80,3 +80,18 @@ def test_an_invalid_image_size_is_named_as_the_user_wrote_it() -> None:
         with pytest.raises(ConfigError, match=r"^image_size = "):
             make({"data": "photos", "image_size": value})
     assert make({"data": "photos", "image_size": "48"}).views.options["size"] == 48
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("optimizer.lr", -1),
+        ("optimizer.weight_decay", -0.1),
+        ("optimizer.vector_lr", -0.1),
+        ("schedule.milestones", [90, 150]),
+        ("schedule.milestones", [0.0, 0.5]),
+    ],
+)
+def test_rates_below_0_and_milestones_in_epochs_are_refused(key: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=rf"^{key} = .*input should be (greater|less) than"):
+        make({"data": "photos", "optimizer.name": "lars", "optimizer.lr": 1.0, key: value})

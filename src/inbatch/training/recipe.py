@@ -78,7 +78,7 @@ class Schedule:
     name: Literal["cosine", "step", "constant"] = "cosine"
     warmup_epochs: Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)] = 10
     end: Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)] = 0.0
-    milestones: tuple[float, ...] = (0.6, 0.8)
+    milestones: tuple[Annotated[float, pydantic.Field(gt=0, lt=1)], ...] = (0.6, 0.8)
     scaling: Literal["linear", "sqrt", "none"] = "linear"
     freeze_encoder_epochs: Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)] = 0
 

@@ -57,6 +57,7 @@ _SUPPLIED = {
     "attend": {"channels", "width"},
 }
 """Arguments of a part that the run supplies."""
+_Rate = Annotated[float, pydantic.Field(ge=0)]
 _ABOVE_0 = {"temperature", "cluster_temperature", "base_temperature", "teacher_temperature", "warmup_temperature",
     "sigma", "epsilon"}  # fmt: skip
 """Options of a method that divide similarities."""
@@ -193,7 +194,7 @@ def _model(part: str, name: str, maker: Callable[..., Any]) -> type[pydantic.Bas
     if part == "views" and ":" in name:
         fields |= {"sizes": (tuple[int, ...] | None, None)}
     if part == "optimizer":
-        rates: dict[str, Any] = {"lr": (float, ...), "weight_decay": (float, 0.0), "vector_lr": (float | None, None)}
+        rates: dict[str, Any] = {"lr": (_Rate, ...), "weight_decay": (_Rate, 0.0), "vector_lr": (_Rate | None, None)}
         rates["layer_decay"] = (Annotated[float, pydantic.Field(gt=0, le=1)], 1.0)
         left = without_rates(name)
         left |= {"vector_lr", "layer_decay"} if "lr" in left else set()
