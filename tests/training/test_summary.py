@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from inbatch.api import prepare
+from inbatch.errors import ConfigError
 from inbatch.training import size_estimate, summary
 from inbatch.training.build import RunComponents
 
@@ -49,6 +50,18 @@ def test_activations_are_those_of_a_whole_group(context: int, monkeypatch: pytes
     estimate = activations()
     monkeypatch.setattr(size_estimate, "_SAMPLES", context)  # not linear: the group itself is measured
     assert estimate == pytest.approx(activations(), rel=1e-3)
+
+
+def test_the_warm_up_is_that_of_the_run() -> None:
+    run = built(steps=20, schedule__warmup_epochs=5)  # limited to two of three steps an epoch
+    assert "warm-up of 0.667 epochs" in summary.describe(run)
+    rates = []
+    for step in range(3):
+        run.step.schedule(run.optimizer, step)
+        rates.append(run.optimizer.param_groups[0]["lr"] / run.lr)
+    assert rates == [0, 0.5, 1]
+    with pytest.raises(ConfigError, match=r"schedule.warmup_epochs = 5 is longer than the run of 2 epochs"):
+        built(epochs=2, schedule__warmup_epochs=5)
 
 
 def test_shapes_and_parameters() -> None:

@@ -12,13 +12,35 @@ from inbatch.training.recipe import Recipe
 def set_rates(recipe: Recipe, steps: int, timeline: Timeline, optimizer: Optimizer, step: int) -> None:
     """Set the learning rates of a step; a pure function of its position (`steps`: steps per epoch)."""
     s, total, place = recipe.schedule, timeline.planned, timeline.place(step)
-    # At most a tenth of a run with a length in steps; `recipe.make` ensures it for a length in epochs.
-    warmup = min(s.warmup_epochs * steps, total / 10) if recipe.steps else s.warmup_epochs * steps
+    warmup = warmup_steps(recipe, steps, total)
     if s.name == "cosine" or place < warmup:
         factor = warmup_cosine(place, total, warmup, 1.0, s.end)
     else:
         factor = step_decay(place, 1.0, [m * total for m in s.milestones]) if s.name == "step" else 1.0
     set_learning_rate(optimizer, factor)
+
+
+def warmup_steps(recipe: Recipe, steps: int, planned: int) -> float:
+    """Return the number of steps of the warm-up: at most a tenth of a run with a length in steps.
+
+    `recipe.make` limits a warm-up that is not set in the same way if the length is in epochs.
+
+    Args:
+        recipe: The recipe.
+        steps: Steps per epoch.
+        planned: Steps of the run, before a budget changes its length.
+
+    Raises:
+        ConfigError: If the warm-up is longer than the run.
+    """
+    epochs = recipe.schedule.warmup_epochs
+    warmup = min(epochs * steps, planned / 10) if recipe.steps else epochs * steps
+    if warmup > planned:
+        raise ConfigError(
+            f"schedule.warmup_epochs = {epochs:g} is longer than the run of {many(recipe.epochs, 'epoch')}: choose "
+            "fewer epochs for it, or a longer run"
+        )
+    return warmup
 
 
 def frozen_steps(recipe: Recipe, steps: int, planned: int) -> int:

@@ -67,7 +67,8 @@ class Schedule:
 
     Attributes:
         name: After the warm-up: half a cosine to `end` times the rate, steps at `milestones`, or constant.
-        warmup_epochs: Epochs of linear increase from 0; if it is not set, at most a tenth of the run.
+        warmup_epochs: Epochs of linear increase from 0; if it is not set, or the length is in steps, at most a tenth of
+            the run.
         end: Final rate of the cosine, as a share of the rate.
         milestones: Shares of the run at which "step" multiplies the rate by 0.1.
         freeze_encoder_epochs: Epochs at the start in which only the heads learn: the encoder gets no gradient and keeps

@@ -9,6 +9,7 @@ from inbatch.runtime.sharding import local
 from inbatch.runtime.text import printable
 from inbatch.training.build import RunComponents
 from inbatch.training.negatives import embeds
+from inbatch.training.rates import warmup_steps
 from inbatch.training.recipe import Recipe
 from inbatch.training.size_estimate import parameters, precision_name
 
@@ -144,7 +145,8 @@ def _rate(built: RunComponents) -> str:
 
 
 def _schedule(built: RunComponents) -> str:
-    s = built.recipe.schedule
+    s, each = built.recipe.schedule, built.loader.steps
+    warmup = warmup_steps(built.recipe, each, built.timeline.planned) / each
     shapes = {
         "cosine": f"cosine to {s.end * built.lr:.3g}",
         "step": f"a tenth after {', '.join(f'{m:.0%}' for m in s.milestones)}",
@@ -153,6 +155,6 @@ def _schedule(built: RunComponents) -> str:
     steps = many(built.step.frozen, "step")
     return (
         (f"encoder frozen for {steps}; " if built.step.frozen else "")
-        + (f"warm-up of {s.warmup_epochs:g} epoch{'s' * (s.warmup_epochs != 1)}, then " if s.warmup_epochs else "")
+        + (f"warm-up of {warmup:.3g} epoch{'s' * (warmup != 1)}, then " if warmup else "")
         + shapes[s.name]
     )
