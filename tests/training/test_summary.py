@@ -64,6 +64,17 @@ def test_the_warm_up_is_that_of_the_run() -> None:
         built(epochs=2, schedule__warmup_epochs=5)
 
 
+def test_settings_without_effect_are_noted() -> None:
+    for settings, words in (
+        ({"grow_from": 0.5}, "grow_from = 0.5 has no effect with grow_until = 0"),
+        ({"grow_until": 0.5}, "grow_from = 1 has no effect with grow_until = 0.5"),
+        ({"schedule__milestones": [0.5]}, "schedule.milestones has no effect with schedule.name = cosine"),
+        ({"schedule__end": 0.1, "schedule__name": "step"}, "schedule.end has no effect with schedule.name = step"),
+    ):
+        assert [note for note in built(**settings).notes if note.startswith(words)], words
+    assert not built(grow_from=0.5, grow_until=0.5, schedule__end=0.1).notes
+
+
 def test_shapes_and_parameters() -> None:
     run = built("supervised")
     estimate = size_estimate.estimate(run)

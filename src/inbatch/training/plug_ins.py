@@ -22,7 +22,7 @@ from inbatch.runtime.remote import is_url
 from inbatch.runtime.sharding import is_sharded
 from inbatch.training.mixing import compared_views, learned_views
 from inbatch.training.negatives import embeds
-from inbatch.training.recipe import Recipe
+from inbatch.training.recipe import Recipe, Schedule
 
 
 def fusion(
@@ -50,6 +50,21 @@ def fusion(
     return make_fusion(**arguments, **recipe.fuse.options), fused
 
 
+def _unused_settings(recipe: Recipe) -> list[str]:
+    """Return a sentence for every setting whose effect needs another one that is not set."""
+    schedule, notes = recipe.schedule, []
+    if (recipe.grow_from < 1) != (recipe.grow_until > 0):
+        notes.append(
+            f"grow_from = {recipe.grow_from:g} has no effect with grow_until = {recipe.grow_until:g}: images have "
+            "their full size from the first step on. Set both, or neither"
+        )
+    if schedule.milestones != Schedule.milestones and schedule.name != "step":
+        notes.append(f"schedule.milestones has no effect with schedule.name = {schedule.name}: set schedule.name=step")
+    if schedule.end and schedule.name != "cosine":
+        notes.append(f"schedule.end has no effect with schedule.name = {schedule.name}: set schedule.name=cosine")
+    return notes
+
+
 def without_effect(
     recipe: Recipe, source: Source, loader: Loader, method: Method, curator: Curator | None, steps: int
 ) -> list[str]:
@@ -57,7 +72,7 @@ def without_effect(
 
     steps: number of steps of the run.
     """
-    notes, sampler = [], loader.sampler
+    notes, sampler = _unused_settings(recipe), loader.sampler
     for option, what in method.later.items():
         if steps <= (start := getattr(method, option)) * loader.steps:
             notes.append(
