@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from inbatch import find_duplicates, find_label_errors, find_outliers, select_images
+from inbatch import embed_run, find_duplicates, find_label_errors, find_outliers, search_images, select_images
 from inbatch.apps.collection import features
 from inbatch.apps.collection.features import open_collection
 from inbatch.apps.collection.images import open_images
@@ -214,3 +214,23 @@ def test_features_that_cannot_be_kept_are_reported(photos: Path, encoder: Path, 
     assert collection.origin["file"] is None and "cannot be kept" in collection.notes[0]
     assert "1 unreadable image left out" in collection.sentences[1]
     assert not open_collection(encoder, photos).notes
+
+
+def test_a_file_that_is_read_is_not_replaced(photos: Path, encoder: Path, tmp_path: Path) -> None:
+    images, listed = tmp_path / "images.npz", tmp_path / "list.csv"
+    np.savez(images, images=np.zeros((9, 20, 20, 3), np.uint8) + np.arange(9, dtype=np.uint8)[:, None, None, None])
+    write_list(listed, open_collection(encoder, photos), range(4))
+    (tmp_path / "photos").mkdir()
+    picture = shutil.copy(sorted(photos.glob("*/*/*.png"))[0], tmp_path / "photos" / "a.png")
+    before = {file: file.read_bytes() for file in (images, listed, picture)}
+    for written in (
+        lambda: embed_run(encoder, images, images), lambda: find_duplicates(listed, write=listed),
+        lambda: select_images(encoder, photos, count=1, labelled=listed, write=listed),
+        lambda: find_outliers(encoder, listed, count=1, write=listed),
+        lambda: find_duplicates(picture.parent, picture=picture),
+        lambda: search_images(encoder, picture, photos, out=picture),
+        lambda: search_images(encoder, picture.parent, photos, out=picture),
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match="would replace"):
+            written()
+    assert {file: file.read_bytes() for file in before} == before

@@ -43,6 +43,24 @@ def listed_paths(text: str) -> list[str]:
     return parts if not os.path.exists(text) and _is_path(parts[0]) else [text]
 
 
+def check_not_read(out: str | os.PathLike[str], *inputs: Any) -> None:
+    """Raise ConfigError if a file to be written is one that the command reads, which it would replace.
+
+    Args:
+        out: File to write.
+        *inputs: What the command reads: paths, lists of them, or other objects, which are ignored.
+    """
+    if not os.path.exists(place := expanded(out)):
+        return
+    for value in inputs:
+        paths = joined_paths(value)
+        if not isinstance(paths, str | os.PathLike):
+            continue
+        for path in listed_paths(os.fspath(paths)):
+            if os.path.exists(path) and os.path.samefile(path, place):
+                raise ConfigError(f"{out} is read by this command, which would replace it: name another file to write")
+
+
 def is_pattern(text: str) -> bool:
     """Return whether a text contains wildcards (`*`, `?`, `[...]`) and is not itself the name of a file."""
     return glob.has_magic(text) and not os.path.exists(text)

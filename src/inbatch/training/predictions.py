@@ -16,7 +16,7 @@ from inbatch.models.classifier import Classifier, load_classifier
 from inbatch.runtime.device import device_for
 from inbatch.runtime.files import check_writable
 from inbatch.runtime.isolation import isolated
-from inbatch.runtime.path_list import joined_paths
+from inbatch.runtime.path_list import check_not_read, joined_paths
 from inbatch.runtime.paths import path_of
 from inbatch.runtime.table_file import Table, check_table_file, write_table
 from inbatch.runtime.terminal import counted
@@ -58,6 +58,7 @@ def predict(
     out = path_of(out, "out")
     check_table_file(out)
     check_writable(out)
+    check_not_read(out, data)
     model = classifier if isinstance(classifier, Classifier) else load_classifier(classifier)
     model = model.to(device_for(device))
     data = joined_paths(data)

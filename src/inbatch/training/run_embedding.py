@@ -19,6 +19,7 @@ from inbatch.models.feature_maps import TokenEncoder
 from inbatch.runtime import distributed
 from inbatch.runtime.device import device_for
 from inbatch.runtime.isolation import isolated
+from inbatch.runtime.path_list import check_not_read
 from inbatch.runtime.paths import path_of
 from inbatch.runtime.process_group import assert_equal_across_ranks, process_group
 from inbatch.runtime.terminal import counted, progress
@@ -66,6 +67,7 @@ def embed_run(
     if float16 and not tokens:
         raise ConfigError("--float16 halves the files of --tokens: add it; vectors are written in float32")
     place = device_for(device)
+    check_not_read(path_of(out, "out"), data)
     with (
         process_group(None, place.type, dist_timeout, "with the same command"),
         progress(quiet) as (say, _),

@@ -9,24 +9,28 @@ from inbatch.apps.reports.view_grid import check_picture, check_place
 from inbatch.data.sources.labels import changed_names
 from inbatch.errors import ConfigError, DataError, InbatchError, Unwritten
 from inbatch.runtime.files import check_writable
+from inbatch.runtime.path_list import check_not_read
 from inbatch.runtime.paths import path_of
 from inbatch.runtime.table_file import write_table
 
 
-def check_outputs(write: str | Path | None, picture: str | Path | None, data: Any) -> None:
+def check_outputs(write: str | Path | None, picture: str | Path | None, data: Any, labelled: Any = None) -> None:
     """Raise, before any work, if the files cannot be written.
 
     Args:
         write: List of images, or None.
         picture: Picture, or None.
         data: The images, among which the picture must not lie.
+        labelled: List of labelled images, or None.
 
     Raises:
-        ConfigError: For a file extension that is not written, or a picture that would become an image of the data.
+        ConfigError: For a file extension that is not written, a picture that would become an image of the data, or a
+            file that the command reads.
         InbatchError: If a file cannot be written.
     """
     if write is not None:
         check_writable(_list_path(write))
+        check_not_read(write, data, labelled)
     if picture is not None:
         check_picture(picture)
         check_place(picture, data)
@@ -45,6 +49,7 @@ def check_images(collection: Collection, write: str | Path | None, picture: str 
     if write is not None and len(collection) and collection.file_of(0) is None:
         raise _without_files(collection)
     if write is not None:
+        check_not_read(write, collection.origin.get("data"))
         labels = collection.labels.unique().tolist()
         _check_classes(collection, [collection.classes[label] for label in labels if label >= 0])
 

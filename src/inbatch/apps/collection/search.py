@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from inbatch.apps.collection.features import ENDINGS, Collection, open_collection
+from inbatch.apps.reports.view_grid import check_place
 from inbatch.data import Source
 from inbatch.data.source import Reading, Subset, unlabelled
 from inbatch.data.sources.folder_scan import EXTENSIONS
@@ -85,6 +86,9 @@ def search_images(
     check_whole("k", k, 1)
     check_index(index)
     picture = None if out is None else _png(out)
+    if picture is not None:
+        for read in (data, *([images] if isinstance(images, str | os.PathLike) else images)):
+            check_place(picture, read)
     if path_of(run, "RUN").suffix in ENDINGS:
         raise ConfigError(f"{run} holds features without an encoder for the queries: pass RUN, and --features {run}")
     columns = {"image_column": image_column, "label_column": label_column}

@@ -52,7 +52,7 @@ def select_images(
     check_whole("the number of images to choose", count, least=1)
     if strategy not in STRATEGIES:
         raise ConfigError(f"unknown strategy {strategy!r}: choose one of {', '.join(STRATEGIES)}")
-    check_outputs(write, picture, data)
+    check_outputs(write, picture, data, labelled)
     collection = open_collection(
         features, data, split=split, device=device, quiet=quiet, image_column=image_column, label_column=label_column
     )

@@ -17,9 +17,9 @@ from inbatch.errors import ConfigError
 from inbatch.rng import permutation
 from inbatch.runtime.files import check_writable, replacing
 from inbatch.runtime.isolation import isolated
-from inbatch.runtime.path_list import joined_paths, listed_paths
+from inbatch.runtime.path_list import check_not_read, joined_paths, listed_paths
 from inbatch.runtime.paths import path_of
-from inbatch.runtime.picture_mark import png_mark
+from inbatch.runtime.picture_mark import is_marked, png_mark
 from inbatch.training.own_requests import with_own_parts
 from inbatch.training.recipe import Part
 from inbatch.training.requested_settings import merged_settings, requested_data
@@ -99,16 +99,21 @@ def save_picture(path: str | Path, picture: Image.Image) -> None:
 
 
 def check_place(out: str | Path, data: Any) -> None:
-    """Raise ConfigError if a picture would become an image of the data: only PNG files are marked and left out."""
-    data = joined_paths(data)
-    if not isinstance(data, str | os.PathLike) or path_of(out, "out").suffix.lower() == ".png":
+    """Raise ConfigError if a picture would replace, or become, an image of the data: marked PNG files are left out."""
+    data, file = joined_paths(data), path_of(out, "out")
+    if not isinstance(data, str | os.PathLike):
         return
+    check_not_read(file, data)
     for path in listed_paths(os.fspath(data)):
-        if Path(path).is_dir() and path_of(out, "out").resolve().is_relative_to(Path(path).resolve()):
+        if not Path(path).is_dir() or not file.resolve().is_relative_to(Path(path).resolve()):
+            continue
+        if file.suffix.lower() != ".png":
             raise ConfigError(
                 f"{out} lies in {path} and would become an image of the data: choose a name that ends in .png, which "
                 "inbatch marks and leaves out, or another folder"
             )
+        if file.exists() and not is_marked(str(file)):
+            raise ConfigError(f"{out} is an image of {path}, which the picture would replace: choose another name")
 
 
 def check_picture(path: str | Path) -> None:
