@@ -197,6 +197,18 @@ def test_embed_accepts_arrays_tensors_and_lists():
         assert np.allclose(encoder.embed(alone), expected[1:2], atol=1e-5)
 
 
+def test_embed_takes_views_of_arrays_and_read_only_ones():
+    encoder = used(create_encoder("tiny", size=20, channels=3))
+    array = images(3, 3, 20, 20).numpy()
+    read_only = array.copy()
+    read_only.setflags(write=False)
+    for data in (array[:, ::-1], array[..., ::-1], array[::-1], read_only):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            features = encoder.embed(data)
+        assert np.array_equal(features, encoder.embed(data.copy()))
+
+
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [

@@ -187,7 +187,11 @@ class Encoder(nn.Module):
         if not len(images):
             raise DataError("there is no image: pass at least one")
         if isinstance(images, np.ndarray) and images.ndim == 4 and images.shape[1] == self.channels:
-            images = torch.from_numpy(images) if images.dtype == np.uint8 else images.transpose(0, 2, 3, 1)
+            if images.dtype == np.uint8:  # torch takes neither negative strides nor read-only memory
+                as_is = images.flags.writeable and min(images.strides) >= 0
+                images = torch.from_numpy(images if as_is else images.copy())
+            else:
+                images = images.transpose(0, 2, 3, 1)
         if not isinstance(images, Tensor) or images.dtype != torch.uint8:
             images = [self.transform.pixels(i) for i in images]
         return self.prepare(images).to(self.device)
