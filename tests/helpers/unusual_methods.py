@@ -49,4 +49,14 @@ class OwnBackward(Right):
         return {"loss": self.length.apply(normalize(online["projection"])).mean()}
 
 
+class Taught(Right):
+    """Compares with the rows of a frozen teacher, which has no momentum."""
+
+    target, teacher = ("features",), True
+
+    def loss(self, online: Rows, target: Rows, batch: Batch) -> Losses:
+        own, other = (normalize(z[0]) for z in (online["projection"], target["features"]))
+        return {"loss": (own @ own.T - other @ other.T).square().mean()}
+
+
 UNUSUAL = (RoundsToFloat32, AssignsUnderNoGrad, OwnBackward)

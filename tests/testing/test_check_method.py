@@ -9,7 +9,7 @@ import pytest
 import wrong_methods as wrong
 from rank_pool import on_ranks
 from small_methods import SMALL
-from unusual_methods import UNUSUAL, OwnBackward
+from unusual_methods import UNUSUAL, OwnBackward, Taught
 
 import inbatch
 from inbatch.errors import ConfigError
@@ -80,6 +80,11 @@ def test_unusual_methods_pass_the_tests_of_the_loss() -> None:
     for method in UNUSUAL:
         for test in (check._loss, equation.order, derivative):
             assert (finding := test(Trial(method))).passed, (method.__name__, finding)
+
+
+def test_a_method_with_a_teacher_needs_no_momentum() -> None:
+    for test in (check._heads, training.groups):
+        assert (finding := test(Trial(Taught))).passed, finding
 
 
 def test_two_computations_without_gradient_are_held_constant_in_turn() -> None:

@@ -182,7 +182,7 @@ def _heads(trial: Trial) -> Finding:
         check_widths(heads, WIDTH)
     except ValueError as error:
         return fails(str(error))
-    if method.target:
+    if method.target and not method.teacher:  # a teacher never changes
         momenta = [method.target_momentum(progress / 4) for progress in range(5)]
         if not all(0 <= momentum <= 1 for momentum in momenta):
             return fails(f"target_momentum returns {momenta}: the momentum of the target network is from 0 to 1")

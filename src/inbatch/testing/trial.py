@@ -167,7 +167,7 @@ class Trial:
             method.on_gradients(network.heads, batch, number / 10)
             parts.optimizer.step()
             method.on_weights(network.heads)
-            if target is not None:
+            if target is not None and not method.teacher:
                 ema_update(target, network, method.target_momentum(number / 10))
             with torch.no_grad():
                 method.store(state)
