@@ -20,6 +20,7 @@ from inbatch.api import prepare
 from inbatch.errors import ConfigError, Preempted
 from inbatch.methods import METHODS
 from inbatch.methods.simclr import SimCLR
+from inbatch.models import create_encoder, save_encoder
 from inbatch.nn.heads import Head
 from inbatch.runtime import own_parts
 from inbatch.runtime.own_parts import OwnPart
@@ -83,6 +84,17 @@ def test_own_parts_resume_bit_for_bit(brief: None, tmp_path: Path, monkeypatch: 
             call()
     built = prepare("digits-canvas", encoder=OwnNet, settings={"encoder.init": tmp_path / "whole", "encoder.width": 4})
     assert torch.equal(built.encoder.backbone.conv.weight.cpu(), run_weights)
+
+
+def test_an_encoder_of_ours_is_passed_as_a_folder(tmp_path):
+    encoder = create_encoder("tiny", size=20, channels=1)
+    with pytest.raises(ConfigError, match=r"'encoder.init': FOLDER}, the run or the folder of .*save_encoder"):
+        prepare("digits-canvas", encoder=encoder)
+    save_encoder(encoder, tmp_path / "encoder")
+    built = prepare("digits-canvas", settings={"encoder.init": tmp_path / "encoder"}, epochs=1)
+    assert built.encoder.name == "tiny"
+    theirs = built.encoder.backbone.state_dict()
+    assert all(torch.equal(x, theirs[name].cpu()) for name, x in encoder.backbone.state_dict().items())
 
 
 def test_recipe_with_the_preset_of_an_own_method_is_read_without_it() -> None:

@@ -176,8 +176,8 @@ def _check_kind(part: str, value: Any) -> None:
     elif part == "encoder":
         if isinstance(value, Encoder):
             raise ConfigError(
-                "encoder: pass the module that is trained (encoder.backbone), or start from these weights: "
-                "settings={'encoder.init': encoder} with the name of its backbone"
+                "encoder: pass the module that is trained (encoder.backbone), or start from its weights: "
+                "settings={'encoder.init': FOLDER}, the run or the folder of inbatch.models.save_encoder"
             )
         fits = isinstance(value, nn.Module) or own_parts.is_maker(part, value)
         wanted = "a name, an nn.Module, or a class or function that makes one"
