@@ -73,7 +73,7 @@ class BatchEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
 
     Images X are an array (N, H, W), (N, H, W, C) or (N, C, H, W); an array (N, F) of flattened images with
     `image_shape`, or of square grey ones; or a list of paths. Pixels are uint8; booleans; integers from 0 to 255;
-    floats from 0 to 1; or any numbers with `levels`. They are stored in 8 bits.
+    floats from 0 to 1; or any numbers, also uint8, with `levels`. They are stored in 8 bits.
 
     Args:
         method: a name of `inbatch.METHODS`; those that learn from labels use `y`.
@@ -195,7 +195,9 @@ class BatchEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         else:
             rows = validate_data(self, X, reset=reset, dtype="numeric", ensure_min_samples=2 if reset else 1)
             images = rows.reshape(len(rows), *self._shape(rows.shape[1]))
-        return images.astype(np.uint8) * 255 if images.dtype == bool else images
+        if images.dtype == bool:
+            return images.astype(np.uint8) * 255
+        return images.astype(np.uint16) if images.dtype == np.uint8 and self.levels is not None else images
 
     def _shape(self, features: int) -> tuple[int, ...]:
         """Return the shape of flattened images of so many features."""

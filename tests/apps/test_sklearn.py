@@ -129,6 +129,11 @@ def test_levels_of_numbers(untrained):
             encoder.fit(images)
     other = BatchEncoder(**FAST, levels=(-255, 255)).fit(RGB - 0.0)
     assert other.levels == (-255, 255) and untrained[-1][0].min() >= 127
+    digits = RGB // 16
+    dark = BatchEncoder(**FAST, levels=(0, 16)).fit(digits)
+    assert untrained[-1][0].max() > 200
+    assert np.array_equal(dark.transform(digits), dark.transform(digits / 1.0)), "of any type"
+    assert np.array_equal(dark.transform(RGB < 128), dark.transform(16.0 * (RGB < 128))), "booleans"
 
 
 def test_works_in_a_pipeline_and_a_grid_search(untrained):

@@ -274,6 +274,18 @@ def test_a_card_states_figures_and_nothing_personal(tmp_path: Path) -> None:
     assert run_facts(tmp_path / "none") == {}
 
 
+def test_the_lines_of_a_card_take_any_number_of_channels(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    encoder = settled("resnet10", 32, channels=5, stem="imagenet")
+    export_model(encoder, tmp_path / "out", "hf")
+    text = (tmp_path / "out" / "README.md").read_text()
+    names: dict[str, Any] = {}
+    exec(text.split("```python")[1].split("```")[0].replace("FOLDER", str(tmp_path / "out")), names)
+    assert names["features"].shape == (1, 512)
+    with torch.no_grad():
+        assert torch.allclose(names["features"], encoder((names["images"] - names["mean"]) / names["std"]), atol=1e-5)
+
+
 def test_the_model_is_named_as_in_timm(tmp_path: Path) -> None:
     result = export_model(settled("resnet10", 72), tmp_path / "out", "timm")
     assert result["model"] == "resnet18" and result["check"]["max_difference"] == 0

@@ -16,8 +16,21 @@ with torch.no_grad():
     features = model(**inputs).pooler_output  # (1, {width})
 ```
 
-With timm alone: `timm.create_model("local-dir:FOLDER", pretrained=True)`. `FOLDER` is this folder or the name of the
-repository (with timm: `hf-hub:NAME`)."""
+"""
+_USE_TENSORS = """```python
+import torch
+from transformers import AutoModel
+
+model = AutoModel.from_pretrained("FOLDER").eval()
+images = torch.rand(1, {channels}, {size}, {size})  # from 0 to 1; a processor takes at most 4 channels
+mean, std = (torch.tensor(x).view(-1, 1, 1) for x in ({mean}, {std}))
+with torch.no_grad():
+    features = model((images - mean) / std).pooler_output  # (1, {width})
+```
+
+"""
+_TIMM = """With timm alone: `timm.create_model("local-dir:FOLDER", pretrained=True)`. `FOLDER` is this folder or the name of
+the repository (with timm: `hf-hub:NAME`)."""
 
 _WHITENED = (
     "k-NN and linear probe were measured on the whitened features of `inbatch.load(FOLDER).embed`; the features of "
@@ -36,7 +49,10 @@ def model_card(encoder: Encoder, architecture: str, facts: Mapping[str, Any]) ->
     """
     head = ["---", f"license: {facts.get('licence') or 'unknown'}", "library_name: timm"]
     head += ["pipeline_tag: image-feature-extraction", "tags:", "- timm", "- transformers", "- inbatch", "---", ""]
-    mode = {1: "L", 2: "LA", 4: "RGBA"}.get(encoder.channels, "RGB")
+    mode = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}.get(encoder.channels)
+    use = _USE if mode is not None else _USE_TENSORS
+    use = use.format(mode=mode, width=encoder.width, channels=encoder.channels, size=encoder.size,
+                     mean=list(encoder.mean), std=list(encoder.std))  # fmt: skip
     text = [
         f"# {architecture} for image features",
         "",
@@ -49,7 +65,7 @@ def model_card(encoder: Encoder, architecture: str, facts: Mapping[str, Any]) ->
             f"`inbatch.load(FOLDER)` also whitens the features (`readout.safetensors`, {encoder.readout.width} numbers "
             "per image). timm and transformers return the features before whitening.",
         ]
-    text += ["", "## Use", "", _USE.format(mode=mode, width=encoder.width), "", "## Training", ""]
+    text += ["", "## Use", "", use + _TIMM, "", "## Training", ""]
     text += [f"- Data: {facts.get('data') or 'not stated'}"]
     if facts.get("steps"):
         text += [f"- Step: {facts.get('step')} of {facts['steps']}"]
