@@ -151,6 +151,7 @@ class BatchEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
                 table: Table = {"path": images} | ({"label": list(y)} if learns else {})
                 with _listed(table, run) as paths:
                     self.encoder_ = self._train(str(paths), run, len(images))
+                    self.channels_ = self.encoder_.channels  # those of `settings`
             else:
                 source = open_arrays(images, None, Reading(levels=self._levels(images)))
                 self.channels_, pixels = source.channels, source.images
@@ -164,7 +165,7 @@ class BatchEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         images = self._check_images(X, reset=False)
         encoder = self.encoder_.to(device_for(self.device))
         if isinstance(images, list):
-            reading = Reading(self.channels_, self.levels)
+            reading = Reading(self.channels_, encoder.levels or self.levels)
             source: Source = PathsSource("X", os.getcwd(), images, unlabelled(len(images)), (), reading)
         else:
             source = open_arrays(images, None, Reading(self.channels_, self._levels(images)))

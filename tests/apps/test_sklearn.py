@@ -136,6 +136,21 @@ def test_levels_of_numbers(untrained):
     assert np.array_equal(dark.transform(RGB < 128), dark.transform(16.0 * (RGB < 128))), "booleans"
 
 
+def test_files_are_read_as_in_training(monkeypatch, tmp_path):
+    def pretrain(data: str, method: str, settings: Any, **fields: Any) -> SimpleNamespace:
+        run = fake_run(data, method, **fields | {"channels": settings["channels"]})
+        run.encoder.levels = settings["levels"]
+        return run
+
+    monkeypatch.setattr("inbatch.sklearn.pretrain", pretrain)
+    files = [tmp_path / f"{i}.png" for i in range(4)]
+    for file, image in zip(files, RGB, strict=False):
+        Image.fromarray(image[..., 0].astype(np.uint16) * 16).save(file)
+    fitted = BatchEncoder(settings={"channels": 1, "levels": (0, 4080)}, **FAST).fit(files)
+    assert fitted.channels_ == 1
+    assert np.array_equal(fitted.transform(files), fitted.encoder_.embed(RGB[:4, ..., :1]))
+
+
 def test_works_in_a_pipeline_and_a_grid_search(untrained):
     grey, labels = RGB[..., 0].reshape(24, -1), np.arange(24) % 2
     model = make_pipeline(BatchEncoder(image_shape=(12, 10), **FAST), LogisticRegression())
