@@ -21,7 +21,7 @@ import safetensors.torch
 import torch
 from jaxtyping import Float
 from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
-from sklearn.utils.validation import check_is_fitted, validate_data
+from sklearn.utils.validation import check_consistent_length, check_is_fitted, validate_data
 
 from inbatch.api import pretrain
 from inbatch.data import Reading, Source
@@ -145,6 +145,8 @@ class BatchEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         images = self._check_images(X, reset=True)
         if len(images) < 2:
             raise ValueError(f"Found array with {len(images)} sample(s) while a minimum of 2 is required to train.")
+        if learns:
+            check_consistent_length(images, y)
         with self._run_folder() as run:
             if isinstance(images, list):
                 self.channels_ = 3
@@ -190,7 +192,7 @@ class BatchEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         if isinstance(X, list | tuple) and X and all(isinstance(one, str | os.PathLike) for one in X):
             return [os.path.abspath(path_of(one, "X")) for one in X]
         if isinstance(X, torch.Tensor):
-            X = X.detach().cpu().numpy()
+            X = (X.float() if X.dtype == torch.bfloat16 else X).detach().cpu().numpy()
         if (X.ndim if hasattr(X, "ndim") else np.asarray(X).ndim) in (3, 4):
             images = np.asarray(X)
         else:
@@ -221,6 +223,8 @@ class BatchEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         if images.dtype.kind not in "iuf":
             raise ValueError(f"X must hold numbers or paths, not {images.dtype}")
         low, high = float(images.min()), float(images.max())
+        if not np.isfinite([low, high]).all():
+            raise ValueError("X contains NaN or infinity, which is no pixel: replace these values")
         white = 1.0 if images.dtype.kind == "f" else 255.0
         if not 0 <= low <= high <= white:
             raise ValueError(

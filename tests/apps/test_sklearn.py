@@ -136,6 +136,19 @@ def test_levels_of_numbers(untrained):
     assert np.array_equal(dark.transform(RGB < 128), dark.transform(16.0 * (RGB < 128))), "booleans"
 
 
+def test_wrong_numbers_and_labels_are_named(untrained):
+    bad = RGB / 255
+    bad[3, 0, 0, 0] = np.nan
+    for images in (bad, bad.astype(np.float32), np.where(np.isnan(bad), np.inf, bad)):
+        with pytest.raises(ValueError, match="X contains NaN or infinity"):
+            BatchEncoder(**FAST).fit(images)
+    for images in (RGB, ["a.png"] * 24):
+        with pytest.raises(ValueError, match=r"inconsistent numbers of samples: \[24, 20\]"):
+            BatchEncoder("supcon", **FAST).fit(images, list("ab") * 10)
+    BatchEncoder(**FAST).fit(torch.from_numpy(RGB / 255).bfloat16())
+    assert untrained[-1][0].shape == (24, 3, 12, 10)
+
+
 def test_files_are_read_as_in_training(monkeypatch, tmp_path):
     def pretrain(data: str, method: str, settings: Any, **fields: Any) -> SimpleNamespace:
         run = fake_run(data, method, **fields | {"channels": settings["channels"]})
