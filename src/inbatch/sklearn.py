@@ -29,7 +29,7 @@ from inbatch.data.pixels import Levels
 from inbatch.data.source import unlabelled
 from inbatch.data.sources.arrays import open_arrays
 from inbatch.data.sources.path_source import PathsSource
-from inbatch.errors import ConfigError
+from inbatch.errors import ConfigError, Interrupted, Preempted
 from inbatch.evaluation import embed_stream
 from inbatch.methods import METHODS
 from inbatch.models import Encoder
@@ -183,7 +183,12 @@ class BatchEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         fields |= {"budget": self.budget} if self.budget is not None else {"epochs": self.epochs}
         settings = dict(self.settings or {}) | ({} if self.init is None else {"encoder.init": str(self.init)})
         fields = {key: value for key, value in fields.items() if value is not None}
-        return pretrain(data, self.method, settings=settings, quiet=True, **fields).encoder
+        try:
+            return pretrain(data, self.method, settings=settings, quiet=True, **fields).encoder
+        except (Preempted, Interrupted) as error:
+            if self.run_dir is not None:
+                raise
+            raise type(error)("the fit was stopped, and its temporary run directory removed: fit again") from None
 
     def _check_images(self, X: Any, *, reset: bool) -> np.ndarray | list[str]:
         """Return images as an array of three or four sides, or a list of paths; ValueError for other forms."""

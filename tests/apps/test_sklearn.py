@@ -17,7 +17,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 import inbatch
-from inbatch.errors import ConfigError, DataError
+from inbatch.errors import ConfigError, DataError, Interrupted, Preempted
 from inbatch.models import create_encoder
 from inbatch.sklearn import BatchEncoder
 
@@ -134,6 +134,18 @@ def test_levels_of_numbers(untrained):
     assert untrained[-1][0].max() > 200
     assert np.array_equal(dark.transform(digits), dark.transform(digits / 1.0)), "of any type"
     assert np.array_equal(dark.transform(RGB < 128), dark.transform(16.0 * (RGB < 128))), "booleans"
+
+
+@pytest.mark.parametrize("kind", [Preempted, Interrupted])
+def test_a_stopped_fit_does_not_advise_to_resume_a_run_that_is_removed(kind, monkeypatch, tmp_path):
+    def stop(*_: Any, out: Path, **__: Any) -> None:
+        raise kind(f"stopped, checkpoint saved: inbatch pretrain --resume {out}")
+
+    monkeypatch.setattr("inbatch.sklearn.pretrain", stop)
+    with pytest.raises(kind, match="its temporary run directory removed: fit again"):
+        BatchEncoder(**FAST).fit(RGB)
+    with pytest.raises(kind, match=f"--resume {tmp_path / 'run'}"):
+        BatchEncoder(run_dir=tmp_path / "run", **FAST).fit(RGB)
 
 
 def test_wrong_numbers_and_labels_are_named(untrained):
