@@ -162,3 +162,9 @@ def test_layer_decay_of_the_optimiser_and_the_heads():
     for wrong in (0, 1.5, "a"):
         with pytest.raises(ConfigError, match=r"optimizer\.layer_decay"):
             api.prepare("digits-canvas", settings={"optimizer.layer_decay": wrong})
+
+
+@pytest.mark.parametrize("option", ["lr", "momentum", "weight_decay", "eta"])
+def test_lars_takes_no_options_below_0(option: str) -> None:
+    with pytest.raises(ValueError, match=f"{option} = -1 is below 0"):
+        optim.LARS([torch.nn.Parameter(torch.ones(1))], **{"lr": 0.1, option: -1})

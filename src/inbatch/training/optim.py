@@ -42,6 +42,9 @@ class LARS(torch.optim.Optimizer):
         lr_in_buffer: bool = False,
     ) -> None:
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "eta": eta}
+        for name, value in defaults.items():
+            if value < 0:
+                raise ValueError(f"{name} = {value:g} is below 0")
         super().__init__(params, defaults | {"lr_in_buffer": lr_in_buffer})
 
     @torch.no_grad()
