@@ -21,7 +21,7 @@ from inbatch.runtime.terminal import progress
 from inbatch.training.advice import advice
 from inbatch.training.budget import duration
 from inbatch.training.build import RunComponents, build
-from inbatch.training.claim import check_free, check_unchanged, claim, numbered, run_identity
+from inbatch.training.claim import check_free, check_place, check_unchanged, claim, numbered, run_identity
 from inbatch.training.classifier import train_classifier
 from inbatch.training.evaluation_plan import evaluation_seconds
 from inbatch.training.holdout import evaluation_split
@@ -154,6 +154,8 @@ def pretrain(
                 plan = resumed_plan(previous, data, requested, download)
             else:
                 _check_out(out, replaces)  # before minutes are spent
+                if distributed.rank() == 0:
+                    check_place(Path("runs") if out is None else out)
                 plan = plan_run(
                     data, requested, device=device_for(device), workers=workers, download=download, began=began,
                     configured=config is not None, notify=notify,

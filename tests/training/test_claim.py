@@ -2,15 +2,17 @@
 
 import itertools
 import multiprocessing
+import os
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from small_runs import tiny
 
+import inbatch
 from inbatch import api
 from inbatch.errors import ConfigError, InbatchError
-from inbatch.training.claim import check_free, check_unchanged, claim, numbered, run_identity
+from inbatch.training.claim import check_free, check_place, check_unchanged, claim, numbered, run_identity
 
 
 def test_every_start_at_the_same_time_gets_its_own_number(tmp_path: Path) -> None:
@@ -104,3 +106,18 @@ def test_a_refused_start_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.Mo
         tiny("simclr", None, settings={"fuse.views": [7], "fuse.name": "conv"})
     assert not list(tmp_path.iterdir())
     assert tiny("simclr", None, epochs=1).directory == Path("runs/simclr-digits-canvas-1")
+
+
+def test_a_directory_that_cannot_be_made_ends_a_start_before_its_images_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    for out in ("file", "file/run", tmp_path / "file" / "run"):
+        with pytest.raises(InbatchError, match=r"Cannot write .*run.lock: Not a directory. Choose another folder"):
+            inbatch.pretrain("no such images", out=out)
+    Path("runs").touch()
+    with pytest.raises(InbatchError, match=r"Cannot write .*runs/run.lock: Not a directory"):
+        inbatch.pretrain("no such images")
+    check_place(tmp_path / "new" / "run")
+    assert sorted(os.listdir()) == ["file", "runs"]

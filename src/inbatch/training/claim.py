@@ -4,12 +4,13 @@ A check at the start refuses a run before minutes are spent. Another process can
 checked again under its lock, before anything is removed or written.
 """
 
+import os
 from collections.abc import Iterable, Iterator
 from itertools import count
 from pathlib import Path
 
 from inbatch.errors import ConfigError
-from inbatch.runtime.files import cannot_write
+from inbatch.runtime.files import cannot_write, check_writable
 from inbatch.training.side_files import FILES, FOLDERS
 
 RunIdentity = tuple[int, int] | None
@@ -39,6 +40,12 @@ def check_free(folder: Path) -> None:
             f"{folder} holds {', '.join(names)}, which a run would replace: choose another --output-dir, or replace "
             "them (--overwrite)"
         )
+
+
+def check_place(folder: Path) -> None:
+    """Raise InbatchError now if a directory could not be created or written later; nothing is created."""
+    place = folder.absolute()
+    check_writable(next(path for path in (place, *place.parents) if os.path.exists(path)) / "run.lock")
 
 
 def check_unchanged(folder: Path, before: RunIdentity) -> None:
