@@ -218,7 +218,9 @@ def test_images_of_the_evaluation(tmp_path: Path) -> None:
     assert not set(bank.indices.tolist()) & set(queries.indices.tolist())
     bank, queries, _ = judged((images, labels), (images[:9], labels[:9]))
     assert (len(bank), len(queries)) == (60, 9)
-    assert judged(images) is None
+    assert judged(images) is None and judged((images, labels.clamp(max=0))) is None
+    bank, _, _ = judged((images, labels.clamp(max=0)), (images[:30], labels[:30]))
+    assert len(bank) == 27
     bank, queries, how = judged(images, (images[:30], labels[:30]))
     assert (len(bank), len(queries)) == (27, 3) and "a tenth" in how
     with pytest.raises(DataError, match="no labels"):

@@ -28,7 +28,7 @@ from inbatch.runtime.isolation import isolated
 from inbatch.runtime.path_list import joined_paths
 from inbatch.runtime.paths import path_of
 from inbatch.training.data_places import located, opening
-from inbatch.training.holdout import EvaluationSplit, Images, evaluation_split
+from inbatch.training.holdout import EvaluationSplit, Images, evaluation_split, lack_of_classes
 from inbatch.training.monitors.online_evaluation import fit_readout
 from inbatch.training.recipe import Recipe, make
 from inbatch.training.run import elsewhere, for_encoder, recipe_of, source_of
@@ -252,8 +252,8 @@ def _labelled_images(
     split = evaluation_split(recipe, source, recipe.data if data is None else data, test)
     if split is None:
         raise DataError(
-            f"{source.name} has no labels{source.why_unlabelled()}, which a classifier needs: use class sub-folders, "
-            "or a list with a column of labels"
+            f"{source.name} {lack_of_classes(source)}, and a classifier needs at least two classes: use class "
+            "sub-folders, or a list with a column of labels"
         )
     return split
 

@@ -38,7 +38,7 @@ class EvaluationSplit:
 def evaluation_split(
     recipe: Recipe, source: Source, data: Any, test: Any = None, download: bool = False
 ) -> EvaluationSplit | None:
-    """Return the labelled images for the evaluation of a run; None without labels.
+    """Return the labelled images for the evaluation of a run; None without labels of at least two classes.
 
     The queries are the test data that are passed or named in the recipe, else the test split of the data (without one
     that is labelled, the validation split), else a tenth of the images. The bank is the training data or, if these have
@@ -55,7 +55,7 @@ def evaluation_split(
         DataError: If the test data have no labels, or classes that the bank does not have.
     """
     test = recipe.test if test is None else test
-    labelled = _has_classes(source)
+    labelled = _has_classes(source, least=2)
     if test is None and not labelled:
         return None
     where, columns = (data, recipe.columns) if test is None else (test, columns_of_other(recipe, test))
@@ -143,9 +143,16 @@ def _of_classes(source: Source, classes: tuple[str, ...]) -> Source:
     return chosen
 
 
-def _has_classes(source: Source) -> bool:
-    """Return whether any image has a class; several labels per image, (N, L), are not classes."""
-    return source.labels.ndim == 1 and bool((source.labels >= 0).any())
+def _has_classes(source: Source, least: int = 1) -> bool:
+    """Return whether there are so many classes; several labels per image, (N, L), are not classes."""
+    return source.labels.ndim == 1 and len(source.labels[source.labels >= 0].unique()) >= least
+
+
+def lack_of_classes(source: Source) -> str:
+    """Return what images lack for which `evaluation_split` returns None, for the middle of a sentence."""
+    if _has_classes(source):
+        return "has images of one class only"
+    return f"has no labels for the evaluation{source.why_unlabelled()}"
 
 
 def _check_classes(source: Source) -> None:

@@ -25,7 +25,7 @@ from inbatch.runtime.paths import path_of
 from inbatch.runtime.process_group import assert_equal_across_ranks, process_group
 from inbatch.training.data_places import located, opening
 from inbatch.training.head_evaluation import evaluate_head
-from inbatch.training.holdout import Images, columns_of_other, evaluation_split
+from inbatch.training.holdout import Images, columns_of_other, evaluation_split, lack_of_classes
 from inbatch.training.machine import machine
 from inbatch.training.own_requests import with_own_encoder
 from inbatch.training.recipe import Recipe, make
@@ -166,10 +166,10 @@ def _evaluated(
     if split is None:
         if protocols is not None or from_ == "head":
             raise ConfigError(
-                f"{source.name} has no labels for the evaluation{source.why_unlabelled()}: "
-                "pass --data with class sub-folders"
+                f"{source.name} {lack_of_classes(source)}: pass --data with two or more class sub-folders"
             )
-        left_out = f"{source.label_note}: {SKIPPED}" if source.label_note else None
+        why = source.label_note or ("all images are of one class" if source.classes else "")
+        left_out = f"{why}: {SKIPPED}" if why else None
         origin["note"] = ". ".join(filter(None, (origin["note"], left_out))) or None
         images = for_encoder(encoder, source)
         return evaluate_unlabelled(own, before, encoder, images, options["seed"], stopped) | origin

@@ -16,7 +16,7 @@ from inbatch.errors import ConfigError, DataError
 from inbatch.methods import METHODS
 from inbatch.runtime.files import check_writable, read_json, to_json, write_json
 from inbatch.training.build_checks import check_labels
-from inbatch.training.holdout import evaluation_split
+from inbatch.training.holdout import evaluation_split, lack_of_classes
 from inbatch.training.recipe import Recipe
 
 SCALE = "own"
@@ -81,7 +81,7 @@ def plan_comparison(request: Request, metric: Metric | None, runner: ComparisonR
     metric = metric or METRICS["same_image" if split is None else "knn"]
     if split is None and metric.labels:
         raise DataError(
-            f"{source.name} has no labels{source.why_unlabelled()}, which the metric needs: use --metric same_image or "
+            f"{source.name} {lack_of_classes(source)}, and the metric needs two classes: use --metric same_image or "
             "rankme, which are not accuracies, or labelled --set test=FOLDER"
         )
     shares, plans = None, runner.work / "plan.json"
