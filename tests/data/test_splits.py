@@ -169,6 +169,26 @@ class TestFolders:
             assert sorted(split.bank.labels.unique().tolist()) == [0, 1] and split.queries.labels.tolist() == [0] * 5
             assert len(split.bank) == 60
 
+    def test_test_data_that_are_in_the_bank_are_stated(self, tmp_path):
+        """k-NN finds the query itself, which looks like a good encoder."""
+        files = [f"{c}/{i}.png" for c in "ab" for i in range(9)]
+        folder, part = fill(tmp_path / "d", *files), fill(tmp_path / "p", *files)
+        fill(tmp_path / "d" / "a", *("x/1.png",))
+        for test, words in (
+            (folder, "; all of them are also in the bank, so that the figures are too high"),
+            (part, ""),
+        ):
+            recipe, source = resolve_recipe(folder, {"test": str(test)})
+            for images in (source, decode_all(source).source):
+                described = evaluation_split(recipe, images, folder).description
+                assert described == f"train split of {test}{words}", described
+        some = tmp_path / "some.csv"
+        some.write_text("path,label\n" + "".join(f"{folder / c / f'{i}.png'},{c}\n" for c in "ab" for i in range(2)))
+        recipe, source = resolve_recipe(part, {"test": str(some)})
+        assert "in the bank" not in evaluation_split(recipe, source, part).description
+        recipe, source = resolve_recipe(folder, {"test": str(some)})
+        assert "; all of them are also in the bank" in evaluation_split(recipe, source, folder).description
+
     def test_images_that_cannot_be_read_do_not_change_the_tenth(self, tmp_path):
         """A run leaves them out before the tenth is chosen, a later evaluation after."""
         folder = fill(tmp_path / "d", *(f"{c}/{i:02}.png" for c in "ab" for i in range(20)))

@@ -81,7 +81,18 @@ def evaluation_split(
     if recipe.classes is not None:
         queries = _of_classes(queries, bank.classes)
     matched_labels(bank, queries)
-    return EvaluationSplit(bank, queries, f"{split} split of {queries.name}")
+    known = "" if test is None else _in_bank(bank, queries)
+    return EvaluationSplit(bank, queries, f"{split} split of {queries.name}{known}")
+
+
+def _in_bank(bank: Source, queries: Source) -> str:
+    """Return the end of a description if queries are also in the bank: the same files, or all of the same data."""
+    files = {file for i in range(len(bank)) if (file := bank.file_of(i)) is not None}
+    found = sum(queries.file_of(i) in files for i in range(len(queries))) if files else 0
+    if not files and (same := bank.whole.fingerprint()) is not None and same == queries.whole.fingerprint():
+        found = len(queries)
+    which = "all of them" if found == len(queries) else f"{found:,} of them"
+    return f"; {which} are also in the bank, so that the figures are too high" if found else ""
 
 
 def _labelled(data: Any, names: Iterable[str], reading: Mapping[str, Any]) -> Iterator[tuple[str, Source]]:
