@@ -320,3 +320,17 @@ def test_a_folder_of_earlier_pictures_is_no_reason_for_a_warning(
     monkeypatch.setattr("inbatch.apps.reports.batch_context.inspect_run", cut)
     (tmp_path / "inspect").mkdir()
     assert run(f"inspect {tmp_path}").stderr.strip() == "error: parsed"
+
+
+def test_images_have_the_size_of_the_inspected_epoch(tmp_path: Path) -> None:
+    """While images are small (`grow_from`), groups and violators are those of small images."""
+    settings = {"curate.name": "redraw", "fuse.name": "set", "grow_from": 0.5, "grow_until": 0.6}
+    built = api.prepare("digits-canvas", subset=80, batch_size=16, context=8, epochs=10, settings=settings)
+    assert built.step.curator is not None and built.step.curator.snapshot is not None
+    sides: list[int] = []
+    for network in (built.network, built.step.curator.snapshot):
+        network.encoder.register_forward_hook(lambda module, inputs, output: sides.append(inputs[0].shape[-1]))
+    for epoch, side in ((2, built.recipe.image_size // 2), (10, built.recipe.image_size)):
+        sides.clear()
+        pictures.draw_report(built, epoch, tmp_path, count=2)
+        assert set(sides) == {side}

@@ -58,6 +58,7 @@ def draw_report(built: RunComponents, epoch: int, out: Path, count: int = 8) -> 
     """
     curator = built.step.curator
     report: dict[str, Any] = {"epoch": epoch if curator is None else max(epoch, curator.starts)}
+    built.step.resize(min(report["epoch"] * built.loader.steps, built.total - 1))  # a finished run has no next epoch
     batch = next(iter(built.loader.epoch(report["epoch"], stop=1))).to(built.loader.device)
     drawn = built.views(batch)
     pictures = {"views.png": _views(built, batch, drawn, count)}
