@@ -284,6 +284,8 @@ def test_whole_steps_are_not_made_if_they_would_take_the_budget(
     monkeypatch.setattr(calibration, "step_seconds", lambda built, samples: 100.0)
     with pytest.raises(ConfigError, match=r"too short for tiny, 16 pixels .* about 100\.0 s\. Leave out encoder and"):
         _plan(budget="15s", encoder__name="tiny")
+    with pytest.raises(ConfigError, match=r"too short for fast, .* about 100\.0 s\. Set a smaller batch, or give"):
+        _plan(budget="15s")
     save_encoder(create_encoder("tiny", size=16, channels=IMAGES.shape[1]), tmp_path)
     with pytest.raises(ConfigError, match=r"The encoder is that of --init: set a smaller batch, or give"):
         _plan(budget="15s", encoder__name="tiny", encoder__init=str(tmp_path))

@@ -148,7 +148,8 @@ def calibrate(
         steps = fitting_steps(built, TRAINED * left, seconds, extra)
         if steps < FEWEST and not trials:
             started = settings.get("encoder.init") is not None
-            advice = "The encoder is that of --init: set" if started else "Leave out encoder and preset, set"
+            chosen = "Set" if compare_widths else "Leave out encoder and preset, set"  # of the widths, the least
+            advice = "The encoder is that of --init: set" if started else chosen
             raise ConfigError(
                 f"budget = {duration(budget)} is too short for {built.encoder.name}, "
                 f"{recipe.image_size} pixels and batch {built.recipe.batch_size}: "
