@@ -109,6 +109,24 @@ def test_invalid_searches_are_refused(photos: Path, encoder: Path, tmp_path: Pat
 
 
 @pytest.mark.slow
+def test_images_of_a_file_of_features_are_read_with_levels(tmp_path: Path) -> None:
+    draw, data, folder, file = np.random.default_rng(0), tmp_path / "data", tmp_path / "enc", tmp_path / "f.npz"
+    data.mkdir()
+    for i in range(4):
+        Image.fromarray(draw.integers(0, 1024, (20, 20)).astype(np.uint16)).save(data / f"{i}.png")
+    Image.open(data / "0.png").save(data / "copy.png")
+    made = create_encoder("tiny", size=20, channels=1)
+    made.levels = (0.0, 1023.0)
+    save_encoder(made, folder)
+    inbatch.embed_run(folder, data, file)
+    found = inbatch.search_images(folder, data / "0.png", data=data, features=file, k=2)
+    assert {Path(near["path"]).name for near in found["queries"][0]["neighbours"]} == {"0.png", "copy.png"}
+    reading = {"levels": (0, 1023), "channels": 1}
+    assert inbatch.find_duplicates(data, file, settings=reading)["duplicates"] == 1
+    with pytest.raises(ConfigError, match="read as the encoder reads them"):
+        inbatch.find_duplicates(data, folder, settings=reading)
+
+
 def test_the_index_is_kept_and_belongs_to_its_features(photos: Path, encoder: Path) -> None:
     pytest.importorskip("faiss")
     query = photos / "cats" / "01.png"

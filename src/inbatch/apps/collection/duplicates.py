@@ -65,7 +65,7 @@ def find_duplicates(
         split: The only split; all by default.
         write: CSV file to write with the images to keep, which `data` reads: of each group its representative.
         picture: Image file to write with the pairs around the threshold.
-        settings: Further reading options, without features: channels, levels.
+        settings: Further reading options, without features or with a file of them: channels, levels.
         device: Device on which features are computed.
         quiet: Show no progress on stderr.
         image_column: Column of the images; with features, by default that of the run.

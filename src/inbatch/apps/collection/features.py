@@ -102,7 +102,7 @@ class Collection(FeatureTable):
 
 def open_collection(
     features: str | Path, data: Any = None, *, split: str | None = None, device: str = "auto", quiet: bool = True,
-    image_column: str | None = None, label_column: str | None = None,
+    image_column: str | None = None, label_column: str | None = None, reading: Mapping[str, Any] | None = None,
 ) -> Collection:  # fmt: skip
     """Return the features of images, computed or read, and the images.
 
@@ -115,6 +115,7 @@ def open_collection(
         quiet: Print no progress to stderr.
         image_column: Column of the images; by default that of the run, if the data have it.
         label_column: Column of the labels, likewise.
+        reading: Further reading options of the images, with a file of features, which does not state them.
 
     Raises:
         ConfigError: If there are neither a run, an encoder nor features, or if an encoder's folder is given without
@@ -122,8 +123,9 @@ def open_collection(
         DataError: If features or images cannot be read, or do not belong together.
     """
     path, data = path_of(features, "features"), joined_paths(data)
-    if path.suffix in ENDINGS and not path.is_dir():
-        return _from_file(path, data, split, image_column, label_column)
+    if holds_features(path):
+        columns = {"image_column": image_column, "label_column": label_column}
+        return _from_file(path, data, split, columns | dict(reading or {}))
     name = str(path if data is None else data)
     loaded = load_run_encoder(path)
     encoder = loaded.encoder.to(device_for(device))
@@ -152,6 +154,12 @@ def open_collection(
         **vars(table), name=name, sources=sources, origin=origin, unreadable=unreadable, notes=tuple(notes),
         encoder=encoder,
     )  # fmt: skip
+
+
+def holds_features(path: str | Path) -> bool:
+    """Return whether a path is that of a file of features, and not of a run or an encoder."""
+    path = path_of(path, "features")
+    return path.suffix in ENDINGS and not path.is_dir()
 
 
 def _load_or_embed(
@@ -221,13 +229,11 @@ def _key(encoder: Encoder, sources: Mapping[str, Source]) -> str | None:
     return digest.hexdigest()[:24]
 
 
-def _from_file(
-    path: Path, data: Any, split: str | None, image_column: str | None, label_column: str | None
-) -> Collection:
+def _from_file(path: Path, data: Any, split: str | None, reading: dict[str, Any]) -> Collection:
     table = read_features(path)
     if split is not None:
         table = _select_split(table, split, path)
-    sources = {} if data is None else _images_of(table, data, path, image_column, label_column)
+    sources = {} if data is None else _images_of(table, data, path, reading)
     origin = {"features": str(path), "data": None if data is None else public(str(data)), "file": str(path)}
     lacking = sum(map(len, sources.values())) - len(table.paths)
     note = f"{path} lacks {many(lacking, 'image')} of the data: unreadable when it was written, or added later"
@@ -251,16 +257,13 @@ def take(table: FeatureTable, rows: Sequence[int]) -> FeatureTable:
     return FeatureTable(table.vectors[at], table.labels[at], table.classes, paths, names, table.index[at])
 
 
-def _images_of(
-    table: FeatureTable, data: Any, path: Path, image_column: str | None, label_column: str | None
-) -> dict[str, Source]:
+def _images_of(table: FeatureTable, data: Any, path: Path, reading: dict[str, Any]) -> dict[str, Source]:
     """Return the images of features; DataError unless every image has the name that is stored with its features."""
-    columns: dict[str, Any] = {"image_column": image_column, "label_column": label_column}
-    every = splits(data, **columns)
+    every = splits(data, image_column=reading["image_column"], label_column=reading["label_column"])
     sources: dict[str, Source] = {}
     for name in dict.fromkeys(table.splits):
         known = (distinct(every)[0] if name == "" else find_split(name, every)) or name
-        sources[name] = open_data(data, known, **columns)
+        sources[name] = open_data(data, known, **reading)
     for name, split, i in zip(table.paths, table.splits, table.index.tolist(), strict=True):
         source = sources[split]
         if i >= len(source) or _stored_name(source.identity(i)) != name:

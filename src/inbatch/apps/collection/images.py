@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from inbatch.apps.collection.features import Collection, open_collection
+from inbatch.apps.collection.features import Collection, holds_features, open_collection
 from inbatch.data import find_split, open_data, splits
 from inbatch.data.sources.split_names import distinct
 from inbatch.errors import ConfigError
@@ -31,14 +31,18 @@ def open_images(
         data: The images.
         features: A run, an encoder's folder, or a file of features.
         split: The only split; None for every image.
-        settings: Reading options; with features, only those of `COLUMNS`.
+        settings: Reading options; with a run or an encoder, only those of `COLUMNS`.
         device: Device on which features are computed.
         quiet: Show no progress.
     """
     reading = {key: value for key, value in (settings or {}).items() if value is not None}
     columns = {key: reading.get(key) for key in COLUMNS}
     if features is not None:
-        if other := sorted(reading.keys() - columns.keys()):
+        other = sorted(reading.keys() - columns.keys())
+        if holds_features(features):
+            more = {key: reading[key] for key in other}
+            return open_collection(features, data, split=split, device=device, quiet=quiet, reading=more, **columns)
+        if other:
             raise ConfigError(f"{', '.join(other)}: the images are read as the encoder reads them; leave it out")
         return open_collection(features, data, split=split, device=device, quiet=quiet, **columns)
     data = joined_paths(data)

@@ -92,12 +92,15 @@ def search_images(
     if path_of(run, "RUN").suffix in ENDINGS:
         raise ConfigError(f"{run} holds features without an encoder for the queries: pass RUN, and --features {run}")
     columns = {"image_column": image_column, "label_column": label_column}
+    own = None if features is None else load_run_encoder(run).encoder.to(device_for(device))
     collection = open_collection(
-        run if features is None else features, data, split=split, device=device, quiet=quiet, **columns
-    )
+        run if features is None else features, data, split=split, device=device, quiet=quiet, **columns,
+        reading=own and {"levels": own.levels},
+    )  # fmt: skip
     if exclude_self and not collection.has_images:
         raise ConfigError("--exclude-self compares files: pass the images of the features, too (--data)")
-    encoder = collection.encoder or load_run_encoder(run).encoder.to(device_for(device))
+    encoder = collection.encoder or own
+    assert encoder is not None  # a file of features has none, and then the run has been opened
     if features is not None:
         _check_encoder(encoder, collection, run)
     if picture is not None and not collection.has_images:
