@@ -87,6 +87,14 @@ def test_encoders_that_a_target_cannot_build_are_refused(small: Encoder, tmp_pat
     assert not list(tmp_path.iterdir())
 
 
+def test_the_line_that_opens_the_files_names_any_folder(small: Encoder, tmp_path: Path) -> None:
+    out = tmp_path / "OUT" / "OUTPUT"
+    script = export_model(small, out, "coreml-ready")["load"]
+    assert script == f"python {out}/convert_to_coreml.py"
+    load = export_model(small, tmp_path / "OUT files", "torch")["load"]
+    assert str(tmp_path / "OUT files") in load and callable(eval(load.removesuffix("(images)")))
+
+
 def test_differing_features_are_an_error(small: Encoder) -> None:
     right = lambda images: torch.from_numpy(small.embed(images))  # noqa: E731
     assert compare(small, right, "it")[0] <= 1e-6

@@ -1,5 +1,6 @@
 """Export of encoders and classifiers for other libraries: one file per target, and their registry."""
 
+import re
 import shlex
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -104,7 +105,7 @@ def export_model(
                 "encoder": {"name": encoder.name, "width": encoder.width, "attend": encoder.attend},
                 "input": _input(encoder, target),
                 **_output(model, written),
-                "load": written.load.replace("OUT/", shlex.quote(str(out)) + "/").replace("OUT", repr(str(out))),
+                "load": _with_folder(written.load, str(out)),
                 **written.more,
                 "files": contents(folder),
             }
@@ -112,6 +113,11 @@ def export_model(
     finally:
         model.to(own)
     return result
+
+
+def _with_folder(line: str, out: str) -> str:
+    """Return a line of Python or of a shell with the folder in the places of OUT."""
+    return re.sub("OUT(/?)", lambda place: shlex.quote(out) + "/" if place[1] else repr(out), line)
 
 
 def _output(model: Encoder | Classifier, written: Written) -> dict[str, Any]:
