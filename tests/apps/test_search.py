@@ -108,7 +108,6 @@ def test_invalid_searches_are_refused(photos: Path, encoder: Path, tmp_path: Pat
     assert len(search(encoder, [query, tmp_path / "bad.png"], photos)["unreadable_queries"]) == 1
 
 
-@pytest.mark.slow
 def test_images_of_a_file_of_features_are_read_with_levels(tmp_path: Path) -> None:
     draw, data, folder, file = np.random.default_rng(0), tmp_path / "data", tmp_path / "enc", tmp_path / "f.npz"
     data.mkdir()
@@ -127,6 +126,7 @@ def test_images_of_a_file_of_features_are_read_with_levels(tmp_path: Path) -> No
         inbatch.find_duplicates(data, folder, settings=reading)
 
 
+@pytest.mark.slow
 def test_the_index_is_kept_and_belongs_to_its_features(photos: Path, encoder: Path) -> None:
     pytest.importorskip("faiss")
     query = photos / "cats" / "01.png"

@@ -29,8 +29,8 @@ with torch.no_grad():
 ```
 
 """
-_TIMM = """With timm alone: `timm.create_model("local-dir:FOLDER", pretrained=True)`. `FOLDER` is this folder or the name of
-the repository (with timm: `hf-hub:NAME`)."""
+_TIMM = """With timm alone: `timm.create_model("local-dir:FOLDER", pretrained=True)`. `FOLDER` is this folder or the
+name of the repository (with timm: `hf-hub:NAME`)."""
 
 _WHITENED = (
     "k-NN and linear probe were measured on the whitened features of `inbatch.load(FOLDER).embed`; the features of "
