@@ -27,7 +27,7 @@ from inbatch.api import prepare
 from inbatch.apps.bench.accuracy import flags
 from inbatch.apps.bench.inbatch_workloads import work_of
 from inbatch.apps.console import say
-from inbatch.errors import InbatchError
+from inbatch.errors import ConfigError, InbatchError
 from inbatch.runtime.environment import environment
 from inbatch.runtime.files import read_json, write_json
 
@@ -67,10 +67,13 @@ def operations(run: Path, data: Path) -> float:
 
 
 def one_seed(data: Path, words: list[str], seed: int, folder: Path, threads: int) -> dict[str, Any]:
-    """Train and evaluate with one seed, unless that is done; return the figures."""
-    kept = folder / "timed.json"
+    """Train and evaluate with one seed, unless that is done; return the figures. ConfigError for one of other words."""
+    kept, asked = folder / "timed.json", {"words": words, "data": data.resolve().name, "threads": threads}
     if kept.is_file():
-        return read_json(kept)
+        figures = read_json(kept)
+        if figures.pop("asked", None) != asked:
+            raise ConfigError(f"{folder} is of other words, data or threads: give another --name, or remove it")
+        return figures
     load_before, began, used = os.getloadavg()[0], time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     line = ["pretrain", *words, "--data", str(data), "--seed", str(seed), "--out", str(folder), "--device", "cpu"]
     command([*line, "--overwrite", "--quiet"], threads)
@@ -84,7 +87,7 @@ def one_seed(data: Path, words: list[str], seed: int, folder: Path, threads: int
         "knn": evaluation["knn"]["top1"], "linear": evaluation["linear"]["top1"], "bank": evaluation["train"]["images"],
         "queries": evaluation["test"]["images"], "curve": result["curve"],
     }  # fmt: skip
-    write_json(kept, figures)
+    write_json(kept, figures | {"asked": asked})
     return figures
 
 

@@ -7,6 +7,9 @@ from typing import Any
 
 import pytest
 
+from inbatch.errors import ConfigError
+from inbatch.runtime.files import write_json
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -33,3 +36,11 @@ def test_entries_are_ordered_by_their_means(record: ModuleType) -> None:
     assert [line.split("`")[1] for line in lines[2:]] == ["simclr a", "simclr b", "simclr c"]
     assert ["not reached" in line for line in lines[2:]] == [False, False, True]
     assert "| 72.00 (71.00, 73.00) | 300 | 600 |" in lines[2] and lines[2].endswith("| 1.0 s |")
+
+
+def test_a_finished_seed_of_other_words_is_not_taken_for_these(record: ModuleType, tmp_path: Path) -> None:
+    write_json(tmp_path / "timed.json", {"knn": 0.7, "asked": {"words": ["simclr"], "data": "d", "threads": 2}})
+    assert record.one_seed(Path("d"), ["simclr"], 0, tmp_path, 2) == {"knn": 0.7}
+    for data, words, threads in (("d", ["byol"], 2), ("e", ["simclr"], 2), ("d", ["simclr"], 1)):
+        with pytest.raises(ConfigError, match="other words, data or threads"):
+            record.one_seed(Path(data), words, 0, tmp_path, threads)
