@@ -208,6 +208,16 @@ def test_effects_state_interval_seeds_and_cost() -> None:
     assert faster.cost is None and replace(one, time=None).cost is None
 
 
+def test_equal_gains_have_no_p_value_and_need_no_number_of_seeds() -> None:
+    """Differences of figures in percent are equal up to rounding, which a t-test would take for certainty."""
+    base = {"SimCLR": (0.6, 0.6168, 0.6532), "SimCLR + BA": (0.61, 0.6268, 0.6632)}
+    wanted = [c for c in cells(TABLE, "laptop") if c.data == "cifar10" and c.row in base]
+    records = [record(cell, base[cell.row][cell.seed]) for cell in wanted]
+    for one in effects(fill(TABLE, "laptop", {one.run_key: one for one in records})):
+        assert len(set(one.difference.values)) == 1 and one.difference.p is None and one.holm is None
+        assert not any("over" in cell for cell in one.cells(1))
+
+
 def test_the_expected_time_is_that_of_similar_runs() -> None:
     asked = [cell for cell in cells(TABLE, "laptop") if cell.data == "cifar10" and cell.row in ("SimCLR", "BYOL")]
     assert expected_time(asked, [], 2) == ""

@@ -51,7 +51,7 @@ class Effect:
 
     def cells(self, digits: int) -> list[str]:
         """Return the effect as cells of a table."""
-        difference, many = self.difference, len(self.difference.values) > 1
+        difference, many = self.difference, bool(self.difference.deviation)
         between = " to ".join(f"{end:+.{digits}f}" for end in difference.interval or ())
         needed = f"{self.seeds:,}" if self.seeds else f"over {MOST:,}" if many else ""
         return [

@@ -140,7 +140,7 @@ def figure(record: Record, path: str) -> float | None:
 def _value(column: Column, runs: list[tuple[Cell, Record]], other: list[tuple[Cell, Record]]) -> Value:
     own_figures, other_figures = (_by_seed(column, pairs) for pairs in (runs, other))
     both = [seed for seed in own_figures if seed in other_figures]
-    gains = tuple(own_figures[seed] - other_figures[seed] for seed in both)
+    gains = tuple(round(own_figures[seed] - other_figures[seed], 9) for seed in both)  # equal ones stay equal
     protocol = column.figure.split(".")[0]
     failed = sum(one.data == column.data and not {"", protocol}.isdisjoint(record.failures) for one, record in runs)
     return Value(tuple(own_figures), tuple(own_figures.values()), gains, paired(gains), failed)
