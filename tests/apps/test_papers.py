@@ -199,6 +199,9 @@ def test_effects_state_interval_seeds_and_cost() -> None:
     assert one.difference.mean == pytest.approx(2.0) and one.time == pytest.approx(1.3)
     assert one.difference.interval == pytest.approx((2 - 4.30265 / 3**0.5, 2 + 4.30265 / 3**0.5), abs=1e-4)
     assert one.holm == pytest.approx(2 * one.difference.p) and one.seeds == seeds_for(2.0, 1.0) == 5
+    earlier = [r if r.recipe.get("fuse") else r.model_copy(update={"training_cpu_seconds": None}) for r in records]
+    by_wall = {one.row: one.time for one in effects(fill(TABLE, "laptop", {one.run_key: one for one in earlier}))}
+    assert by_wall == {"SimCLR + BA": 1.0, "SimCLR + BA, set": 1.0}, "processor time is not compared with wall time"
     assert one.cost == pytest.approx(0.15) and by_cell["SimCLR + BA, set", "CIFAR-10, linear"].seeds > 100
     for text in (render.markdown(sheet), render.page(sheet)):
         assert "Effects" in text and "-0.5 to +4.5" in text

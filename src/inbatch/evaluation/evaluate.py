@@ -80,7 +80,7 @@ def evaluate(
         ConfigError: for unknown protocols, for settings of k-NN that are out of range, or something else than an
             encoder.
         DataError: for data that cannot be opened, without labels, with several labels per image, with one training
-            class only, if `test` has classes that `train` does not have, or if features are not finite.
+            class only, if `test` has classes whose names `train` does not have, or if features are not finite.
     """
     if encoder is not None:
         check_encoder(encoder)

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 class Lbfgs:
     """Multinomial logistic regression on standardised features, full batch.
 
-    Minimises the mean cross-entropy + |W|^2 / (2 C N): the objective of scikit-learn's LogisticRegression(C).
+    Minimises the mean cross-entropy + |W|^2 / (2 C N): the objective of scikit-learn's LogisticRegression(C). Of two
+    classes, each has weights, while scikit-learn has those of one: it is the objective of LogisticRegression(2 C).
 
     Attributes:
         c: C.

@@ -124,16 +124,15 @@ def _learns_labels(recipe: Recipe) -> bool:
 def _tenth(source: Source, how: str) -> EvaluationSplit:
     """Return nine tenths of the images as the bank and one tenth as queries, selected by a fixed permutation.
 
-    Of classes that are otherwise not in the bank, all images are. Images that cannot be read do not change the
+    Images of a class that would not be in the bank stay there. Images that cannot be read do not change the
     selection: a run leaves them out before, its later evaluation does not.
     """
     _check_classes(source)
     order = permutation(0, 0, len(source.whole))
-    cut = max(1, len(order) // 10)
-    labels = source.whole.labels[order]
-    lacking = (torch.arange(len(order)) < cut) & (labels >= 0) & ~torch.isin(labels, labels[cut:])
-    order, queries = source.numbers_here(order), (torch.arange(len(order)) < cut) & ~lacking
-    rest, held_out = (order[part & (order >= 0)] for part in (~queries, queries))
+    labels, tenth = source.whole.labels[order], torch.arange(len(order)) < max(1, len(order) // 10)
+    tenth &= (labels < 0) | torch.isin(labels, labels[~tenth])
+    order = source.numbers_here(order)
+    rest, held_out = (order[part & (order >= 0)] for part in (~tenth, tenth))
     if not len(held_out):
         rest, held_out = rest[1:], rest[:1]
     bank, queries = (Subset(source, part.sort().values, how) for part in (rest, held_out))

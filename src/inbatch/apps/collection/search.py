@@ -95,7 +95,7 @@ def search_images(
     own = None if features is None else load_run_encoder(run).encoder.to(device_for(device))
     collection = open_collection(
         run if features is None else features, data, split=split, device=device, quiet=quiet, **columns,
-        reading=own and {"levels": own.levels},
+        reading=None if own is None else {"levels": own.levels},
     )  # fmt: skip
     if exclude_self and not collection.has_images:
         raise ConfigError("--exclude-self compares files: pass the images of the features, too (--data)")

@@ -113,14 +113,20 @@ def _p(value: float | None) -> str:
 
 
 def _time(line: Line, against: Line, data: str) -> float | None:
-    """Return the mean ratio of the training times at the seeds that both have; None without."""
-    own_seconds, other_seconds = (
-        {
-            cell.seed: record.training_cpu_seconds or record.training_seconds
-            for cell, record in zip(row.cells, row.records, strict=True)
-            if cell.data == data
-        }
+    """Return the mean ratio of the training times at the seeds that both have, by processor time; None without.
+
+    Runs without processor time, of earlier versions, are compared by wall time.
+    """
+    own, other = (
+        {cell.seed: record for cell, record in zip(row.cells, row.records, strict=True) if cell.data == data}
         for row in (line, against)
     )
-    ratios = [own / other for seed in own_seconds if (own := own_seconds[seed]) and (other := other_seconds.get(seed))]
+    ratios = []
+    for seed in own.keys() & other.keys():
+        pair = own[seed], other[seed]
+        first, second = (record.training_cpu_seconds for record in pair)
+        if not (first and second):
+            first, second = (record.training_seconds for record in pair)
+        if first and second:
+            ratios.append(first / second)
     return mean(ratios) if ratios else None
