@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from rank_pool import on_ranks
-from small_runs import assert_same_state, saved, stop_after
+from small_runs import assert_same_state, leave_out_evaluation, saved, stop_after
 from test_loader import VIEWS, same
 from typer.testing import CliRunner
 
@@ -298,3 +298,21 @@ def test_embeddings_keep_the_numbers_of_the_others(images: Path, tmp_path: Path)
         embed(encoder, open_data(images))
     done = CliRunner().invoke(app, ["embed", str(tmp_path / "run"), str(images), "-o", str(tmp_path / "g.npz"), "-q"])
     assert done.exit_code == 3 and not os.path.exists(tmp_path / "g.npz")
+
+
+def _stopped_on_two_ranks(images: str, out: str) -> str:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Preempted) as stopped:
+        leave_out_evaluation(patch)
+        stop_after(patch, 1)
+        run(Path(images), Path(out), epochs=1, cache_on_device=False, workers=0)
+    return str(stopped.value)
+
+
+def test_a_checkpoint_of_two_ranks_has_what_both_could_not_read(images: Path, tmp_path: Path) -> None:
+    order = rng.permutation(0, 0, N).tolist()
+    bad = [order[at] for at in (3, BATCH // 2 + 3)]  # one of each rank, in the first step
+    for at in bad:
+        damage(files(images)[at], "header")
+    on_ranks(2, _stopped_on_two_ranks, str(images), str(tmp_path / "run"))
+    assert sorted(saved(tmp_path / "run")["progress"]["unreadable"]) == sorted(bad)
+    assert len((tmp_path / "run" / "bad_images.txt").read_text().splitlines()) == 2

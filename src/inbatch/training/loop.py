@@ -259,6 +259,8 @@ class Loop:
     def save(self, best: bool) -> None:
         """Write a checkpoint on rank 0, and the shards on every rank; an error there ends every rank."""
         progress, problem = self.progress, None
+        if distributed.world() > 1:  # rank 0 saves what all ranks could not read
+            self.unreadable = report_unreadable(self.built, self.out, self.log, self.unreadable)
         if distributed.rank() == 0 or self.built.whole is not None:
             try:
                 state = {name: part.state_dict() for name, part in self.parts.items()}
