@@ -432,6 +432,17 @@ def test_a_full_gpu_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
 # --dry-run
 
 
+def test_a_dry_run_refuses_what_the_run_would_refuse(elsewhere: Path) -> None:
+    Path("file").touch()
+    for words, code, message in (
+        ("--track nothing", 2, "unknown tracker 'nothing'"),
+        ("--callback nowhere:Mine", 2, "nowhere"),
+        ("-o file/run", 1, "file/run.lock: Not a directory"),
+    ):
+        result = run(f"pretrain {TINY} --dry-run {words}")
+        assert result.exit_code == code and message in result.stderr, result.stderr
+
+
 @pytest.mark.grid(3)
 @pytest.mark.parametrize("method", METHODS)
 def test_a_dry_run_writes_nothing_and_prints_a_recipe_that_repeats_itself(method: str, elsewhere: Path) -> None:
@@ -473,7 +484,7 @@ def test_dry_run_is_refused_for_the_same_reasons_as_the_run(elsewhere: Path) -> 
         (f"pretrain {TINY} --set foo", 2, "--set takes key=value"),
         (f"pretrain {TINY} --set foo=1", 2, "unknown setting 'foo'; there are attend.name, batch_size,"),
         (f"pretrain {TINY} --set method.temperature=hot", 2, "method.temperature = 'hot'"),
-        (f"pretrain {TINY} --set optimizer.lr=-1", 2, "optimizer adamw cannot be made"),
+        (f"pretrain {TINY} --set optimizer.lr=-1", 2, "optimizer.lr = -1: input should be greater than or equal to 0"),
         (f"pretrain {TINY} --set method.hidden_dim=-1", 2, "method simclr cannot be made"),
         (f"pretrain {TINY} --batch 1", 2, "batch_size = 1"),
         (f"pretrain {TINY} --context 7", 2, "choose a divisor"),

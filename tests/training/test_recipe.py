@@ -7,6 +7,7 @@ import pytest
 
 from inbatch.errors import ConfigError
 from inbatch.training.recipe import make
+from inbatch.training.resolve import resolve_recipe
 from inbatch.training.settings_file import parse_assignment, read_file
 
 
@@ -73,6 +74,17 @@ def test_a_text_that_is_not_yaml_is_set_in_quotes() -> None:
     with pytest.raises(ConfigError, match="""quotes that the shell keeps: --set 'KEY="TEXT"'"""):
         parse_assignment("data=[a")
     assert parse_assignment('data="[a"') == {"data": "[a"}
+
+
+def test_true_and_false_are_no_numbers() -> None:
+    """Pydantic takes them as 1 and 0: channels=true read all images in grey."""
+    for key in ("epochs", "knn_k", "variance_weight", "schedule.warmup_epochs", "method.temperature", "optimizer.lr"):
+        with pytest.raises(ConfigError, match=rf"^{key} = True: input should be a number"):
+            make({"data": "photos", "method.name": "simclr", "optimizer.name": "lars", key: True})
+    for key in ("channels", "subset"):
+        with pytest.raises(ConfigError, match=rf"^{key} = True: input should be a whole number"):
+            resolve_recipe("digits-canvas", {key: True})
+    assert make({"data": "photos", "compile": True}).compile is True
 
 
 def test_an_invalid_image_size_is_named_as_the_user_wrote_it() -> None:

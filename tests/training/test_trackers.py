@@ -96,7 +96,7 @@ def test_requested_trackers(monkeypatch):
     for track, message in (
         ("wandbb", "unknown tracker 'wandbb': choose from mlflow, other, tensorboard, wandb, none$"),
         ("trackio", r'none\. The tracker trackio is an extra: pip install "inbatch\[trackio\]"'),
-        ("wandb,none", "unknown tracker 'none'"),
+        ("wandb,none", "none leaves out every tracker: name it alone"),
         ("", "unknown tracker ''"),
         ("mlflow", r'the tracker mlflow needs alembic: pip install "inbatch\[mlflow\]"'),
     ):

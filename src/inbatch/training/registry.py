@@ -208,7 +208,7 @@ def _model(part: str, name: str, maker: Callable[..., Any]) -> type[pydantic.Bas
 def validated(adapter: pydantic.TypeAdapter, values: Mapping[str, Any], where: str) -> Any:
     """Return the validated values; raise ConfigError for the first that is invalid."""
     try:
-        return adapter.validate_python(values)
+        result = adapter.validate_python(values)
     except pydantic.ValidationError as e:
         fault = e.errors()[0]
         key = where + ".".join(str(p) for p in fault["loc"] if not isinstance(p, int))
@@ -216,6 +216,18 @@ def validated(adapter: pydantic.TypeAdapter, values: Mapping[str, Any], where: s
         raise ConfigError(
             problem if fault["type"] != "missing" else f"{key} must be given: add --set {key}=VALUE"
         ) from None
+    _check_no_booleans(values, result, where)
+    return result
+
+
+def _check_no_booleans(values: Mapping[str, Any], result: Any, where: str) -> None:
+    """Raise ConfigError for true or false as a number, which pydantic takes as 1 or 0."""
+    for key, value in values.items():
+        made = getattr(result, key, None)
+        if isinstance(value, Mapping):
+            _check_no_booleans(value, made, f"{where}{key}.")
+        elif isinstance(value, bool) and type(made) in (int, float):
+            raise ConfigError(f"{where}{key} = {value}: input should be a number")
 
 
 def without_addresses(value: Any) -> str:

@@ -90,6 +90,8 @@ def _levels(value: Any) -> tuple[float, float] | None:
 
 def _whole(key: str, value: Any) -> int:
     try:
-        return int(value)
+        if not isinstance(value, bool):
+            return int(value)
     except (TypeError, ValueError, OverflowError):
-        raise ConfigError(f"{key} = {shown(value)}: input should be a whole number") from None
+        pass
+    raise ConfigError(f"{key} = {shown(value)}: input should be a whole number")

@@ -33,6 +33,7 @@ from inbatch.apps.console import print_error, print_json
 from inbatch.errors import ConfigError, TrainingError
 from inbatch.runtime import own_parts
 from inbatch.runtime.path_list import joined_paths
+from inbatch.runtime.paths import path_of
 from inbatch.training.budget import parse_budget
 
 
@@ -228,6 +229,7 @@ def pretrain(
         fields, settings = pretrain_settings(options | own)
         shared: dict[str, Any] = {"config": config, "settings": settings, "device": device, "workers": workers}
         shared["download"] = download
+        callbacks = [own_parts.imported("callback", text) for text in callback or ()]
         if dry_run:
             if resume is not None:
                 raise ConfigError(
@@ -235,10 +237,16 @@ def pretrain(
                 )
             if compare is not None:
                 raise ConfigError("--dry-run makes no curve that could be compared: leave out --compare")
+            from inbatch.training.claim import check_place
+            from inbatch.training.trackers.selection import requested_trackers
+
+            requested_trackers(track)
+            if out is not None:
+                check_place(path_of(out, "--output-dir"))
             dry = api.dry_run(where, kind, expect_world_size=expect_world_size, **shared, **fields)
             print_json(dry) if as_json else print_dry_run(dry)
             return
-        shared |= {"track": track, "callbacks": [own_parts.imported("callback", text) for text in callback or ()]}
+        shared |= {"track": track, "callbacks": callbacks}
         shared |= {"expect_world_size": expect_world_size, "dist_timeout": dist_timeout, "compare": compare}
         shared |= {"resume": False if resume is None else resume, "overwrite": overwrite, "quiet": quiet}
 

@@ -55,6 +55,8 @@ def requested_trackers(track: str | Iterable[str] | None) -> tuple[str, ...] | N
     names = tuple(dict.fromkeys(name.strip() for part in parts for name in str(part).split(",")))
     if names == ("none",):
         return ()
+    if "none" in names:
+        raise ConfigError("none leaves out every tracker: name it alone, or leave it out")
     known = available()
     for name in names:
         if name not in known:
