@@ -76,6 +76,13 @@ def test_a_text_that_is_not_yaml_is_set_in_quotes() -> None:
     assert parse_assignment('data="[a"') == {"data": "[a"}
 
 
+def test_options_of_methods_outside_their_limits_are_refused() -> None:
+    """With these, the loss was nan, or a centre grew without limit."""
+    for method, key, value in (("vicreg", "eps", -1), ("dino", "center_momentum", 2), ("dino", "center_momentum", -1)):
+        with pytest.raises(ConfigError, match=rf"^method.{key} = {value}: input should be (greater|less) than or equal"):
+            make({"data": "photos", "method.name": method, f"method.{key}": value})
+
+
 def test_true_and_false_are_no_numbers() -> None:
     """Pydantic takes them as 1 and 0: channels=true read all images in grey."""
     for key in ("epochs", "knn_k", "variance_weight", "schedule.warmup_epochs", "method.temperature", "optimizer.lr"):

@@ -58,9 +58,12 @@ _SUPPLIED = {
 }
 """Arguments of a part that the run supplies."""
 _Rate = Annotated[float, pydantic.Field(ge=0)]
-_ABOVE_0 = {"temperature", "cluster_temperature", "base_temperature", "teacher_temperature", "warmup_temperature",
-    "sigma", "epsilon"}  # fmt: skip
-"""Options of a method that divide similarities."""
+_DIVISORS = ("temperature", "cluster_temperature", "base_temperature", "teacher_temperature", "warmup_temperature",
+    "sigma", "epsilon")  # fmt: skip
+_LIMITS: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(_DIVISORS, {"gt": 0}), "eps": {"ge": 0}, "center_momentum": {"ge": 0, "le": 1},
+}  # fmt: skip
+"""Limits of the options of methods, by name: of those that divide similarities, and that are below a root."""
 
 
 def make_part(part: str, options: Settings, size: int) -> Part | None:
@@ -188,8 +191,8 @@ def _model(part: str, name: str, maker: Callable[..., Any]) -> type[pydantic.Bas
         if p.name not in _SUPPLIED.get(part, ()):
             required = p.default is inspect.Parameter.empty
             hint = hints.get(p.name, Any)
-            if part == "method" and p.name in _ABOVE_0:
-                hint = Annotated[hint, pydantic.Field(gt=0)]
+            if part == "method" and p.name in _LIMITS:
+                hint = Annotated[hint, pydantic.Field(**_LIMITS[p.name])]
             fields[p.name] = (hint, ... if required else p.default)
     if part == "views" and ":" in name:
         fields |= {"sizes": (tuple[int, ...] | None, None)}
