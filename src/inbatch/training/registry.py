@@ -61,7 +61,7 @@ _Rate = Annotated[float, pydantic.Field(ge=0)]
 _DIVISORS = ("temperature", "cluster_temperature", "base_temperature", "teacher_temperature", "warmup_temperature",
     "sigma", "epsilon")  # fmt: skip
 _LIMITS: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(_DIVISORS, {"gt": 0}), "eps": {"ge": 0}, "center_momentum": {"ge": 0, "le": 1},
+    **{name: {"gt": 0} for name in _DIVISORS}, "eps": {"ge": 0}, "center_momentum": {"ge": 0, "le": 1},
 }  # fmt: skip
 """Limits of the options of methods, by name: of those that divide similarities, and that are below a root."""
 
