@@ -209,6 +209,7 @@ def test_effects_state_interval_seeds_and_cost() -> None:
     assert "shown" in " ".join(effect_notes(list(by_cell.values()))).lower()
     faster = replace(one, difference=difference([-1.0, -2.0, -1.5]))
     assert faster.cost is None and replace(one, time=None).cost is None
+    assert replace(one, difference=difference([0.01, 0.02, 0.0])).cells(1)[-1] == "", "a gain that is shown as 0"
 
 
 def test_equal_gains_have_no_p_value_and_need_no_number_of_seeds() -> None:

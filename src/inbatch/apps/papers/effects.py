@@ -57,7 +57,7 @@ class Effect:
         return [
             self.row, self.column, f"{difference.mean:+.{digits}f}", between, _p(difference.p), _p(self.holm), needed,
             "" if self.time is None else f"{self.time:.2f}",
-            "" if self.cost is None else f"{self.cost:+.0%}",
+            "" if self.cost is None or not round(difference.mean or 0, digits) else f"{self.cost:+.0%}",
         ]  # fmt: skip
 
     def json(self) -> dict[str, Any]:
