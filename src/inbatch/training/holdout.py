@@ -88,11 +88,11 @@ def evaluation_split(
 def _in_bank(bank: Source, queries: Source) -> str:
     """Return the end of a description if queries are also in the bank: the same files, or all of the same data."""
     files = {file for i in range(len(bank)) if (file := bank.file_of(i)) is not None}
-    found = sum(queries.file_of(i) in files for i in range(len(queries))) if files else 0
+    number = sum(queries.file_of(i) in files for i in range(len(queries))) if files else 0
     if not files and (same := bank.whole.fingerprint()) is not None and same == queries.whole.fingerprint():
-        found = len(queries)
-    which = "all of them" if found == len(queries) else f"{found:,} of them"
-    return f"; {which} are also in the bank, so that the figures are too high" if found else ""
+        number = len(queries)
+    which = "all of them" if number == len(queries) else f"{number:,} of them"
+    return f"; {which} are also in the bank, so that the figures are too high" if number else ""
 
 
 def _labelled(data: Any, names: Iterable[str], reading: Mapping[str, Any]) -> Iterator[tuple[str, Source]]:

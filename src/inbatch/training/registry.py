@@ -226,10 +226,10 @@ def validated(adapter: pydantic.TypeAdapter, values: Mapping[str, Any], where: s
 def _check_no_booleans(values: Mapping[str, Any], result: Any, where: str) -> None:
     """Raise ConfigError for true or false as a number, which pydantic takes as 1 or 0."""
     for key, value in values.items():
-        made = getattr(result, key, None)
+        taken_as = getattr(result, key, None)
         if isinstance(value, Mapping):
-            _check_no_booleans(value, made, f"{where}{key}.")
-        elif isinstance(value, bool) and type(made) in (int, float):
+            _check_no_booleans(value, taken_as, f"{where}{key}.")
+        elif isinstance(value, bool) and type(taken_as) in (int, float):
             raise ConfigError(f"{where}{key} = {value}: input should be a number")
 
 
