@@ -8,7 +8,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import torch
 from small_runs import assert_same_state, saved, tiny
 
 import inbatch
+from inbatch.api import prepare
 from inbatch.apps.quickstart import quickstart
 from inbatch.data import open_data
 from inbatch.errors import ConfigError
@@ -143,6 +144,21 @@ def test_public_functions_neither_depend_on_the_callers_state_nor_change_it(tmp_
         assert_same_state(weights, plain.setdefault("state", weights), name)
         assert not loaded[-1].training and next(loaded[-1].parameters()).requires_grad
         assert not next(loaded[-1].parameters()).is_inference()
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_steps_in_bf16_use_the_present_weights_inside_of_autocast(enabled: bool) -> None:
+    """torch keeps the casts of weights until the outermost context ends, even if that one is disabled."""
+    weights = []
+    for outer in (nullcontext(), torch.autocast("cpu", torch.bfloat16, enabled=enabled)):
+        built = prepare(
+            "digits-canvas", "simclr", subset=48, batch_size=16, settings={"precision": "bf16", "encoder.name": "tiny"}
+        )
+        with outer, isolation.usual_numerics():
+            for step, batch in enumerate(built.loader.epoch(0)):
+                built.step(batch, step)
+        weights.append(torch.cat([p.detach().flatten() for p in built.network.parameters()]))
+    assert torch.equal(*weights)
 
 
 def test_all_public_functions_are_isolated() -> None:

@@ -16,6 +16,7 @@ from inbatch.evaluation.embeddings import Embeddings
 from inbatch.nn.cpu_matmul import fast_products
 from inbatch.nn.eval_mode import in_pieces
 from inbatch.runtime import child_processes, shared_work
+from inbatch.runtime.device import autocast
 from inbatch.runtime.isolation import usual_numerics, usual_state
 from inbatch.runtime.memory import free_bytes
 from inbatch.runtime.spacing import spaced
@@ -244,7 +245,7 @@ def encode(
     device = encoder.device
     half = precision != torch.float32
     products = fast_products() if device.type == "cpu" else nullcontext()
-    cast = torch.autocast(device.type, dtype=precision if half else None, enabled=half)
+    cast = autocast(device, precision if half else None, enabled=half)
     represent = getattr(encoder, "represent", encoder)  # the rows of a head, or a custom encoder, have none
     with encoder.evaluating(), products, cast:
         return in_pieces(represent, images.to(device, non_blocking=True))

@@ -15,6 +15,7 @@ from inbatch.context.fusion import Fusion
 from inbatch.context.grouped import Grouped
 from inbatch.nn.eval_mode import evaluating
 from inbatch.nn.heads import Head
+from inbatch.runtime.device import autocast
 from inbatch.runtime.sharding import separate
 
 NEVER_FUSED = 2**30
@@ -83,7 +84,8 @@ class Network(nn.Module):
             return frozen_statistics(self) if changed and not all(altered) else nullcontext()
 
         # Autocast caches its bfloat16 weights within a context; one context per run sums their gradients in float32.
-        features, sizes = list[Tensor](), [len(view) for view in views]
+        features: list[Tensor] = []
+        sizes = [len(view) for view in views]
         alike = [view.shape if self.together else n for n, view in enumerate(views)]
         for (_, changed), run in groupby(zip(alike, altered, views, strict=True), key=lambda at: at[:2]):
             images = [view for _, _, view in run]
@@ -112,9 +114,9 @@ class Network(nn.Module):
         with self.autocast(images):
             return _wide(self._features(images))
 
-    def autocast(self, images: Tensor) -> torch.autocast:
+    def autocast(self, images: Tensor) -> AbstractContextManager[None]:
         """Return the autocast context of the network's precision."""
-        return torch.autocast(images.device.type, torch.bfloat16, enabled=self.precision == torch.bfloat16)
+        return autocast(images.device, torch.bfloat16, enabled=self.precision == torch.bfloat16)
 
     def _features(self, images: Tensor) -> Tensor:
         if self.scale != 1:

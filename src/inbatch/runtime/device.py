@@ -2,6 +2,8 @@
 
 import functools
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -36,6 +38,25 @@ def precision_for(name: str, device: torch.device) -> torch.dtype:
         return {"float32": torch.float32, "bf16": torch.bfloat16}[name]
     fast = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else _cpu_has_bf16()
     return torch.bfloat16 if fast else torch.float32
+
+
+@contextmanager
+def autocast(device: torch.device, dtype: torch.dtype | None, *, enabled: bool) -> Iterator[None]:
+    """Compute in half precision if `enabled`, with the present weights, also inside of another autocast context.
+
+    torch keeps the casts of weights until the outermost context ends, even if that one is disabled: inside of one, the
+    passes after a step of an optimiser would use the weights from before it.
+    """
+    if not enabled:
+        with torch.autocast(device.type, enabled=False):
+            yield
+        return
+    torch.clear_autocast_cache()
+    try:
+        with torch.autocast(device.type, dtype):
+            yield
+    finally:
+        torch.clear_autocast_cache()
 
 
 def _cpu_has_bf16() -> bool:
