@@ -1,20 +1,21 @@
 #!/usr/bin/env bash
 # A disabled autocast context around a training loop stops a model of float32 weights from learning in bf16.
 #
-# Expected: torch.autocast(..., enabled=False) is the way to switch autocast off for a part of a program. A loop inside of
-# it, whose steps use an autocast context of their own for the forward pass as the documentation recommends, computes as
-# without the outer context.
-# Seen (PyTorch 2.15.0, CPU): the loss of every step is that of the first, to the last bit, although the optimiser changes
-# the weights. The casts of weights to bf16 are kept until the outermost context ends, even if that one is disabled; the
-# inner contexts no longer end the cache, and an update of a weight in place does not invalidate its cast. There is no
-# warning. With cache_enabled=False of the outer context, which the inner ones then have, too, the model learns.
+# Expected: torch.autocast(..., enabled=False) is the way to switch autocast off for a part of a program. A loop inside
+# of it, whose steps use an autocast context of their own for the forward pass as the documentation recommends, computes
+# as without the outer context.
+# Seen (PyTorch 2.14.1 and 2.15.0, CPU): the loss of every step is that of the first, to the last bit, although the
+# optimiser changes the weights. The casts of weights to bf16 are kept until the outermost context ends, even if that one
+# is disabled; the inner contexts no longer end the cache, and an update of a weight in place does not invalidate its
+# cast. There is no warning. With cache_enabled=False of the outer context, which the inner ones then have, too, the
+# model learns.
 #
 # Exits with 0 if the behaviour is as described, with 1 if it has changed. Installs about 5 GB in a temporary folder.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 python3 -m venv "$folder/venv"
-"$folder/venv/bin/python" -m pip install --quiet --disable-pip-version-check torch==2.15.0 numpy
+"$folder/venv/bin/python" -m pip install --quiet --disable-pip-version-check torch==2.14.1 numpy
 cd "$folder"
 "$folder/venv/bin/python" - <<'PYTHON'
 import sys
