@@ -378,8 +378,14 @@ def test_the_precision_of_runs_can_be_chosen(tmp_path: Path) -> None:
     for cell, precision in zip(asked, ("bfloat16", "float32"), strict=True):
         write_record(runner.results, cell, record(cell, 0.5, precision=precision))
     sheet = fill(TABLE, "smoke", read_records(runner.results))
-    assert sheet.mixed_pairs == 1 and "1 gain between runs of different precision" in " ".join(render.notes(sheet))
+    assert sheet.mixed_pairs == 1 and "1 gain between runs of different precision or" in " ".join(render.notes(sheet))
     assert all(f", {name})" in " ".join(render.notes(sheet)) for name in ("bfloat16", "float32"))
+    for instructions, count in (("AVX2", 0), ("AVX512", 1)):
+        machine = {"environment": record(asked[0], 0.5).environment | {"instructions": instructions}}
+        older = {"environment": machine["environment"] | {"instructions": "AVX2"}}
+        pair = [record(c, 0.5, precision="float32", **one) for c, one in zip(asked, (older, machine), strict=True)]
+        other = fill(TABLE, "smoke", {one.run_key: one for one in pair})
+        assert other.mixed_pairs == count and f"{instructions}, float32)" in " ".join(render.notes(other))
     assert runner.missing(asked) == asked[1:] and replace(runner, precision="auto").missing(asked) == []
     assert all(" --precision bf16 " in line for line in runner.launch(asked))
     runner.run(asked)

@@ -86,13 +86,17 @@ class FilledTable:
 
     @property
     def mixed_pairs(self) -> int:
-        """Number of runs that are compared with a run of another precision, which may itself have an effect."""
+        """Number of runs that are compared with a run of another precision or with other instructions (AVX2, AVX512).
 
-        def precisions(line: Line) -> dict[tuple[str, int], str]:
+        These change the bits of every step, which is an effect of its own.
+        """
+
+        def computed(line: Line) -> dict[tuple[str, int], tuple[str, str | None]]:
             pairs = zip(line.cells, line.records, strict=True)
-            return {(c.data, c.seed): r.precision for c, r in pairs if r.precision is not None}
+            trained = [(c, r, r.precision) for c, r in pairs if r.precision is not None]  # not counted crops
+            return {(c.data, c.seed): (precision, r.environment.get("instructions")) for c, r, precision in trained}
 
-        pairs = [(precisions(line), precisions(other)) for line in self.lines if (other := self.line(line.row.against))]
+        pairs = [(computed(line), computed(other)) for line in self.lines if (other := self.line(line.row.against))]
         return sum(own[run] != other[run] for own, other in pairs for run in own.keys() & other.keys())
 
     @property

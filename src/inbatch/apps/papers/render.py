@@ -118,7 +118,8 @@ def notes(filled: FilledTable) -> list[str]:
         )
     if mixed := filled.mixed_pairs:
         lines.append(
-            f"{many(mixed, 'gain')} between runs of different precision: repeat one of them with --precision float32."
+            f"{many(mixed, 'gain')} between runs of different precision or instructions of the processor, which has an "
+            "effect of its own: repeat one of the runs."
         )
     lines += [f"{one[0].upper()}{one[1:]}." for one in at.differs]
     sources = {record.data: record.source for record in finished if record.source not in ("drawn", record.data)}
@@ -141,8 +142,9 @@ def _machines(records: Iterable[Record]) -> str:
     def name(record: Record) -> str:
         where = record.environment
         what = where["processor"] if where["device"] == "cpu" else where["device"]
-        details = [f"{where['threads']} thread{'s' * (where['threads'] > 1)}", f"torch {where['versions']['torch']}"]
-        return f"{what} ({', '.join([*details, *([record.precision] if record.precision else [])])})"
+        details = [many(where["threads"], "thread"), f"torch {where['versions']['torch']}"]
+        details += [part for part in (where.get("instructions"), record.precision) if part]
+        return f"{what} ({', '.join(details)})"
 
     return ", ".join(sorted({name(record) for record in records}))
 
