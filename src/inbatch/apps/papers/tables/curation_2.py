@@ -45,9 +45,8 @@ TABLE = Table(
         "costs 1.1 points by k-NN.",
         "laptop": "Where features are learned, the curator of the paper's rule is a placebo for four epochs: in every "
         "logged step every sample violates the rule as drawn and after three rounds, so that a run learns from the "
-        "fourth draw of every view, as random as the first. The gains are therefore those of other random numbers and "
-        "of another processor (Zen 4; the runs without are from Zen 3): after the first epoch, before the curator "
-        "begins, the same recipe and seed already differ by -0.3 and +0.7 points by k-NN (seeds 0 and 1).",
+        "fourth draw of every view, as random as the first. The gains compare runs on two kinds of processors, and "
+        "are those of other random numbers: on one processor they are not the same (docs/context/results.md).",
     },
     rows=ROWS,
     scales=curation.scales("linear", "k-NN", patch=True),
