@@ -108,6 +108,14 @@ def test_invalid_searches_are_refused(photos: Path, encoder: Path, tmp_path: Pat
     assert len(search(encoder, [query, tmp_path / "bad.png"], photos)["unreadable_queries"]) == 1
 
 
+def test_queries_are_any_paths_and_nothing_else(photos: Path, encoder: Path, tmp_path: Path) -> None:
+    query = photos / "cats" / "01.png"
+    found = inbatch.search_images(encoder, (path for path in [query]), photos, out=tmp_path / "hits.png")
+    assert len(found["queries"]) == 1, "also of an iterator that is read once"
+    with pytest.raises(ConfigError, match=r"images must be paths of query images, not PIL\.Image"):
+        inbatch.search_images(encoder, Image.new("RGB", (9, 9)), photos)
+
+
 def test_images_of_a_file_of_features_are_read_with_levels(tmp_path: Path) -> None:
     draw, data, folder, file = np.random.default_rng(0), tmp_path / "data", tmp_path / "enc", tmp_path / "f.npz"
     data.mkdir()

@@ -1,7 +1,7 @@
 """Search a collection for the images that are nearest to given images."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -17,7 +17,7 @@ from inbatch.data import Source
 from inbatch.data.source import Reading, Subset, unlabelled
 from inbatch.data.sources.folder_scan import EXTENSIONS
 from inbatch.data.sources.path_source import PathsSource
-from inbatch.errors import ConfigError, DataError, InbatchError, check_whole, many
+from inbatch.errors import ConfigError, DataError, InbatchError, check_whole, many, type_name
 from inbatch.evaluation import embed, embed_stream
 from inbatch.evaluation.neighbour_index import fingerprint
 from inbatch.evaluation.neighbours import NeighbourIndex, check_index, nearest
@@ -85,9 +85,9 @@ def search_images(
     """
     check_whole("k", k, 1)
     check_index(index)
-    picture = None if out is None else _png(out)
+    picture, paths = None if out is None else _png(out), _paths_of(images)
     if picture is not None:
-        for read in (data, *([images] if isinstance(images, str | os.PathLike) else images)):
+        for read in (data, *paths):
             check_place(picture, read)
     if path_of(run, "RUN").suffix in ENDINGS:
         raise ConfigError(f"{run} holds features without an encoder for the queries: pass RUN, and --features {run}")
@@ -105,7 +105,7 @@ def search_images(
         _check_encoder(encoder, collection, run)
     if picture is not None and not collection.has_images:
         raise ConfigError(f"a picture needs the images of {collection.name}: pass them, too (--data)")
-    queries, unreadable = _queries(run, encoder, images)
+    queries, unreadable = _queries(run, encoder, paths)
     rows, wanted = torch.stack([query.vector for query in queries]), min(k + exclude_self, len(collection))
     notes = [*collection.sentences, *_reuse_notes(collection)]
     if index == "exact":
@@ -180,9 +180,15 @@ def _check_encoder(encoder: Encoder, collection: Collection, run: str | Path) ->
             raise DataError(f"{collection.name} holds features of another encoder than that of {run}: pass its own")
 
 
-def _queries(run: str | Path, encoder: Encoder, images: Any) -> tuple[list[_Query], list[str]]:
+def _paths_of(images: Any) -> list[Any]:
+    """Return one path or several as a list; ConfigError for an object that is neither."""
+    if not isinstance(images, str | os.PathLike | Iterable):
+        raise ConfigError(f"images must be paths of query images, not {type_name(images)}")
+    return [images] if isinstance(images, str | os.PathLike) else list(images)
+
+
+def _queries(run: str | Path, encoder: Encoder, paths: Sequence[Any]) -> tuple[list[_Query], list[str]]:
     """Return the readable query images with their features, and messages on the others."""
-    paths = [images] if isinstance(images, str | os.PathLike) else list(images)
     if not paths:
         raise ConfigError("there is no query: pass the path of an image, or of a folder of images")
     queries, unreadable = list[_Query](), list[str]()
