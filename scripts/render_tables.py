@@ -6,8 +6,9 @@ from inbatch.apps.papers import TABLES
 from inbatch.apps.papers.curve_plot import curves
 from inbatch.apps.papers.effects import effects
 from inbatch.apps.papers.filled_table import FilledTable, fill
-from inbatch.apps.papers.render import hours, markdown
+from inbatch.apps.papers.render import markdown
 from inbatch.apps.papers.results import Records, read_records, wall_seconds
+from inbatch.apps.papers.table_notes import hours
 
 HERE = Path(__file__).resolve().parents[1] / "results"
 DOCS = HERE.parent / "docs" / "results"
@@ -40,7 +41,8 @@ Each run is a separate process. Its directory and log are in `runs/table`, its r
 SIGTERM, running processes save a checkpoint; the same command continues them and skips finished runs. A run that diverges is a
 result, shown as failed with its error message (`--retry-failed` repeats it), as is a protocol that fails after training. A run
 without images is not a result. A `--work-dir` holds one table at a time. The precision is that of the machine, bf16 where it is fast; with `--precision` every
-machine computes in the same one, and results in another are missing. A page states it. "Gain" is the mean over the seeds of the difference from
+machine computes in the same one, and results in another are missing. A page states it. A run that was repeated on another kind of
+processor has a second file, of any other name: a row is compared with the run on its own kind. "Gain" is the mean over the seeds of the difference from
 the row without, at the same seed, with the p of a paired t-test: with three seeds, only large differences are distinguishable from
 chance. `inbatch pretrain ... --compare auto` compares a run with the [curves](../compare.md) of these.
 

@@ -29,6 +29,7 @@ from inbatch.apps.papers.results import Record, Records, find_record, read_recor
 from inbatch.apps.papers.run_records import record_of
 from inbatch.apps.papers.runner import Runner
 from inbatch.apps.papers.spec import SCALES, Cell, Row, Table, cells, key
+from inbatch.apps.papers.table_notes import notes
 from inbatch.apps.statistics import difference, paired, seeds_for
 from inbatch.errors import ConfigError, DataError, InbatchError, Preempted
 from inbatch.runtime.environment import environment
@@ -241,7 +242,7 @@ def test_failed_and_missing_runs_are_shown() -> None:
     sheet = fill(TABLE, "smoke", {ended.run_key: ended})
     headings, rows = render.grid(sheet)
     assert rows[0][headings.index("digits, linear")] == "failed" and rows[1][headings.index("digits, linear")] == ""
-    assert any("the loss is nan" in note for note in render.notes(sheet))
+    assert any("the loss is nan" in note for note in notes(sheet))
 
 
 def test_a_protocol_that_fails_is_a_gap_and_not_the_run_s_end(tmp_path: Path) -> None:
@@ -260,7 +261,7 @@ def test_a_protocol_that_fails_is_a_gap_and_not_the_run_s_end(tmp_path: Path) ->
     sheet = fill(table, "cpu", known)
     shown = dict(zip([c.name for c in sheet.columns], sheet.line("Ours").reproduced, strict=True))
     assert shown["digits, linear"].text() == "50.0" and shown["digits, linear, 1 % of labels"].text() == "failed"
-    assert any("evaluated by few: the loss is nan" in note for note in render.notes(sheet))
+    assert any("evaluated by few: the loss is nan" in note for note in notes(sheet))
     assert runner.missing(asked) == [] and replace(runner, retry_failed=True).missing(asked) == asked
 
 
@@ -371,6 +372,29 @@ def test_existing_results_are_not_computed_again(tmp_path: Path) -> None:
     assert len(retried.asked) == 1 and all(r.status == "finished" for r in read_records(tmp_path / "results").values())
 
 
+def test_a_run_is_compared_with_the_repetition_on_its_kind_of_processor(tmp_path: Path) -> None:
+    """A folder may hold repetitions of a run: gain and time are from the pair that was computed alike."""
+    asked = [cell for cell in cells(TABLE, "laptop", (0,)) if cell.row in ("SimCLR", "SimCLR + BA")]
+    environment = record(asked[0], 0.5).environment
+    alike, older = ({"environment": environment | {"instructions": name}, "precision": "float32"} for name in "BA")
+    write_record(tmp_path, asked[0], record(asked[0], 0.5, training_cpu_seconds=8.0, **older))
+    write_record(tmp_path, asked[1], record(asked[1], 0.53, training_cpu_seconds=6.0, **alike))
+    first = fill(TABLE, "laptop", read_records(tmp_path))
+    assert first.mixed_pairs == 1 and not first.repetitions
+    for name, top1 in (("b", 0.51), ("a", 0.9)):
+        path = write_record(tmp_path / name, asked[0], record(asked[0], top1, training_cpu_seconds=4.0, **alike))
+        path.rename(tmp_path / f"{path.stem}-{name}.json")
+    (tmp_path / f"{path.stem}-a.json").write_text((tmp_path / f"{path.stem}-a.json").read_text().replace('"B"', '"C"'))
+    sheet = fill(TABLE, "laptop", read_records(tmp_path))
+    linear = [line.reproduced[0] for line in sheet.lines if line.records]
+    assert [value.values for value in linear] == [(50.0,), (53.0,)] and linear[1].gains == (2.0,)
+    assert sheet.mixed_pairs == 0 and [one.computation for one in sheet.repetitions] == [("float32", "B")]
+    assert {effect.time for effect in effects(sheet)} == {1.5}
+    text = " ".join(notes(sheet))
+    assert "1 gain against repetitions" in text and all(f", {name}, float32)" in text for name in "AB")
+    assert ", C, " not in text and "2 of " in text
+
+
 def test_the_precision_of_runs_can_be_chosen(tmp_path: Path) -> None:
     """A table states its precision, which depends on the machine otherwise; a result in another one is missing."""
     asked = [cell for cell in cells(TABLE, "smoke", (0,)) if cell.row in ("SimCLR", "SimCLR + BA")]
@@ -378,14 +402,14 @@ def test_the_precision_of_runs_can_be_chosen(tmp_path: Path) -> None:
     for cell, precision in zip(asked, ("bfloat16", "float32"), strict=True):
         write_record(runner.results, cell, record(cell, 0.5, precision=precision))
     sheet = fill(TABLE, "smoke", read_records(runner.results))
-    assert sheet.mixed_pairs == 1 and "1 gain between runs of different precision or" in " ".join(render.notes(sheet))
-    assert all(f", {name})" in " ".join(render.notes(sheet)) for name in ("bfloat16", "float32"))
+    assert sheet.mixed_pairs == 1 and "1 gain between runs of different precision or" in " ".join(notes(sheet))
+    assert all(f", {name})" in " ".join(notes(sheet)) for name in ("bfloat16", "float32"))
     for instructions, count in (("AVX2", 0), ("AVX512", 1)):
         machine = {"environment": record(asked[0], 0.5).environment | {"instructions": instructions}}
         older = {"environment": machine["environment"] | {"instructions": "AVX2"}}
         pair = [record(c, 0.5, precision="float32", **one) for c, one in zip(asked, (older, machine), strict=True)]
         other = fill(TABLE, "smoke", {one.run_key: one for one in pair})
-        assert other.mixed_pairs == count and f"{instructions}, float32)" in " ".join(render.notes(other))
+        assert other.mixed_pairs == count and f"{instructions}, float32)" in " ".join(notes(other))
     assert runner.missing(asked) == asked[1:] and replace(runner, precision="auto").missing(asked) == []
     assert all(" --precision bf16 " in line for line in runner.launch(asked))
     runner.run(asked)
@@ -573,19 +597,22 @@ def shipped_records() -> Records:
 
 def test_shipped_results_belong_to_the_tables() -> None:
     """Every committed file is a record, and belongs to the run of a cell of some table."""
-    known = shipped_records()
+    known = [read_record(path) for path in shipped().glob("*.json")]
     asked = {(c.key, c.data, c.seed) for table in TABLES.values() for scale in SCALES for c in cells(table, scale)}
-    assert set(known) <= asked
-    for one in known.values():
+    assert {one.run_key for one in known} <= asked
+    for one in known:
         assert "/" not in one.source.removeprefix("torchvision/") and '"/' not in json.dumps(one.file())
         assert not re.search(r"\s/\w+/", json.dumps(one.file())), "the way to somebody's folder"
 
 
 def test_shipped_results_are_named_as_such() -> None:
-    """Pages link to the records by file name."""
+    """Pages link to the records by file name; a repetition of a run adds the instructions of its processor."""
     stems = {(c.key, c.data, c.seed): c.stem for table in TABLES.values() for s in SCALES for c in cells(table, s)}
-    names = {stems[identity] for identity in shipped_records()}
-    assert names == {path.stem for path in shipped().glob("*.json")}
+    for path in shipped().glob("*.json"):
+        one = read_record(path)
+        stem = stems[one.run_key]
+        assert path.stem in (stem, f"{stem}-{(one.computation[1] or '').lower()}"), path
+        assert (shipped() / f"{stem}.json").exists()
 
 
 def test_images_that_one_run_lacks_are_not_lacking_to_others(tmp_path: Path) -> None:

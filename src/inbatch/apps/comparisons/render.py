@@ -7,7 +7,8 @@ from typing import Any
 
 from inbatch.apps.comparisons.metrics import METRICS, Metric
 from inbatch.apps.console import table_text
-from inbatch.apps.papers.render import hours, markdown_table, markdown_text
+from inbatch.apps.papers.render import markdown_table, markdown_text
+from inbatch.apps.papers.table_notes import hours
 from inbatch.runtime.text import one_line, printable
 
 

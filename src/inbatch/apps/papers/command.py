@@ -12,6 +12,7 @@ from inbatch.apps.papers.results import read_records, shipped
 from inbatch.apps.papers.runner import Runner
 from inbatch.apps.papers.scales import WHERE
 from inbatch.apps.papers.spec import Table, cells
+from inbatch.apps.papers.table_notes import notes
 from inbatch.errors import ConfigError, InbatchError
 from inbatch.runtime.files import check_writable, replacing
 from inbatch.training.registry import check_known
@@ -45,7 +46,7 @@ class TableReport:
     def text_lines(self) -> list[str]:
         """Return the lines below the table."""
         table, scale = self.filled.table, self.filled.scale
-        lines = [f"{table.name} at {scale} scale. {table.question}", *render.notes(self.filled)]
+        lines = [f"{table.name} at {scale} scale. {table.question}", *notes(self.filled)]
         if findings := table.findings.get(scale):
             lines += ["", f"Findings. {findings}"]
         lines += ["", *self._comparison_lines(), "The runs (seed 0; others with --seed):", ""]
@@ -93,7 +94,7 @@ class TableReport:
             for line in self.filled.lines
             for column, value in zip(self.filled.columns, line.reproduced, strict=True)
         ]
-        content |= {"figures": figures, "notes": render.notes(self.filled), "launch": list(self.launch)}
+        content |= {"figures": figures, "notes": notes(self.filled), "launch": list(self.launch)}
         if effects := stated_effects(self.filled):
             content["effects"] = [effect.json() for effect in effects]
         problems = {name: str(problem) for name, problem in self.problems.items()}

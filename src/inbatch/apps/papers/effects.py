@@ -75,7 +75,7 @@ def effects(filled: FilledTable) -> list[Effect]:
             against = filled.line(line.row.against)
             if against is not None and line.reproduced[at].gains:
                 gain = difference(line.reproduced[at].gains)
-                time = _time(line, against, column.data)
+                time = _time(line, column.data)
                 column_effects.append(Effect(line.row.name, against.row.name, column.name, gain, time=time))
         tested = [effect for effect in column_effects if effect.difference.p is not None]
         corrected = dict(zip((e.row for e in tested), holm([e.difference.p or 0.0 for e in tested]), strict=True))
@@ -112,18 +112,13 @@ def _p(value: float | None) -> str:
     return "" if value is None else f"{value:.3f}"
 
 
-def _time(line: Line, against: Line, data: str) -> float | None:
+def _time(line: Line, data: str) -> float | None:
     """Return the mean ratio of the training times at the seeds that both have, by processor time; None without.
 
     Runs without processor time, of earlier versions, are compared by wall time.
     """
-    own, other = (
-        {cell.seed: record for cell, record in zip(row.cells, row.records, strict=True) if cell.data == data}
-        for row in (line, against)
-    )
     ratios = []
-    for seed in own.keys() & other.keys():
-        pair = own[seed], other[seed]
+    for pair in line.compared(data):
         first, second = (record.training_cpu_seconds for record in pair)
         if not (first and second):
             first, second = (record.training_seconds for record in pair)

@@ -3,9 +3,9 @@
 from collections.abc import Iterable, Sequence
 from statistics import mean
 
-from inbatch.apps.papers.render import hours
 from inbatch.apps.papers.results import Record
 from inbatch.apps.papers.spec import Cell
+from inbatch.apps.papers.table_notes import hours
 from inbatch.errors import many
 
 SIMILAR = ("preset", "image_size", "epochs", "subset", "batch_size")

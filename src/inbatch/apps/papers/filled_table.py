@@ -1,7 +1,7 @@
 """A table with the paper's figures, our figures over the seeds, and the effect of each row, paired by seed."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import mean, stdev
 from typing import Any
 
@@ -52,13 +52,24 @@ def _deviation(values: Sequence[float], digits: int) -> str:
 
 @dataclass(frozen=True)
 class Line:
-    """A row: published figures, reproduced figures by column, and the runs' records by data set and seed."""
+    """A row: published figures, reproduced figures by column, and the runs' records by data set and seed.
+
+    Attributes:
+        others: For each record, that of the row that it is compared with, on the same data with the same seed, and of
+            its repetitions the one that was computed alike; None if there is none.
+    """
 
     row: Row
     paper: tuple[float | None, ...]
     reproduced: tuple[Value, ...]
     cells: tuple[Cell, ...]
     records: tuple[Record, ...]
+    others: tuple[Record | None, ...]
+
+    def compared(self, data: str) -> list[tuple[Record, Record]]:
+        """Return the pairs of records on this data set whose difference is the effect of the row."""
+        of_data = zip(self.cells, self.records, self.others, strict=True)
+        return [(own, other) for one, own, other in of_data if one.data == data and other is not None]
 
     def paper_effect(self, heading: str, against: "Line | None") -> float | None:
         """Return the effect of the row according to the paper; None if the paper does not state it."""
@@ -90,14 +101,19 @@ class FilledTable:
 
         These change the bits of every step, which is an effect of its own.
         """
+        trained = [(own, other) for own, other in self._pairs if own.precision and other.precision]  # not counted crops
+        return sum(own.computation != other.computation for own, other in trained)
 
-        def computed(line: Line) -> dict[tuple[str, int], tuple[str, str | None]]:
-            pairs = zip(line.cells, line.records, strict=True)
-            trained = [(c, r, r.precision) for c, r in pairs if r.precision is not None]  # not counted crops
-            return {(c.data, c.seed): (precision, r.environment.get("instructions")) for c, r, precision in trained}
+    @property
+    def repetitions(self) -> list[Record]:
+        """For each run that is compared with a repetition, on a processor like its own, of the run that is shown."""
+        shown = {id(record) for line in self.lines for record in line.records}
+        return [other for _, other in self._pairs if id(other) not in shown]
 
-        pairs = [(computed(line), computed(other)) for line in self.lines if (other := self.line(line.row.against))]
-        return sum(own[run] != other[run] for own, other in pairs for run in own.keys() & other.keys())
+    @property
+    def _pairs(self) -> list[tuple[Record, Record]]:
+        data = dict.fromkeys(column.data for column in self.columns)
+        return [pair for line in self.lines for name in data for pair in line.compared(name)]
 
     @property
     def columns(self) -> tuple[Column, ...]:
@@ -125,11 +141,14 @@ def fill(table: Table, scale: str, records: Records) -> FilledTable:
                     matches[row.name].append((one, record))
     lines = []
     for row in table.rows_at(scale):
-        other = matches.get(row.against or "", [])
-        reproduced = tuple(_value(column, matches[row.name], other) for column in at.columns)
-        paper = tuple(row.paper.get(heading) for heading in table.headings)
+        reference = {(one.data, one.seed): record for one, record in matches.get(row.against or "", [])}
         runs = tuple(one for one, _ in matches[row.name])
-        lines.append(Line(row, paper, reproduced, runs, tuple(record for _, record in matches[row.name])))
+        own = tuple(record for _, record in matches[row.name])
+        references = [reference.get((one.data, one.seed)) for one in runs]
+        others = tuple(r and r.like(record) for r, record in zip(references, own, strict=True))
+        paper = tuple(row.paper.get(heading) for heading in table.headings)
+        line = Line(row, paper, (), runs, own, others)
+        lines.append(replace(line, reproduced=tuple(_value(column, line) for column in at.columns)))
     return FilledTable(table, scale, tuple(lines))
 
 
@@ -141,15 +160,11 @@ def figure(record: Record, path: str) -> float | None:
     return None if value is None else 100 * float(value)
 
 
-def _value(column: Column, runs: list[tuple[Cell, Record]], other: list[tuple[Cell, Record]]) -> Value:
-    own_figures, other_figures = (_by_seed(column, pairs) for pairs in (runs, other))
-    both = [seed for seed in own_figures if seed in other_figures]
-    gains = tuple(round(own_figures[seed] - other_figures[seed], 9) for seed in both)  # equal ones stay equal
+def _value(column: Column, line: Line) -> Value:
+    pairs = [(one, record) for one, record in zip(line.cells, line.records, strict=True) if one.data == column.data]
+    figures = {one.seed: value for one, record in pairs if (value := figure(record, column.figure)) is not None}
+    both = [[figure(record, column.figure) for record in pair] for pair in line.compared(column.data)]
+    gains = tuple(round(x - y, 9) for x, y in both if x is not None and y is not None)  # equal ones stay equal
     protocol = column.figure.split(".")[0]
-    failed = sum(one.data == column.data and not {"", protocol}.isdisjoint(record.failures) for one, record in runs)
-    return Value(tuple(own_figures), tuple(own_figures.values()), gains, paired(gains), failed)
-
-
-def _by_seed(column: Column, runs: list[tuple[Cell, Record]]) -> dict[int, float]:
-    figures = {one.seed: figure(record, column.figure) for one, record in runs if one.data == column.data}
-    return {seed: value for seed, value in figures.items() if value is not None}
+    failed = sum(not {"", protocol}.isdisjoint(record.failures) for _, record in pairs)
+    return Value(tuple(figures), tuple(figures.values()), gains, paired(gains), failed)

@@ -4,17 +4,17 @@ import base64
 import html
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 from rich.cells import cell_len
 
 from inbatch.apps.papers.curve_plot import curves
 from inbatch.apps.papers.effects import effect_grid, effect_notes, stated_effects
-from inbatch.apps.papers.filled_table import SURE, FilledTable, Line, Value
-from inbatch.apps.papers.results import Record, wall_seconds
+from inbatch.apps.papers.filled_table import FilledTable, Line, Value
+from inbatch.apps.papers.results import Record
 from inbatch.apps.papers.spec import Cell, cells
-from inbatch.errors import many
-from inbatch.runtime.text import one_line, printable
+from inbatch.apps.papers.table_notes import notes
+from inbatch.runtime.text import printable
 
 
 def grid(filled: FilledTable) -> tuple[list[str], list[list[str]]]:
@@ -102,58 +102,6 @@ def _paper(filled: FilledTable, line: Line, column: int) -> tuple[str, str]:
 
 def _reproduced(filled: FilledTable, value: Value) -> tuple[str, str]:
     return value.text(filled.table.digits), value.gain(filled.table.digits)
-
-
-def notes(filled: FilledTable) -> list[str]:
-    """Return the notes below the figures: the number of runs, the machines, and the differences from the paper."""
-    table, at, records = filled.table, filled.table.scales[filled.scale], list(filled.records.values())
-    finished = [record for record in records if record.status == "finished"]
-    seeds = ", ".join(map(str, at.seeds))
-    lines = [f"{len(finished)} of {filled.total_runs} runs, seeds {seeds}; mean ± standard deviation."]
-    if any(line.row.against for line in filled.lines):
-        references = sorted({line.row.against for line in filled.lines if line.row.against})
-        lines.append(
-            f"Gain: against {' or '.join(references)} at the same seeds, with p of a paired t-test (* below {SURE}, "
-            "not corrected for the number of rows)."
-        )
-    if mixed := filled.mixed_pairs:
-        lines.append(
-            f"{many(mixed, 'gain')} between runs of different precision or instructions of the processor, which has an "
-            "effect of its own: repeat one of the runs."
-        )
-    lines += [f"{one[0].upper()}{one[1:]}." for one in at.differs]
-    sources = {record.data: record.source for record in finished if record.source not in ("drawn", record.data)}
-    if "cifar10-jpeg" in sources.values():
-        lines.append(
-            "CIFAR-10 is a JPEG copy (quality about 75): accuracies are slightly below those on the original files."
-        )
-    if finished:
-        lines.append(f"Measured on {_machines(finished)}; {hours(wall_seconds(finished))} if run one after another.")
-    lines += [
-        f"Failed: {record.command}{protocol and f', evaluated by {protocol}'}: {sentence}"
-        for record in records
-        for protocol, sentence in record.failures.items()
-    ]
-    lines += [*([f"Cost: {at.cost}."] if at.cost else []), f"Source: {table.source}."]
-    return [one_line(line) for line in lines]  # records may come from elsewhere
-
-
-def _machines(records: Iterable[Record]) -> str:
-    def name(record: Record) -> str:
-        where = record.environment
-        what = where["processor"] if where["device"] == "cpu" else where["device"]
-        details = [many(where["threads"], "thread"), f"torch {where['versions']['torch']}"]
-        details += [part for part in (where.get("instructions"), record.precision) if part]
-        return f"{what} ({', '.join(details)})"
-
-    return ", ".join(sorted({name(record) for record in records}))
-
-
-def hours(seconds: float) -> str:
-    """Return seconds as readable minutes or hours."""
-    if seconds < 90:
-        return f"{seconds:.0f} seconds"
-    return f"{seconds / 3600:.1f} hours" if seconds >= 3600 else f"{seconds / 60:.0f} minutes"
 
 
 def markdown(filled: FilledTable, *, picture: str | None = None, runs: str | None = None) -> str:

@@ -80,6 +80,7 @@ class Record(pydantic.BaseModel, extra="forbid", allow_inf_nan=False):
     held_out: str | None = None
     evaluation: dict[str, Any] | None = None
     failure: Failure | None = None
+    _repetitions: tuple["Record", ...] = ()
 
     @pydantic.field_validator("environment")
     @classmethod
@@ -114,6 +115,18 @@ class Record(pydantic.BaseModel, extra="forbid", allow_inf_nan=False):
     def run_key(self) -> tuple[str, str, int]:
         """Identity of the run: key of the recipe, data set, seed."""
         return key(self.recipe if "pairs" in self.recipe else make(read_settings(self.recipe))), self.data, self.seed
+
+    @property
+    def computation(self) -> tuple[str | None, str | None]:
+        """Precision and instructions of the processor (AVX2, AVX512), which change the bits of every step."""
+        return self.precision, self.environment.get("instructions")
+
+    def like(self, other: "Record") -> "Record":
+        """Return the repetition of this run that was computed like another run; this one if there is none."""
+        for one in (self, *self._repetitions):
+            if one.computation == other.computation and set(self.protocols) <= set(one.protocols):
+                return one
+        return self
 
     @property
     def failures(self) -> dict[str, str]:
@@ -173,10 +186,16 @@ def _reason(error: Exception) -> str:
 
 
 def read_records(folder: Path) -> dict[tuple[str, str, int], Record]:
-    """Return every record of a folder, by run the last in name order; raise DataError for an invalid file."""
+    """Return every record of a folder by run; raise DataError for an invalid file.
+
+    A run that was repeated, such as on another processor, has several files: the last in name order is its record, and
+    the others are its repetitions (`Record.like`).
+    """
     records: dict[tuple[str, str, int], Record] = {}
     for path in sorted(folder.glob("*.json")):
         record = read_record(path)
+        if (previous := records.get(record.run_key)) is not None:
+            record._repetitions = (previous, *previous._repetitions)
         records[record.run_key] = record
     return records
 
