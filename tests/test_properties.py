@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pillow_heif
 import pytest
 import torch
 from hypothesis import example, given
@@ -20,7 +21,7 @@ from inbatch import api, rng
 from inbatch.data import Reading, cache, decoded_cache, open_data
 from inbatch.data.decoding import jpeg
 from inbatch.data.decoding.image_file import ImageFile
-from inbatch.data.decoding.pillow import FORMATS
+from inbatch.data.decoding.pillow import FORMATS, open_image
 from inbatch.data.resident import hold
 from inbatch.data.sources.parquet import ParquetSource
 from inbatch.data.views import PRESETS
@@ -337,12 +338,18 @@ def turned() -> bytes:
     return image_bytes("JPEG", exif=exif)
 
 
+def heif() -> bytes:
+    file = io.BytesIO()
+    pillow_heif.from_pillow(Image.open(io.BytesIO(image_bytes("PNG")))).save(file)
+    return file.getvalue()
+
+
 FILES = {
     "jpeg": image_bytes("JPEG"), "progressive": image_bytes("JPEG", progressive=True), "grey": image_bytes("JPEG", "L"),
     "cmyk": image_bytes("JPEG", "CMYK"), "turned": turned(), "png": image_bytes("PNG"),
     "palette": image_bytes("PNG", "P"), "webp": image_bytes("WEBP"), "tiff": image_bytes("TIFF"),
     "packed": image_bytes("TIFF", compression="tiff_lzw"),
-    "bmp": image_bytes("BMP"), "ppm": image_bytes("PPM"),
+    "bmp": image_bytes("BMP"), "ppm": image_bytes("PPM"), "avif": image_bytes("AVIF"), "heif": heif(),
 }  # fmt: skip
 
 
@@ -388,6 +395,9 @@ def pixels_or_refusal(data: bytes, channels: int) -> None:
 @pytest.mark.parametrize("kind", FILES)
 @examples(60)
 @given(seed=seeds, channels=st.sampled_from([1, 3]))
+@example(seed=6781, channels=1)  # a HEIF file with pixels of another size than its header states
+@example(seed=2091, channels=3)  # a RuntimeError of the decoder of HEIF
+@example(seed=49, channels=3)  # and of AVIF
 def test_a_damaged_image_gives_pixels_or_is_refused(kind: str, seed: int, channels: int) -> None:
     pixels_or_refusal(mutated(FILES[kind], seed), channels)
 
@@ -404,7 +414,7 @@ def test_no_bytes_are_more_than_refused(head: bytes, data: bytes) -> None:
 
 
 def test_every_format_is_damaged_here() -> None:
-    assert {Image.open(io.BytesIO(data)).format for data in FILES.values()} == set(FORMATS)
+    assert {open_image(data).format for data in FILES.values()} == {*FORMATS, "HEIF"}
 
 
 @examples(60)

@@ -1,8 +1,11 @@
-"""Alpha as a channel, Pillow's warnings, JPEG and PGM of more than 8 bits, and the names of other formats."""
+"""Alpha as a channel, Pillow's warnings, JPEG and PGM of more than 8 bits, AVIF, HEIF, and the names of others."""
 
+import io
+import re
 import struct
 import threading
 import warnings
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -12,8 +15,9 @@ from PIL import Image
 from inbatch import survey_data
 from inbatch.apps.reports.dataset_text import notes, report_rows
 from inbatch.data import Loader, decode_all, open_data
-from inbatch.data.decoding import pillow
-from inbatch.data.decoding.image_file import ImageFile
+from inbatch.data.decoding import pillow, signatures
+from inbatch.data.decoding.image_file import ImageFile, decoders
+from inbatch.data.sources import folder, folder_scan
 from inbatch.data.views import View, Views
 from inbatch.errors import DataError
 from inbatch.models import create_encoder
@@ -53,7 +57,7 @@ class TestAlpha:
                                     (INFRARED[..., :3], "WEBP", 3)):  # fmt: skip
             with pytest.raises(DataError, match=rf"{stored} channels, 4 were .*--set channels={stored} reads"):
                 opened(encoded(array, kind), 4)
-        with pytest.raises(DataError, match="only TIFF files give 4 channels, PNG and WebP with alpha 2 or 4"):
+        with pytest.raises(DataError, match="only TIFF files give 4 channels, PNG, WebP, AVIF and HEIF with alpha"):
             opened(encoded(INFRARED[..., :3], "JPEG"), 4)
 
     def test_a_pillow_image_for_an_encoder_of_four_channels(self):
@@ -204,6 +208,70 @@ class TestNetpbm:
         report = survey_data(tmp_path, settings={"channels": 1})
         assert report["levels"] == [512, 1023] and report["bits"] == {"12": 3} and report["formats"] == {"PPM": 3}
         assert notes(report)[0].startswith("Of 12 bits a run keeps the upper 8; all values lie from 512 to 1023")
+
+
+class TestPhotographsOfPhones:
+    """HEIF files are read with pillow-heif, AVIF files with Pillow."""
+
+    def test_pixels_orientation_and_alpha(self):
+        pillow_heif = pytest.importorskip("pillow_heif")
+        ramp = np.add.outer(np.arange(40) * 3, np.arange(60) * 2)
+        photo = Image.fromarray(np.stack([ramp, ramp[::-1], ramp[:, ::-1]], -1).astype(np.uint8))
+        clear = photo.copy()
+        clear.putalpha(Image.fromarray((np.arange(2400).reshape(40, 60) // 10).astype(np.uint8)))
+        turned = Image.Exif()
+        turned[0x0112] = 6
+
+        def heif(image, **options):
+            file = io.BytesIO()
+            pillow_heif.from_pillow(image).save(file, quality=95, **options)
+            return file.getvalue()
+
+        def avif(image, **options):
+            return encoded(image, "AVIF", quality=95, **options)
+
+        for kind in (heif, avif):
+            data = kind(photo)
+            assert np.abs(read(data).astype(int) - np.array(photo)).mean() < 3, kind
+            assert read(data, 1).shape == (40, 60, 1) and opened(data).pages() == 1
+            assert opened(data).tensor(20).shape == (3, 13, 20)
+            upright = np.rot90(np.array(photo), -1)
+            with opened(kind(photo, exif=turned.tobytes())) as picture:
+                assert picture.size == (60, 40)
+                assert np.abs(picture.tensor().permute(1, 2, 0).numpy().astype(int) - upright).mean() < 3
+            assert np.abs(read(kind(clear), 4).astype(int)[..., 3] - np.array(clear)[..., 3]).mean() < 3
+            with pytest.raises(DataError, match="it has no alpha"):
+                opened(data, 4)
+        with pytest.raises(Image.UnidentifiedImageError):
+            Image.open(io.BytesIO(heif(photo)))  # Pillow of the caller is unchanged
+        assert "pillow-heif" in decoders()
+
+    def test_a_folder_of_them(self, tmp_path):
+        pillow_heif = pytest.importorskip("pillow_heif")
+        for i, name in enumerate(("IMG_1.HEIC", "IMG_2.heif", "IMG_3.avif")):
+            image = Image.new("RGB", (32, 24), (50 * i, 80, 90))
+            if name.endswith("avif"):
+                image.save(tmp_path / name)
+            else:
+                pillow_heif.from_pillow(image).save(tmp_path / name)
+        source = open_data(tmp_path)
+        assert len(source) == 3 and "skipped" not in source.report()
+        colours = [source.image(i).float().mean((1, 2)) for i in range(3)]
+        assert [abs(float(colour[0]) - 50 * i) < 4 for i, colour in enumerate(colours)] == [True] * 3
+
+    def test_the_library_is_named_if_it_is_missing(self, monkeypatch):
+        monkeypatch.setattr(signatures, "reads_heif", lambda: False)
+        monkeypatch.setattr(folder, "EXTENSIONS", folder_scan.EXTENSIONS[:8])
+        missing = r'HEIF files need pillow-heif: python -m pip install "inbatch\[heif\]"'
+        with pytest.raises(DataError, match=missing):
+            opened(b"\0\0\0\x1cftypheic" + bytes(60))
+        assert re.search(rf"5 other files skipped \(4 \.heic, 1 \.txt; {missing}\)", left_out())
+        monkeypatch.setattr(folder, "EXTENSIONS", (*folder_scan.EXTENSIONS[:8], *folder_scan.HEIF))
+        assert "pip install" not in left_out()
+
+
+def left_out() -> str:
+    return folder.left_out(Counter({".heic": 4, ".txt": 1}))
 
 
 class TestNames:

@@ -28,8 +28,8 @@ class Reading:
 
     Attributes:
         channels: 1 (grey) or 3 (RGB) for any file, 3 by default; 2 or 4 for the same with alpha as a channel, of PNG,
-            WebP and TIFF files that have it; another number for TIFF files with exactly that many channels, or as many
-            on all their pages. Arrays keep their number of channels.
+            WebP, AVIF, HEIF and TIFF files that have it; another number for TIFF files with exactly that many channels,
+            or as many on all their pages. Arrays keep their number of channels.
         levels: The two values that are mapped to 0 and 255 in images with more than 8 bits per channel; None for the
             full 16-bit range. 32-bit and floating-point values require levels.
         download: Download a named data set that is not on the disk.

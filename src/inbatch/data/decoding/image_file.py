@@ -1,7 +1,7 @@
 """Decoding of image files to uint8 pixels: the header is read first, pixels on demand and only as many as needed.
 
-JPEG is decoded by simplejpeg. Pillow decodes all other formats and every JPEG that simplejpeg reports a problem with;
-tifffile decodes TIFF files that Pillow does not support.
+JPEG is decoded by simplejpeg. Pillow decodes all other formats and every JPEG that simplejpeg reports a problem with,
+with pillow-heif also HEIF; tifffile decodes TIFF files that Pillow does not support.
 """
 
 from collections.abc import Callable, Sequence
@@ -47,7 +47,8 @@ def file_channels(channels: int | None) -> int:
 
 def decoders() -> str:
     """Return what decoded pixels depend on: our rules, and the names and versions of libraries."""
-    names = [*(["simplejpeg"] if fast_jpeg() else []), "pillow", "torch", "tifffile"]
+    names = [*(["simplejpeg"] if fast_jpeg() else []), "pillow", *(["pillow-heif"] if signatures.reads_heif() else [])]
+    names += ["torch", "tifffile"]
     libraries = (f"{name} {_version(name)}" for name in names)
     return ", ".join([*libraries, torch.backends.cpu.get_cpu_capability(), f"rules {_RULES}"])
 
@@ -194,10 +195,10 @@ class ImageFile:
     def _describe(self, image: Image.Image, head: bytes) -> None:
         """Set the bits per value; raise ValueError if the image does not have the requested channels."""
         if self.channels not in (1, 3):
-            if image.format not in ("PNG", "WEBP") or self.channels not in (2, 4):
+            if image.format not in ("PNG", "WEBP", "AVIF", "HEIF") or self.channels not in (2, 4):
                 raise ValueError(
-                    f"only TIFF files give {self.channels} channels, PNG and WebP with alpha 2 or 4, others 1 (grey) "
-                    "or 3 (RGB)"
+                    f"only TIFF files give {self.channels} channels, PNG, WebP, AVIF and HEIF with alpha 2 or 4, "
+                    "others 1 (grey) or 3 (RGB)"
                 )
             check_alpha(image, self.channels)
         if image.format == "PNG":
@@ -278,6 +279,8 @@ class ImageFile:
         elif image.format == "PPM" and self.white > 255:
             image = Image.fromarray(to_bytes(netpbm.values(image, self.white), self._levels, self.white))
         image.load()
+        if image.format == "HEIF" and image.size[::-1] != self._stored:
+            raise ValueError(f"its pixels are {image.width}x{image.height}, and its header states another size")
         return image
 
     def _by_tifffile(self) -> np.ndarray:

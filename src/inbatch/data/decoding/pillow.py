@@ -1,4 +1,4 @@
-"""Pillow as a reader of image files: the formats it may try, its errors and its warnings."""
+"""Pillow, and pillow-heif, as readers of image files: the formats they may try, their errors and their warnings."""
 
 import io
 import os
@@ -11,20 +11,39 @@ from typing import Any
 
 from PIL import Image
 
+from inbatch.data.decoding import signatures
 from inbatch.errors import DataError
+from inbatch.runtime.files import open_regular
 
-FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "PPM")
+FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "PPM", "AVIF")
 """Formats that Pillow may try, regardless of the file extension.
 
 Its other readers stay disabled (EPS runs Ghostscript).
 """
 
-_FAILURES = (OSError, ValueError, SyntaxError, EOFError, TypeError, IndexError, KeyError, MemoryError)
+_FAILURES = (OSError, ValueError, SyntaxError, EOFError, TypeError, IndexError, KeyError, MemoryError, RuntimeError)
 
 
 def open_image(file: bytes | str) -> Image.Image:
-    """Read the header of an image file."""
-    return Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=FORMATS)
+    """Read the header of an image file.
+
+    The class of pillow-heif is used, and not registered with Pillow, which would change what other code reads.
+    """
+    try:
+        return Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=FORMATS)
+    except Image.UnidentifiedImageError:
+        if not signatures.reads_heif() or not _is_heif(file):
+            raise
+    from pillow_heif import HeifImageFile
+
+    return HeifImageFile(io.BytesIO(file) if isinstance(file, bytes) else file)
+
+
+def _is_heif(file: bytes | str) -> bool:
+    if isinstance(file, bytes):
+        return signatures.kind(file) == "HEIF"
+    with open_regular(file) as opened:
+        return signatures.kind(opened.read(256)) == "HEIF"
 
 
 @contextmanager

@@ -1,9 +1,13 @@
 """File formats by their first bytes, for reports and for errors that state what a file is."""
 
+from functools import cache
+from importlib.util import find_spec
+
 from inbatch.data.decoding import jpeg
 
-READ = ("JPEG", "PNG", "WebP", "TIFF", "BMP", "PPM")
-"""Formats that are read."""
+READ = ("JPEG", "PNG", "WebP", "TIFF", "BMP", "PPM", "AVIF")
+"""Formats that are read; HEIF needs pillow-heif."""
+HEIF = 'HEIF files need pillow-heif: python -m pip install "inbatch[heif]"'
 
 _STARTS = {
     b"\xff\xd8\xff": "JPEG", b"\x89PNG": "PNG", b"GIF8": "GIF", b"BM": "BMP", b"II*\0": "TIFF", b"MM\0*": "TIFF",
@@ -15,6 +19,12 @@ _STARTS = {
 }  # fmt: skip
 _POINTER = b"version https://git-lfs"
 _INSIDE = ((4, b"ftypavif", "AVIF"), (4, b"ftyphei", "HEIF"), (4, b"ftypmif1", "HEIF"), (128, b"DICM", "DICOM"))
+
+
+@cache
+def reads_heif() -> bool:
+    """Return whether HEIF files can be read, which needs pillow-heif."""
+    return find_spec("pillow_heif") is not None
 
 
 def kind(head: bytes) -> str | None:
@@ -32,6 +42,8 @@ def unreadable_reason(head: bytes) -> str:
     name = kind(head)
     if name == "JPEG" and (unusual := jpeg.unusual(head)):
         return f"it is {unusual}, which is not supported: save it as an 8-bit JPEG, or as a PNG or TIFF of 16 bits"
-    if name in READ:
+    if name == "HEIF" and not reads_heif():
+        return HEIF
+    if name in (*READ, "HEIF"):
         return f"its {name} header is damaged, or of a kind that is not supported"
     return f"{'' if name is None else f'a {name} file, '}not one of {', '.join(READ)}"

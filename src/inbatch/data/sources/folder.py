@@ -14,10 +14,11 @@ from jaxtyping import Int
 from PIL import Image
 from torch import Tensor
 
+from inbatch.data.decoding import signatures
 from inbatch.data.decoding.image_file import ImageFile, file_channels
 from inbatch.data.pixels import Levels
 from inbatch.data.source import Reading, Source, path_text, stat_fingerprint, unlabelled
-from inbatch.data.sources.folder_scan import EXTENSIONS, PICTURES, RUN_FILES, RUNS, scan
+from inbatch.data.sources.folder_scan import EXTENSIONS, HEIF, PICTURES, RUN_FILES, RUNS, scan
 from inbatch.data.sources.folder_splits import Layout, check_inner_splits, find_layout
 from inbatch.data.sources.groups import groups_of_paths, is_path_rule
 from inbatch.data.sources.packed_names import Names
@@ -160,7 +161,8 @@ def left_out(skipped: Counter[str]) -> str:
     own = {kind: skipped[kind] for kind in (RUNS, PICTURES) if skipped[kind]}
     others = Counter({kind: count for kind, count in skipped.items() if kind not in own})
     kinds = ", ".join(f"{count:,} {kind}" for kind, count in others.most_common(5))
-    parts = [f"{many(others.total(), 'other file')} skipped ({kinds})"] if kinds else []
+    hint = f"; {signatures.HEIF}" if {os.fsencode(kind) for kind in others}.intersection(HEIF) - set(EXTENSIONS) else ""
+    parts = [f"{many(others.total(), 'other file')} skipped ({kinds}{hint})"] if kinds else []
     if own:
         parts.append(f"not data: {' and '.join(_own(kind, count) for kind, count in own.items())}")
     return "".join(f", {part}" for part in parts)

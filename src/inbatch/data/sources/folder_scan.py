@@ -19,11 +19,14 @@ from typing import NamedTuple
 from weakref import WeakValueDictionary
 
 from inbatch.data import cache
+from inbatch.data.decoding.signatures import reads_heif
 from inbatch.data.sources.packed_names import Names
 from inbatch.runtime.files import to_json
 from inbatch.runtime.picture_mark import is_marked
 
-EXTENSIONS = (b".jpg", b".jpeg", b".png", b".webp", b".tif", b".tiff", b".bmp")
+HEIF = (b".heic", b".heif")
+_ALWAYS = (b".jpg", b".jpeg", b".png", b".webp", b".tif", b".tiff", b".bmp", b".avif")
+EXTENSIONS = (*_ALWAYS, *HEIF) if reads_heif() else _ALWAYS
 
 WORTH = 2.0
 """Minimum time in seconds for reading folders before a scan is cached."""
