@@ -78,6 +78,12 @@ class TestTables:
         with pytest.raises(DataError, match="line 3: the column split is empty"):
             open_data(listed(tmp_path, "l.csv", "path,split\n1,train\n2,\n"))
 
+    @pytest.mark.parametrize("start", ["\n", "\r\n\r\n", "\ufeff\n"])
+    def test_splits_below_empty_lines(self, start, tmp_path):
+        file = listed(tmp_path, "l.csv", start + "path;label;split\n1;a;train\n2;b;test\n")
+        assert splits(file) == ("train", "test")
+        assert paths(open_data(file)) == ["1"] and paths(open_data(file, "test")) == ["2"]
+
     def test_exports_of_spreadsheets(self, tmp_path):
         """A byte order mark, carriage returns, quoted line breaks and quotes."""
         source = open_data(

@@ -206,12 +206,13 @@ def _separator(file: Path, reading: Reading) -> str:
 
 
 def _has_splits(file: Path, reading: Reading) -> bool:
-    """Return whether the first line of a list has a column of splits."""
+    """Return whether the first line of a list that is not empty has a column of splits."""
     if _is_text(file):
         return False
     try:
         with _opened(file) as lines:
-            first = next(csv.reader(lines, delimiter=_separator(file, reading), skipinitialspace=True), [])
+            rows = csv.reader(lines, delimiter=_separator(file, reading), skipinitialspace=True)
+            first = next(filter(None, rows), [])
     except (OSError, csv.Error):  # reading the whole file reports it
         return False
     return "split" in _header(first, reading)
