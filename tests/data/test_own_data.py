@@ -72,6 +72,20 @@ def test_objects_give_their_images_and_labels(form: str) -> None:
         assert not open_data(data, label_column="none").classes
 
 
+def test_labels_are_those_of_the_items() -> None:
+    """A column that is named, or a transform of the labels, comes before the attribute `targets`."""
+    targets = [i % 2 for i in range(12)]
+    names = {"targets": targets, "classes": ["a", "b"]}
+    dicts = Items(lambda i: {"image": PIXELS[i], "label": i % 2, "kind": i % 3}, **names)
+    for column in (None, "label"):
+        assert open_data(dicts, label_column=column).labels.tolist() == targets
+        assert open_data(dicts, label_column=column).classes == ("a", "b")
+    other = open_data(dicts, label_column="kind")
+    assert other.labels.tolist() == [i % 3 for i in range(12)] and other.classes == ("0", "1", "2")
+    turned = open_data(Items(lambda i: (PIXELS[i], 1 - i % 2), target_transform=lambda label: 1 - label, **names))
+    assert turned.labels.tolist() == [1 - i % 2 for i in range(12)] and turned.classes == ("0", "1")
+
+
 class Once:
     """An iterable with a length."""
 

@@ -6,6 +6,7 @@ array (h, w) or (h, w, C), or a uint8 tensor (h, w) or (C, h, w).
 
 import hashlib
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -92,7 +93,10 @@ class ItemSource(Source):
             raise DataError(f"{which} of the {self.name} is not an image: {error}") from None
 
     def _labels(self, labels: Any, first: Any, reading: Reading) -> Labels:
-        """Return the labels: those passed, of an attribute of the object, or of every item, which are then all read."""
+        """Return the labels: those passed, of the attribute `targets`, or of every item, which are then all read.
+
+        `targets` and `classes` are not used if the label has another key than the usual one, or is transformed.
+        """
         what, count = f"The labels of the {self.name}", len(self.items)
         names = getattr(self.items, "classes", None)
         names = tuple(map(str, names)) if isinstance(names, list | tuple) else ()
@@ -102,7 +106,10 @@ class ItemSource(Source):
             return from_array(labels, count, what)
         if self.keys is None or self.keys[1] is None:
             return Labels(unlabelled(count))
-        targets = getattr(self.items, "targets", None)
+        usual = _keys(first, replace(reading, label_column=None), self.name)
+        changed = usual != self.keys or getattr(self.items, "target_transform", None) is not None
+        names = () if changed else names
+        targets = None if changed else getattr(self.items, "targets", None)
         if targets is None or not hasattr(targets, "__len__") or len(targets) != count:
             targets = [self._item(i)[self.keys[1]] for i in range(count)]
             targets = [one.item() if isinstance(one, Tensor) and one.numel() == 1 else one for one in targets]
