@@ -83,6 +83,24 @@ def test_patterns_of_packed_files(sites):
     assert len(open_data(["train-0.parquet", "tars/train-0.tar", "flat/1.png"])) == 7
 
 
+def test_no_image_is_used_twice(sites):
+    fill(sites, "flat/more/3.png")
+    (sites / "flat/a.csv").write_text("path,label\n1.png,cat\n2.png,dog\n")
+    write_parquet(sites / "a.parquet", [encoded(picture(), "PNG")], [0])
+    for paths, why in (
+        (["flat", "flat/*.png"], "1.png' is also in the folder '.*flat': leave one of them out"),
+        (["flat", "flat/more/3.png"], "3.png' is also in the folder"),
+        (["flat/*.png", "flat/1*"], "1.png' twice: leave out one of the paths or patterns"),
+        (["flat/1.png", "s1/../flat/1.png"], "1.png' twice"),
+        (["flat/a.csv", "flat/a.csv"], "a.csv' twice"),
+        (["a.parquet", "a*.parquet"], "a.parquet' twice"),
+    ):
+        with pytest.raises(DataError, match=why):
+            open_data(paths)
+    assert len(open_data(["flat/*.png", "flat/more", "s1/cat/1.png", "a.parquet"])) == 5
+    assert len(open_data("flat/**/**")) == 3
+
+
 def test_invalid_paths_are_named(sites):
     fill(sites, "d/train/1.png", "d/test/1.png")
     np.save("x.npy", np.zeros((2, 4, 4, 1), np.uint8))

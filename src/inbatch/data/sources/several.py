@@ -132,11 +132,12 @@ class Joined(Source):
 
 @dataclass(frozen=True)
 class _Part:
-    """Splits of one path, or of several files in the folder `place`."""
+    """Splits of one path, or of several `files` in the folder `place`."""
 
     place: str
     splits: Splits
     is_folder: bool = False
+    files: tuple[str, ...] = ()
 
 
 def find_several(data: object, reading: Reading, find: Finder) -> Splits | None:
@@ -165,7 +166,8 @@ def find_several(data: object, reading: Reading, find: Finder) -> Splits | None:
         if is_pattern(path):
             parts += _matching(path, reading, find)
         elif path not in files:
-            parts.append(_Part(path, find(path, reading), is_folder=os.path.isdir(path)))
+            is_folder = os.path.isdir(path)
+            parts.append(_Part(path, find(path, reading), is_folder, () if is_folder else (path,)))
     _check_disjoint(parts, text)
     return parts[0].splits if len(parts) == 1 else _joined(parts, text)
 
@@ -200,7 +202,7 @@ def _joined(parts: Sequence[_Part], text: str) -> Splits:
 
 def _matching(pattern: str, reading: Reading, find: Finder) -> list[_Part]:
     """Return the parts of a pattern; with `**`, the folders that it matches are those of the files."""
-    matches = sorted(glob.glob(pattern, recursive=True))
+    matches = sorted({*glob.glob(pattern, recursive=True)})  # `**/**` matches some twice
     beginning = pattern[: next(i for i, character in enumerate(pattern) if character in "*?[")]
     parts = _parts_of_files(
         [path for path in matches if _kind(path)], os.path.dirname(beginning) or ".", pattern, reading
@@ -224,11 +226,11 @@ def _parts_of_files(files: Iterable[str], root: str, name: str, reading: Reading
         if kind == "image":
             check_no_columns(reading, repr(name))
             if (splits := _images(members, root, name, reading)) is not None:
-                parts.append(_Part(root, splits))
+                parts.append(_Part(root, splits, files=tuple(members)))
             continue
         shards = divided([Path(file) for file in members], Path(root))
         whole = Shards({"train": [Path(file) for file in members]}, {}) if len(shards.files) == 1 else shards
-        parts.append(_Part(root, PACKED[kind](whole, name, reading)))
+        parts.append(_Part(root, PACKED[kind](whole, name, reading), files=tuple(members)))
     return parts
 
 
@@ -290,9 +292,22 @@ def _shared_folder(files: Sequence[str]) -> str:
 
 
 def _check_disjoint(parts: Sequence[_Part], text: str) -> None:
-    """Raise DataError if a folder lies in another one, or is given twice."""
+    """Raise DataError if a file or a folder is given twice, or a folder or an image lies in a folder that is given."""
     places = [os.path.realpath(part.place) for part in parts if part.is_folder]
     for i, place in enumerate(places):
         for other in places[:i]:
             if os.path.commonpath((place, other)) in (place, other):
                 raise DataError(f"{text!r}: {place!r} and {other!r} hold the same images: leave one of them out")
+    folders = {folder: os.path.realpath(folder) for part in parts for folder in map(os.path.dirname, part.files)}
+    seen: set[str] = set()
+    for file in (file for part in parts for file in part.files):
+        folder, name = os.path.split(file)
+        if (path := os.path.join(folders[folder], name)) in seen:
+            raise DataError(f"{text!r} holds {path!r} twice: leave out one of the paths or patterns that match it")
+        seen.add(path)
+        if (
+            places
+            and _kind(file) == "image"
+            and (above := [one for one in places if path.startswith(os.path.join(one, ""))])
+        ):
+            raise DataError(f"{text!r}: {path!r} is also in the folder {above[0]!r}: leave one of them out")
