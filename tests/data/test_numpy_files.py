@@ -128,6 +128,20 @@ class TestNpz:
             assert train.labels.tolist() == list(numbers) and test.labels.tolist() == [0, 1 + (start == 4)]
             assert test.name.endswith("x.npz (test)")
 
+    def test_labels_of_other_splits_are_of_the_same_kind(self, tmp_path):
+        content = {"x_train": IMAGES, "y_train": LABELS, "kind_train": LABELS % 2, "side": LABELS % 2}
+        content |= {"x_val": IMAGES, "y_val": LABELS, "x_test": IMAGES, "y_test": LABELS, "kind_test": 1 - LABELS % 2}
+        np.savez(tmp_path / "x.npz", **content)
+
+        def labels(split, column):
+            return open_data(tmp_path / "x.npz", split, label_column=column).labels.tolist()
+
+        assert labels("test", "kind_train") == (1 - LABELS % 2).tolist()
+        assert labels("val", "kind_train") == labels("test", "side") == [-1] * 6
+        assert labels("test", None) == labels("test", "y_train") == labels("val", "y_train") == LABELS.tolist()
+        np.savez(tmp_path / "x.npz", **{"x_train": IMAGES, "mine": LABELS, "x_test": IMAGES, "y_test": LABELS})
+        assert labels("test", "mine") == LABELS.tolist()
+
     def test_labels_are_not_needed(self, tmp_path):
         np.savez(tmp_path / "x.npz", images=IMAGES[..., 0])
         source = open_data(tmp_path / "x.npz")

@@ -3,6 +3,7 @@
 import os
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -100,7 +101,11 @@ def find_numpy(data: object, reading: Reading) -> dict[str, Callable[[], Source]
 
 
 def _names(file: str, split: str, sizes: dict[str, int], reading: Reading) -> list[str]:
-    """Return the name of a split's images and, if there are any, of its labels; the settings name those of train."""
+    """Return the name of a split's images and, if there are any, of its labels.
+
+    The settings name those of train. Another split has the labels whose name has its word in the place of train.
+    Without such labels it has the usual ones, or none if train has usual ones that are not those of the settings.
+    """
     own = [reading.image_column, reading.label_column] if split == "train" else [None, None]
     for name in (*own, reading.group_column):
         if name not in (None, NO_LABELS, *sizes):
@@ -110,6 +115,12 @@ def _names(file: str, split: str, sizes: dict[str, int], reading: Reading) -> li
         return []
     usual = NAMES[split].get(images) or tuple(name for names in NAMES[split].values() for name in names)
     labels = own[1] or next((name for name in usual if name in sizes), NO_LABELS)
+    if split != "train" and (column := reading.label_column) not in (None, NO_LABELS):
+        usual_of_train = _names(file, "train", sizes, replace(reading, label_column=None))[1:]
+        if (other := column.replace("train", split)) != column and other in sizes:
+            labels = other
+        elif usual_of_train and column not in usual_of_train:
+            labels = NO_LABELS
     return [images] if NO_LABELS in (labels, reading.label_column) else [images, labels]
 
 
