@@ -499,6 +499,12 @@ class TestArrays:
         assert open_data(colour[:, 0]).image(2).shape == (1, 8, 6)
         assert open_data(torch.zeros(2, 5, 9, 9, dtype=torch.uint8)).channels == 5
 
+    def test_views_of_arrays(self):
+        images = np.random.default_rng(0).integers(256, size=(4, 8, 6, 3), dtype=np.uint8)
+        for view in (images[..., ::-1], images[:, ::-1], images[::-1, ..., 0], images[::2, 1:]):
+            given = open_data(np.ascontiguousarray(view))
+            assert all(torch.equal(open_data(view).image(i), given.image(i)) for i in range(len(given)))
+
     def test_labels(self):
         images = np.zeros((4, 8, 6), np.uint8)
         source = open_data((images, np.array([2, -1, 0, 2], np.int32)))

@@ -154,7 +154,8 @@ def _bytes(images: Any, levels: Levels | None) -> UInt8[Tensor, "..."]:
             return images
         images = (images.float() if images.dtype == torch.bfloat16 else images.detach()).cpu().numpy()
     try:
-        return torch.as_tensor(to_bytes(images, levels))
+        pixels = to_bytes(images, levels)
+        return torch.as_tensor(pixels.copy() if min(pixels.strides, default=0) < 0 else pixels)  # mirrored, or BGR
     except ValueError as e:
         raise DataError(f"The array cannot be used: {e}") from e
 
