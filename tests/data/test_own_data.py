@@ -86,6 +86,13 @@ def test_labels_are_those_of_the_items() -> None:
     assert turned.labels.tolist() == [1 - i % 2 for i in range(12)] and turned.classes == ("0", "1")
 
 
+def test_keys_of_items_need_not_be_texts() -> None:
+    items = Items(lambda i: {0: PIXELS[i], 1: i % 2, 2: i % 3})
+    source = open_data(items, label_column="1", group_column="2")
+    assert torch.equal(source.image(3), tensor(3)) and source.labels.tolist() == [i % 2 for i in range(12)]
+    assert source.groups is not None and source.groups.tolist() == [i % 3 for i in range(12)]
+
+
 class Once:
     """An iterable with a length."""
 

@@ -120,7 +120,8 @@ class ItemSource(Source):
     def _groups(self, key: str, first: Mapping[Any, Any]) -> Tensor:
         """Return the groups under a key of the items, which are all read."""
         check_group_column(list(map(str, first)), key, self.name)
-        values = [self._item(i)[key] for i in range(len(self.items))]
+        own = next(one for one in first if str(one) == key)
+        values = [self._item(i)[own] for i in range(len(self.items))]
         values = [one.item() if getattr(one, "ndim", None) == 0 else one for one in values]
         return groups_of_values(values, f"The groups of the {self.name}")
 
@@ -129,8 +130,10 @@ def _keys(item: Any, reading: Reading, name: str) -> tuple[Any, Any] | None:
     """Return the keys of image and label in an item, None for no label; None if the items are images themselves."""
     if isinstance(item, Mapping):
         types = {str(key): type_name(value) for key, value in item.items()}
-        image = image_column([key for key in types if _is_image(item[key])], types, reading.image_column, name)
-        return image, label_column(list(types), [], reading.label_column, image, name)
+        keys = {str(key): key for key in item}
+        image = image_column([key for key in types if _is_image(item[keys[key]])], types, reading.image_column, name)
+        label = label_column(list(types), [], reading.label_column, image, name)
+        return keys[image], None if label is None else keys[label]
     if (reading.image_column or reading.group_column) or reading.label_column not in (None, NO_LABELS):
         raise DataError(
             f"image_column, label_column and group_column: the items of the {name} are not dicts; leave them out"
