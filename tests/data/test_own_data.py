@@ -93,6 +93,30 @@ def test_keys_of_items_need_not_be_texts() -> None:
     assert source.groups is not None and source.groups.tolist() == [i % 3 for i in range(12)]
 
 
+def failing(i: int) -> Any:
+    if i == 4:
+        raise OSError("the disk is gone")
+    return (PIXELS[i], i % 2)
+
+
+@pytest.mark.parametrize(
+    ("make", "labels"),
+    [
+        (failing, [0, 1, 0, 1, -1, 1]),
+        (lambda i: None if i == 4 else (PIXELS[i], i % 2), [0, 1, 0, 1, -1, 1]),
+        (lambda i: {"x": 1} if i == 4 else {"image": PIXELS[i], "label": i % 2}, [0, 1, 0, 1, -1, 1]),
+        (lambda i: () if i == 4 else (PIXELS[i],), [-1] * 6),
+    ],
+)
+def test_an_item_of_another_form_is_an_unreadable_image(make: Any, labels: list[int]) -> None:
+    source = open_data(Items(make))
+    assert source.labels.tolist()[:6] == labels and torch.equal(source.image(5), tensor(5))
+    with pytest.raises(DataError, match=r"item 4 of the Items (cannot be read|is [a-zA-Z]+ without .*, unlike item 0)"):
+        source.image(4)
+    half = open_data(Items(lambda i: {"image": PIXELS[i]} | ({} if i % 2 else {"label": i % 3})))
+    assert half.labels.tolist()[:4] == [0, -1, 2, -1]
+
+
 class Once:
     """An iterable with a length."""
 

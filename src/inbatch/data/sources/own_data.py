@@ -6,6 +6,7 @@ array (h, w) or (h, w, C), or a uint8 tensor (h, w) or (C, h, w).
 
 import hashlib
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -47,11 +48,11 @@ class ItemSource(Source):
             raise DataError(f"The {name} holds no image (its length is 0)")
         first = self._item(0)
         self.keys = _keys(first, reading, name)
-        picture = self._picture(first)
+        picture = self._picture(first, 0)
         own = _channels(picture)
         super().__init__(name, reading.channels or own, unlabelled(count), ())
         pixels = self._pixels(picture)
-        if not torch.equal(pixels, self._pixels(self._picture(self._item(0)))):
+        if not torch.equal(pixels, self._pixels(self._picture(self._item(0), 0))):
             raise DataError(
                 f"The {name} gives another image each time that item 0 is read: leave out random transforms, which "
                 "belong to the views"
@@ -62,7 +63,7 @@ class ItemSource(Source):
             self.groups = self._groups(reading.group_column, first)
 
     def open(self, i: int) -> Pixels:
-        return Pixels(self._pixels(self._picture(self._item(i)), self.identity(i)))
+        return Pixels(self._pixels(self._picture(self._item(i), i), self.identity(i)))
 
     def identity(self, i: int) -> str:
         return f"item {i}"
@@ -83,8 +84,25 @@ class ItemSource(Source):
         except Exception as error:  # of any code
             raise DataError(f"item {i} of the {self.name} cannot be read: {reason(error)}") from error
 
-    def _picture(self, item: Any) -> Any:
-        return item if self.keys is None else item[self.keys[0]]
+    def _picture(self, item: Any, i: int) -> Any:
+        if self.keys is None:
+            return item
+        try:
+            return item[self.keys[0]]
+        except (LookupError, TypeError):
+            raise DataError(
+                f"item {i} of the {self.name} is {type_name(item)} without {self.keys[0]!r}, unlike item 0"
+            ) from None
+
+    def _values(self, key: Any) -> list[Any]:
+        """Return the label or the group of every item; None for items that have none or cannot be read."""
+        values = []
+        for i in range(len(self.items)):
+            value = None
+            with suppress(DataError, LookupError, TypeError):  # DataError: the image is counted as unreadable
+                value = self._item(i)[key]
+            values.append(value)
+        return values
 
     def _pixels(self, picture: Any, which: str = "item 0") -> UInt8[Tensor, "c h w"]:
         try:
@@ -111,7 +129,7 @@ class ItemSource(Source):
         names = () if changed else names
         targets = None if changed else getattr(self.items, "targets", None)
         if targets is None or not hasattr(targets, "__len__") or len(targets) != count:
-            targets = [self._item(i)[self.keys[1]] for i in range(count)]
+            targets = self._values(self.keys[1])
             targets = [one.item() if isinstance(one, Tensor) and one.numel() == 1 else one for one in targets]
         if any(isinstance(one, Tensor | np.ndarray) for one in targets):
             return Labels(unlabelled(count), note=f"{what} are arrays, several for each image")
@@ -121,8 +139,7 @@ class ItemSource(Source):
         """Return the groups under a key of the items, which are all read."""
         check_group_column(list(map(str, first)), key, self.name)
         own = next(one for one in first if str(one) == key)
-        values = [self._item(i)[own] for i in range(len(self.items))]
-        values = [one.item() if getattr(one, "ndim", None) == 0 else one for one in values]
+        values = [one.item() if getattr(one, "ndim", None) == 0 else one for one in self._values(own)]
         return groups_of_values(values, f"The groups of the {self.name}")
 
 
