@@ -84,6 +84,15 @@ class TestTables:
         assert splits(file) == ("train", "test")
         assert paths(open_data(file)) == ["1"] and paths(open_data(file, "test")) == ["2"]
 
+    def test_splits_in_several_letter_cases(self, tmp_path):
+        text = "path,label,split\n1,a,Train\n2,b,train\n3,a,TEST\n4,b,test\n5,a,other\n6,b,Other\n"
+        file = listed(tmp_path, "l.csv", text)
+        assert splits(file) == ("train", "test", "other", "Other")
+        found = [paths(open_data(file, split)) for split in splits(file)]
+        assert found == [["1", "2"], ["3", "4"], ["5"], ["6"]]
+        with pytest.raises(DataError, match="'train' and 'training', which both name training images"):
+            open_data(listed(tmp_path, "l.csv", "path,split\n1,train\n2,training\n"))
+
     def test_exports_of_spreadsheets(self, tmp_path):
         """A byte order mark, carriage returns, quoted line breaks and quotes."""
         source = open_data(

@@ -19,7 +19,7 @@ from inbatch.data.sources.folder_scan import EXTENSIONS
 from inbatch.data.sources.groups import groups_of_values
 from inbatch.data.sources.labels import NO_LABELS, Distinct, Labels, number, printable_name
 from inbatch.data.sources.path_source import PathsSource
-from inbatch.data.sources.split_names import arranged
+from inbatch.data.sources.split_names import arranged, split_of
 from inbatch.errors import DataError
 
 COLUMNS = {
@@ -56,10 +56,21 @@ def find_file_list(data: object, reading: Reading) -> dict[str, Callable[[], Sou
         return None
     if not _has_splits(file, reading):
         return {"train": lambda: _open(file, None, reading)}
-    names = {row.split: row.line for row in _rows(file, reading)} or {"train": 0}
+    names = {_word(row.split): row.line for row in _rows(file, reading)} or {"train": 0}
     if "" in names:
         raise DataError(f"{str(file)!r}, line {names['']}: the column split is empty; write train or test there")
+    training = [name for name in names if split_of(name) == "train"]
+    if len(training) > 1:
+        raise DataError(
+            f"{str(file)!r}: the column split has {' and '.join(map(repr, training))}, which both name training "
+            "images: write one of them"
+        )
     return arranged({name: partial(_open, file, name, reading) for name in names})
+
+
+def _word(split: str) -> str:
+    """Return a value of the column split; the words of the splits are equal in any letter case."""
+    return split.lower() if split_of(split) else split
 
 
 def _open(file: Path, split: str | None, reading: Reading) -> Source:
@@ -67,7 +78,7 @@ def _open(file: Path, split: str | None, reading: Reading) -> Source:
     if not rows:
         raise DataError(f"{str(file)!r} lists no image: write a path on each line")
     labels = _labels(rows, str(file))
-    mine = [i for i, row in enumerate(rows) if split is None or row.split == split]
+    mine = [i for i, row in enumerate(rows) if split is None or _word(row.split) == split]
     known = bool((labels.numbers[mine] >= 0).any())
     name, paths = str(file) if split is None else f"{file} ({split})", (_checked(rows[i], file) for i in mine)
     source = PathsSource(name, file.parent, paths, labels.numbers[mine], labels.classes if known else (), reading)
