@@ -1,5 +1,6 @@
 """The estimator for scikit-learn: images of every form, pipelines, pickling, and scikit-learn's own checks."""
 
+import math
 import pickle
 from pathlib import Path
 from types import SimpleNamespace
@@ -127,6 +128,9 @@ def test_levels_of_numbers(untrained):
     for images, words in ((RGB * 2.0, "pass levels"), (RGB - 300.0, "pass levels"), (RGB.astype(str), "numbers")):
         with pytest.raises(ValueError, match=words):
             encoder.fit(images)
+    for levels in ((5, 5), (255, 0), (0, math.nan), (0, 1, 2), "ab"):
+        with pytest.raises(ConfigError, match="give two numbers, the lower one first"):
+            BatchEncoder(**FAST, levels=levels).fit(RGB * 2.0)
     other = BatchEncoder(**FAST, levels=(-255, 255)).fit(RGB - 0.0)
     assert other.levels == (-255, 255) and untrained[-1][0].min() >= 127
     digits = RGB // 16

@@ -1,12 +1,28 @@
 """Conversion of pixels to uint8: levels for more than 8 bits, transparency on white. For files, arrays and encoders."""
 
+import math
+from typing import Any
+
 import numpy as np
 from PIL import Image
+
+from inbatch.errors import ConfigError
 
 Levels = tuple[float, float]
 """The two values that are mapped to 0 and 255."""
 
 _CHUNK = 2**22  # values converted at once: the input may already fill half of the memory
+
+
+def checked_levels(value: Any) -> Levels:
+    """Return levels as numbers; ConfigError unless they are two finite ones, the lower one first."""
+    try:
+        low, high = map(float, value)
+    except (TypeError, ValueError, OverflowError):
+        low, high = 0.0, 0.0
+    if not -math.inf < low < high < math.inf:
+        raise ConfigError(f"levels = {value!r:.60}: give two numbers, the lower one first, such as [0, 4095]")
+    return low, high
 
 
 def to_bytes(values: np.ndarray, levels: Levels | None, white: int = 65535) -> np.ndarray:

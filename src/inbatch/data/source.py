@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Int, UInt8
 from torch import Tensor
 
-from inbatch.data.pixels import Levels
+from inbatch.data.pixels import Levels, checked_levels
 from inbatch.errors import many
 
 SKIPPED = "the images are used without labels, and k-NN and the linear probe are left out"
@@ -37,6 +37,9 @@ class Reading:
         label_column: Column with the labels; None for the usual names, "none" for images without labels.
         group_column: Column with known groups of images, such as the video of a frame; None for no groups. Of files
             and tar shards: "folder", or a regular expression for paths with one pair of brackets.
+
+    Raises:
+        ConfigError: If the levels are not two numbers, the lower one first.
     """
 
     channels: int | None = None
@@ -45,6 +48,10 @@ class Reading:
     image_column: str | None = None
     label_column: str | None = None
     group_column: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.levels is not None:
+            checked_levels(self.levels)
 
 
 @runtime_checkable

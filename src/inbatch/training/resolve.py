@@ -1,7 +1,6 @@
 """The complete recipe of a run from its settings and images."""
 
 import inspect
-import math
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from inbatch.data import Source, open_data
+from inbatch.data.pixels import checked_levels
 from inbatch.data.views import own_views, sizes_of
 from inbatch.errors import ConfigError, DataError
 from inbatch.runtime import own_parts
@@ -33,7 +33,7 @@ def resolve_recipe(data: Any, settings: Mapping[str, Any], download: bool = Fals
             key: None if settings.get(key) is None else str(settings[key])
             for key in ("classes", "image_column", "label_column", "group_column")
         },
-        levels=_levels(settings.get("levels")),
+        levels=None if settings.get("levels") is None else checked_levels(settings["levels"]),
         download=download,
     )
     settings |= chosen_reading(settings, data)
@@ -74,18 +74,6 @@ def _first_image(source: Source) -> Tensor:
         with suppress(DataError):
             return source.image(i)
     return source.image(0)
-
-
-def _levels(value: Any) -> tuple[float, float] | None:
-    if value is None:
-        return None
-    try:
-        low, high = map(float, value)
-    except (TypeError, ValueError, OverflowError):
-        low, high = 0.0, 0.0
-    if not -math.inf < low < high < math.inf:
-        raise ConfigError(f"levels = {shown(value)}: give two numbers, the lower one first, such as [0, 4095]")
-    return low, high
 
 
 def _whole(key: str, value: Any) -> int:
