@@ -226,3 +226,16 @@ def test_target_network_fuses_as_its_option_states(target: str) -> None:
     for now, was in zip(slow.fuse.parameters(), before.fuse.parameters(), strict=True):
         torch.testing.assert_close(now, was + gone)
     torch.testing.assert_close(slow.encoder[3].weight, before.encoder[3].weight + 0.1)
+
+
+@KINDS
+def test_the_memory_layout_does_not_change_gradients(kind: str) -> None:
+    """The gradients of a norm of torch were wrong in channels-last, the default layout of runs."""
+    images, weight = random_images(), torch.randn(6, 3, 8, 8, dtype=torch.float64)
+    gradients = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        fusion = make(kind).to(memory_format=layout)
+        (fusion(images) * weight).sum().backward()
+        gradients.append([p.grad for p in fusion.parameters()])
+    for plain, last in zip(*gradients, strict=True):
+        torch.testing.assert_close(last, plain, rtol=1e-9, atol=1e-9)

@@ -136,11 +136,21 @@ class _Convolutions(nn.Module):
         steps: list[nn.Module] = []
         for into, out, kernel in widths:
             # The norm would remove a bias.
-            steps += [nn.Conv2d(into, out, kernel, padding=kernel // 2, bias=False), nn.InstanceNorm2d(out), nn.Mish()]
+            steps += [nn.Conv2d(into, out, kernel, padding=kernel // 2, bias=False), _InstanceNorm(), nn.Mish()]
         self.steps = nn.Sequential(*steps[:-1])
 
     def forward(self, tokens: Tokens) -> Tokens:
         return self.steps(tokens[None])[0]
+
+
+class _InstanceNorm(nn.Module):
+    """InstanceNorm over the positions, flattened.
+
+    With two dimensions of positions, torch 2.15 returns wrong gradients for a batch of one in the layout channels-last.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.instance_norm(x.flatten(2)).unflatten(2, x.shape[2:])
 
 
 class _Attention(nn.Module):
