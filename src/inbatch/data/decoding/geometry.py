@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 _FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
-_GAP = 3.0  # Pillow's `reducing_gap` from which its manual calls the result indistinguishable
+_GAP = 3.0  # `reducing_gap` from which Pillow's manual calls the result indistinguishable
 
 
 def upright(pixels: np.ndarray, turn: int) -> np.ndarray:
@@ -52,8 +52,23 @@ def resized(
     within = (box[1] - x0, box[0] - y0, box[3] - x0, box[2] - y0)
     # Pillow would treat two or four channels as transparency, and does not support more.
     planes = [cut] if cut.shape[2] == 3 else [cut[..., c] for c in range(cut.shape[2])]
-    out = [
-        np.array(Image.fromarray(plane).resize(size[::-1], _FILTERS[how], box=within, reducing_gap=_GAP))
-        for plane in planes
-    ]
+    out = [np.array(_by_pillow(Image.fromarray(plane), within, size, _FILTERS[how])) for plane in planes]
     return torch.from_numpy(np.dstack(out).transpose(2, 0, 1))
+
+
+def _by_pillow(
+    image: Image.Image, box: tuple[float, float, float, float], size: tuple[int, int], how: Image.Resampling
+) -> Image.Image:
+    """Resize a box (left, top, right, bottom) of an image, its rows first, as torch does.
+
+    Pillow 13 chooses the order by the size. Bicubic values are limited to 0 to 255 between the two passes, so its pixels
+    differ from those of Pillow 12 by up to 20. As with `reducing_gap`, much larger images are first averaged by blocks.
+    """
+    height, width = size
+    left, top, right, bottom = box
+    x, y = int((right - left) / width / _GAP) or 1, int((bottom - top) / height / _GAP) or 1
+    if (x, y) != (1, 1):
+        image = image.reduce((x, y))
+        left, top, right, bottom = left / x, top / y, right / x, bottom / y
+    rows = image.resize((width, image.height), how, box=(left, 0, right, image.height))
+    return rows.resize((width, height), how, box=(0, top, width, bottom))

@@ -31,7 +31,7 @@ REMARKS = {
 }
 """Sentences about a number of images, by the key of the remark."""
 
-_RULES = 2
+_RULES = 3
 """Incremented if the same file gives other pixels than before: what was decoded earlier is not used again."""
 
 _ORIENTATION = 0x0112
