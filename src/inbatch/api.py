@@ -30,7 +30,7 @@ from inbatch.training.monitors.shipped_references import find_reference
 from inbatch.training.own_requests import with_own_parts
 from inbatch.training.plan import RunPlan, plan_run, plan_without_budget, with_context
 from inbatch.training.predictions import predict
-from inbatch.training.pretraining import train
+from inbatch.training.pretraining import check_start, train
 from inbatch.training.recipe import Recipe
 from inbatch.training.requested_settings import merged_settings, requested_test
 from inbatch.training.resume import barely_begun, finished_run, restarted, resumed_plan, run_to_resume
@@ -168,6 +168,7 @@ def pretrain(
             plan.recipe, plan.source, device=device_for(device), workers=workers, loader=plan.loader,
             init=previous and kept_initial(previous), teacher=previous and kept_teacher(previous),
         )  # fmt: skip
+        check_start(built, callbacks, plan.images)
         here = plan.here or plan.recipe
         split = evaluation_split(here, built.loader.source, plan.data, test, download)
         directory = previous or _claim_directory(out, plan.recipe)

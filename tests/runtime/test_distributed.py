@@ -116,6 +116,27 @@ def test_ranks_that_disagree_are_refused(tmp_path: Path) -> None:
         assert "rank 1 has a different one from rank 0" in message
 
 
+class OnRank0(inbatch.Callback):
+    """A callback that only rank 0 passes."""
+
+
+def differ_when_built(out: str) -> str:
+    try:
+        job(out, {"callbacks": [OnRank0] * (distributed.rank() == 0), "overwrite": True})
+    except ConfigError as error:
+        return str(error)
+    return "went on"
+
+
+def test_ranks_that_disagree_about_what_they_have_built_replace_no_run(tmp_path: Path) -> None:
+    (tmp_path / "encoder").mkdir()
+    (tmp_path / "recipe.json").write_text("{}")
+    for message in on_ranks(2, differ_when_built, str(tmp_path)):
+        assert "disagree about the callbacks" in message
+    assert {path.name for path in tmp_path.iterdir()} == {"encoder", "recipe.json"}
+    assert (tmp_path / "recipe.json").read_text() == "{}"
+
+
 def test_too_few_processes_are_an_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="2 processes were expected, 1 started"):
         job(str(tmp_path / "run"), {"expect_world_size": 2})

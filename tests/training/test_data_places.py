@@ -104,12 +104,12 @@ def test_moved_data_are_accepted_if_they_are_the_same(
     monkeypatch.chdir(tmp_path)
     other = Path(shutil.copytree(elsewhere, tmp_path / "other"))
     next(other.rglob("*.png")).unlink()
-    report = (run / "run.json").read_bytes()
+    report, places = (run / "run.json").read_bytes(), (run / "data.json").read_bytes()
     with pytest.raises(DataError, match="the images have changed since the run began"):
         inbatch.pretrain(other, resume=run, quiet=True)
     with pytest.raises(ConfigError, match="seed = 3"):
         inbatch.pretrain(elsewhere, resume=run, seed=3, quiet=True)
-    assert (run / "run.json").read_bytes() == report
+    assert (run / "run.json").read_bytes() == report and (run / "data.json").read_bytes() == places
     finished = inbatch.pretrain("new place", resume=run, quiet=True)
     assert finished.result["steps"] == 4 and finished.recipe.data == "photos"
     kept = json.loads((run / "data.json").read_text())["data"]

@@ -27,6 +27,7 @@ class RunPlan:
         context: The context size, if it was searched for.
         memory: A sentence if the context was reduced to fit in memory, else empty.
         here: The recipe of a resumed run with the paths at which its data are now; None if they are as in `recipe`.
+        images: Signature of the images of a resumed run, in its checkpoint; None without one.
     """
 
     recipe: Recipe
@@ -36,6 +37,7 @@ class RunPlan:
     context: ContextSize | None = None
     memory: str = ""
     here: Recipe | None = None
+    images: str | None = None
 
     @property
     def loader(self) -> Loader | None:

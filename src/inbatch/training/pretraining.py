@@ -37,6 +37,25 @@ from inbatch.training.trackers.selection import Selection, select
 from inbatch.training.train_state import TrainState
 
 
+def check_start(built: RunComponents, callbacks: Sequence[Callback], images: str | None) -> None:
+    """Raise an error that ends a run before it writes a file.
+
+    Args:
+        built: The run.
+        callbacks: Its callbacks.
+        images: Signature of the images of a resumed run; None for a new run.
+
+    Raises:
+        DataError: If the images of a resumed run have changed.
+        ConfigError: If ranks differ in what they have built.
+    """
+    now = images_signature(built.loader.source)
+    if images is not None:
+        check_same_images(images, now)
+    facts = {"images that can be read": now, "context": built.context, "callbacks": list(named(callbacks))}
+    assert_equal_across_ranks(facts)
+
+
 def train(
     built: RunComponents, out: Path, split: EvaluationSplit | None, *, resume: bool, quiet: bool,
     notes: Sequence[str] = (), stop_on_collapse: bool = False, reference: Reference | None = None,
@@ -70,19 +89,12 @@ def train(
     parts, data = built.parts() | {"progress": progress} | with_state(called), images_signature(built.loader.source)
     saved = None
     if resume:
-        saved = _restore(built, parts, progress, out, data)
+        saved = _restore(built, parts, progress, out)
         where_from = f"Resuming from step {progress.step:,} of {built.total:,}{_ranks(saved, out, built)}."
         notes = [*notes, saved.note or where_from, *notes_on_version(saved, built.recipe)]
     else:
         progress.calibration = dict(calibration) if calibration else None
-    assert_equal_across_ranks(
-        {
-            "checkpoint": f"step {progress.step}",
-            "images that can be read": data,
-            "context": built.context,
-            "callbacks": list(called),
-        }
-    )
+    assert_equal_across_ranks({"checkpoint": f"step {progress.step}"})
     if saved is not None and main:  # every rank has read it
         set_aside(saved)
     progress.data = data
@@ -135,11 +147,10 @@ def _log(built: RunComponents, out: Path | None, followers: Followers, progress:
     )  # fmt: skip
 
 
-def _restore(built: RunComponents, parts: dict[str, Any], progress: TrainState, out: Path, data: str) -> Checkpoint:
-    """Load the last checkpoint of a run into its parts; raise DataError if the images have changed."""
+def _restore(built: RunComponents, parts: dict[str, Any], progress: TrainState, out: Path) -> Checkpoint:
+    """Load the last checkpoint of a run into its parts."""
     saved = load(out / "checkpoints", parts=parts)
     check_recipe(saved, built.recipe, out / "recipe.json")
-    check_same_images(saved.state.get("progress", {}).get("data", data), data)
     restore(parts, saved.state)
     if progress.step != saved.step or progress.step > built.total or progress.ended > saved.step // built.loader.steps:
         raise InbatchError(

@@ -135,7 +135,8 @@ def resumed_plan(folder: Path, data: Any, requested: Settings, download: bool) -
     opened = here.data if data is None else data
     with opening(folder, here) if data is None else nullcontext():
         source = open_data(opened, recipe.split, subset=recipe.subset, download=download, **here.learning)
-    return RunPlan(recipe, source, opened, here=here)
+    images = saved.state.get("progress", {}).get("data")
+    return RunPlan(recipe, source, opened, here=here, images=images)
 
 
 def _with(settings: Settings, key: str, value: Any) -> Settings:
