@@ -81,12 +81,12 @@ def test_callback_that_fails_or_changes_weights_is_named(brief: None, tmp_path: 
         tiny("simclr", tmp_path / "whole", resume=True, callbacks=[Meddles])
 
 
-def called_on_rank(out: str) -> str:
+def called_on_rank(out: str, shard: bool = False) -> str:
     patch = pytest.MonkeyPatch()
     use_few_images(patch)
     leave_out_evaluation(patch)
     try:
-        tiny("simclr", Path(out), callbacks=[FailsOnRank1], context=8, precision="float32")
+        tiny("simclr", Path(out), callbacks=[FailsOnRank1, Count], context=8, precision="float32", shard=shard)
     except TrainingError as error:
         return str(error)
     finally:
@@ -103,8 +103,9 @@ class FailsOnRank1(Callback):
 
 
 @pytest.mark.slow
-def test_callback_that_fails_on_one_rank_ends_all(tmp_path: Path) -> None:
-    first, second = on_ranks(2, called_on_rank, str(tmp_path / "run"))
+@pytest.mark.parametrize("shard", [False, True])
+def test_callback_that_fails_on_one_rank_ends_all(shard: bool, tmp_path: Path) -> None:
+    first, second = on_ranks(2, called_on_rank, str(tmp_path / "run"), shard)
     assert "a callback failed on another rank; a checkpoint is saved" in first
     assert "ValueError: only here; a checkpoint is saved" in second
     assert saved(tmp_path / "run")["progress"]["step"] == 2

@@ -129,27 +129,28 @@ class Callbacks:
         if not self.by_hook[hook]:
             return None
         problem, reasons, changed = "", list[str](), False
-        for name, callback in self.by_hook[hook].items():
-            where = f"the callback {name} ({hook}, step {step:,})"
-            moment = Moment(
-                step, self.built.total, epoch, MappingProxyType(dict(values)), self.built.encoder, self.out,
-                distributed.rank(), distributed.world(),
-            )  # fmt: skip
-            before = None if callback.changes_weights else self._fingerprint()
-            try:
-                with torch.random.fork_rng(), self.built.gathered():
-                    getattr(callback, hook)(moment)
-            except InbatchError as error:
-                problem = f"{where} failed: {error}"
-            except Exception as error:  # of any code
-                problem = f"{where} failed: {reason(error)}"
-            if before is not None and (what := self._difference(before)):
-                problem, changed = f"{where} changed {what}: a callback may not, unless its class says so", True
-            if problem:
-                break
-            if moment._logged:
-                self.log.record(step, {f"{name}/{key}": value for key, value in moment._logged.items()})
-            reasons += (f"{name}: {text}" for text in moment._reasons)
+        with self.built.gathered():  # once: a rank that leaves out callbacks after a failure must not miss an exchange
+            for name, callback in self.by_hook[hook].items():
+                where = f"the callback {name} ({hook}, step {step:,})"
+                moment = Moment(
+                    step, self.built.total, epoch, MappingProxyType(dict(values)), self.built.encoder, self.out,
+                    distributed.rank(), distributed.world(),
+                )  # fmt: skip
+                before = None if callback.changes_weights else self._fingerprint()
+                try:
+                    with torch.random.fork_rng():
+                        getattr(callback, hook)(moment)
+                except InbatchError as error:
+                    problem = f"{where} failed: {error}"
+                except Exception as error:  # of any code
+                    problem = f"{where} failed: {reason(error)}"
+                if before is not None and (what := self._difference(before)):
+                    problem, changed = f"{where} changed {what}: a callback may not, unless its class says so", True
+                if problem:
+                    break
+                if moment._logged:
+                    self.log.record(step, {f"{name}/{key}": value for key, value in moment._logged.items()})
+                reasons += (f"{name}: {text}" for text in moment._reasons)
         return self._agreed(problem, changed, reasons)
 
     def _agreed(self, problem: str, changed: bool, reasons: list[str]) -> str | None:
