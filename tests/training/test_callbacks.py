@@ -111,6 +111,20 @@ def test_callback_that_fails_on_one_rank_ends_all(shard: bool, tmp_path: Path) -
     assert saved(tmp_path / "run")["progress"]["step"] == 2
 
 
+def refused_on_rank(out: str) -> str:
+    try:
+        tiny("simclr", Path(out), callbacks=[Meddles], context=8, batch_size=16, shard=True)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def test_callback_that_changes_weights_is_refused_with_shards(tmp_path: Path) -> None:
+    for message in on_ranks(2, refused_on_rank, str(tmp_path / "run")):
+        assert "shard and the callback Meddles exclude each other" in message
+    assert not (tmp_path / "run").exists()
+
+
 def test_callbacks_have_names() -> None:
     assert list(named([Count(), Ends(), Count()])) == ["Count", "Ends", "Count-2"]
     with pytest.raises(ConfigError, match="derive its class from it"):

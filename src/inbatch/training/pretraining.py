@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from inbatch.errors import InbatchError
+from inbatch.errors import ConfigError, InbatchError
 from inbatch.nn.cpu_matmul import fast_products
 from inbatch.runtime import distributed, shared_work
 from inbatch.runtime.process_group import assert_equal_across_ranks
@@ -47,8 +47,14 @@ def check_start(built: RunComponents, callbacks: Sequence[Callback], images: str
 
     Raises:
         DataError: If the images of a resumed run have changed.
-        ConfigError: If ranks differ in what they have built.
+        ConfigError: If ranks differ in what they have built, or if a callback could not change weights.
     """
+    for name, callback in named(callbacks).items():
+        if callback.changes_weights and built.whole is not None:
+            raise ConfigError(
+                f"shard and the callback {name} exclude each other: it changes weights, and with shard callbacks get a "
+                "copy of the encoder; leave one of the two out"
+            )
     now = images_signature(built.loader.source)
     if images is not None:
         check_same_images(images, now)
