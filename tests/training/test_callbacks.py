@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from own_code import Count, Ends, Evaluates, Fails, Meddle, Meddles
 from rank_pool import on_ranks
-from small_runs import assert_same_state, leave_out_evaluation, saved, tiny, use_few_images
+from small_runs import assert_same_state, leave_out_evaluation, saved, stop_after, tiny, use_few_images
 
 import inbatch
 from inbatch.errors import ConfigError, Preempted, TrainingError
@@ -40,6 +40,16 @@ def test_a_stop_in_the_step_of_a_signal_is_kept(brief: None, tmp_path: Path) -> 
     with pytest.raises(Preempted):
         tiny("simclr", tmp_path, callbacks=[StopsInASignal])
     assert tiny("simclr", tmp_path, callbacks=[StopsInASignal], resume=True).result["steps"] == 3
+
+
+def test_a_callback_with_state_may_come_and_go(brief: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for before, after in (([Count], []), ([], [Count])):
+        out = tmp_path / str(len(before))
+        with monkeypatch.context() as patch, pytest.raises(Preempted):
+            stop_after(patch, 3)
+            tiny("simclr", out, callbacks=before, epochs=1)
+        tiny("simclr", out, callbacks=after, epochs=1, resume=True)
+        assert saved(out).get("callback Count") == ({"steps": 2} if after else None)
 
 
 class FailsAfterAnEpoch(Callback):

@@ -96,10 +96,19 @@ def named(callbacks: Sequence[Callback]) -> dict[str, Callback]:
     return names
 
 
+_PART = "callback "
+"""Beginning of the name of a callback's part of a checkpoint."""
+
+
 def with_state(callbacks: Mapping[str, Callback]) -> dict[str, Callback]:
     """Return the callbacks with state for a checkpoint, by the name of the part."""
     base = Callback.state_dict
-    return {f"callback {name}": one for name, one in callbacks.items() if type(one).state_dict is not base}
+    return {f"{_PART}{name}": one for name, one in callbacks.items() if type(one).state_dict is not base}
+
+
+def come_or_gone(parts: Mapping[str, Any], state: Mapping[str, Any]) -> list[str]:
+    """Return the parts of callbacks that only a resumed run has, or only its checkpoint: none changes weights."""
+    return [name for name in (*parts, *state) if name.startswith(_PART) and not (name in parts and name in state)]
 
 
 class Callbacks:

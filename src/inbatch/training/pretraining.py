@@ -14,7 +14,7 @@ from inbatch.runtime.signals import stop_on_signals
 from inbatch.runtime.threads import Threads
 from inbatch.training.budget import duration
 from inbatch.training.build import RunComponents
-from inbatch.training.callbacks import Callback, named, with_state
+from inbatch.training.callbacks import Callback, come_or_gone, named, with_state
 from inbatch.training.checkpoint import Checkpoint, load, restore, set_aside
 from inbatch.training.checkpoint_recipe import check_recipe, notes_on_version
 from inbatch.training.data_places import check_same_images, images_signature
@@ -157,7 +157,8 @@ def _restore(built: RunComponents, parts: dict[str, Any], progress: TrainState, 
     """Load the last checkpoint of a run into its parts."""
     saved = load(out / "checkpoints", parts=parts)
     check_recipe(saved, built.recipe, out / "recipe.json")
-    restore(parts, saved.state)
+    without = come_or_gone(parts, saved.state)
+    restore(*({name: part for name, part in of.items() if name not in without} for of in (parts, saved.state)))
     if progress.step != saved.step or progress.step > built.total or progress.ended > saved.step // built.loader.steps:
         raise InbatchError(
             f"{saved.path} does not fit this run: step {saved.step:,}, progress.step {progress.step:,} and "
