@@ -59,6 +59,21 @@ class FailsAfterAnEpoch(Callback):
         raise RuntimeError("it fails")
 
 
+class FailsAtTheStart(Callback):
+    """Fail after the evaluation before the first step."""
+
+    def on_evaluation(self, moment: inbatch.training.callbacks.Moment) -> None:
+        raise RuntimeError("it fails")
+
+
+def test_the_first_evaluation_before_a_failing_callback_is_recorded_once(brief: None, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="FailsAtTheStart"):
+        tiny("simclr", tmp_path, callbacks=[FailsAtTheStart], epochs=1)
+    assert [one["step"] for one in tiny("simclr", tmp_path, epochs=1, resume=True).result["curve"]] == [0, 5]
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [one["step"] for one in records if "knn" in one] == [0, 5]
+
+
 def test_an_evaluation_before_a_failing_callback_is_recorded_once(brief: None, tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="FailsAfterAnEpoch"):
         tiny("simclr", tmp_path, callbacks=[FailsAfterAnEpoch], evaluate_every=1)

@@ -93,7 +93,8 @@ class Loop:
         self.unreadable = report_unreadable(built, self.out, self.log, self.unreadable)
         if progress.step == 0:
             check_collapse(built, self.watched, progress, 0, self.log)
-            self.evaluate(0)
+            if not progress.curve:  # else a callback failed after it
+                self.evaluate(0)
             if asked := self.call("on_evaluation", 0, 0, progress.curve[-1]):
                 raise TrainingError(f"a callback asked to stop before the first step ({asked})")
         else:
