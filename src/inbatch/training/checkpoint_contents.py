@@ -157,7 +157,9 @@ def _entry(entry: Any, template: Mapping[str, Any], parameter: Tensor, steps: in
     for key in (key for key in template if key in entry):
         expected = template[key]
         if isinstance(expected, Tensor) and expected.ndim and expected.ndim == parameter.ndim:
-            expected = parameter  # as large as the parameter, of its type
+            # as large as the parameter, but where the optimiser reduces a dimension to 1 (Adafactor)
+            shape = [n if small > 1 else 1 for small, n in zip(expected.shape, parameter.shape, strict=True)]
+            expected = torch.empty(shape, dtype=expected.dtype, device="meta")
         if problem := _unlike(entry[key], expected):
             yield f".{key} {problem}"
         elif key == "step" and not 0 <= float(entry[key]) <= (float("inf") if steps is None else steps):
