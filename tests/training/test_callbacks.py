@@ -39,7 +39,8 @@ class StopsInASignal(Callback):
 def test_a_stop_in_the_step_of_a_signal_is_kept(brief: None, tmp_path: Path) -> None:
     with pytest.raises(Preempted):
         tiny("simclr", tmp_path, callbacks=[StopsInASignal])
-    assert tiny("simclr", tmp_path, callbacks=[StopsInASignal], resume=True).result["steps"] == 3
+    result = tiny("simclr", tmp_path, callbacks=[StopsInASignal], resume=True).result
+    assert result["steps"] == 3 and result["stopped"] == "StopsInASignal: it is enough"
 
 
 def test_a_callback_with_state_may_come_and_go(brief: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -59,7 +59,6 @@ class Loop:
         stop_on_collapse: Stop if outputs are collapsed at two successive evaluations.
         callbacks: Callbacks by name.
         unreadable: Number of unreadable images already reported.
-        stopped: Why a callback has ended the run.
         values: Losses of the last step.
     """
 
@@ -77,7 +76,6 @@ class Loop:
     stop_on_collapse: bool
     callbacks: Mapping[str, Callback]
     unreadable: int = 0
-    stopped: str | None = None
     values: Mapping[str, SupportsFloat] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -156,7 +154,7 @@ class Loop:
 
     def check_signals_and_clock(self) -> bool:
         """Raise Preempted or Interrupted if any rank got a signal; return whether a checkpoint is due."""
-        due = distributed.rank() == 0 and self.stopped is None and self.clock.due()
+        due = distributed.rank() == 0 and self.progress.stopped is None and self.clock.due()
         # One collective communicates a signal on any rank, and whether rank 0 must check its clock.
         signal, check = divmod(distributed.all_reduce_max(2 * (self.stopping.stop.requested or 0) + int(due)), 2)
         if signal:
@@ -204,7 +202,7 @@ class Loop:
         step, built = self.progress.step, self.built
         if step < built.total:
             self.log.note(f"Stopped at step {step:,} of {built.total:,} by {why}")
-            self.stopped = why
+            self.progress.stopped = why
             self._set_length(step, 0)
 
     def evaluate(self, epoch: int) -> bool:

@@ -138,7 +138,7 @@ def train(
                         loop.run()
                     with shared_work.sharing(stop), built.gathered():
                         stop.release()  # everything is saved
-                        result = finish(built, progress, plan, out, where, compared, loop.stopped)
+                        result = finish(built, progress, plan, out, where, compared)
                     result = distributed.broadcast_object(result)
         for sentence in _closing(built, result, compared):
             log.note(sentence)

@@ -21,7 +21,7 @@ from inbatch.training.train_state import TrainState
 
 def finish(
     built: RunComponents, progress: TrainState, plan: RunEvaluations, out: Path, where: dict[str, Any],
-    compared: Comparison | None, stopped: str | None = None,
+    compared: Comparison | None,
 ) -> dict[str, Any]:  # fmt: skip
     """Evaluate by every protocol, all ranks together; rank 0 saves encoder, heads, curves and the result."""
     split, main = plan.final, distributed.rank() == 0
@@ -54,8 +54,8 @@ def finish(
         "held_out": split and split.description,
         "evaluation": None if split is None else evaluation(built, split, out),
     }
-    if stopped:
-        result["stopped"] = stopped
+    if progress.stopped:
+        result["stopped"] = progress.stopped
     if built.source.label_note:
         result["label_note"] = built.source.label_note
     result |= compare_with_initial(built, split, out, plan.compared)

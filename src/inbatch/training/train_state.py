@@ -70,9 +70,10 @@ _VALID: dict[str, tuple[Callable[[Any], bool], str]] = {
     "machines": (lambda x: isinstance(x, list) and all(isinstance(one, dict) for one in x), "a list of machines"),
     "cpu_seconds": (lambda x: _number(x) and not x < 0, "a number of seconds"),
     "unreadable": (_sentences, "a dict of sentences by number"),
+    "stopped": (lambda x: x is None or isinstance(x, str), "a reason"),
 }
 """Entries of a saved state, each with the test of its value and a description."""
-_LATER = ("calibration", "judged", "threads", "machines", "cpu_seconds", "unreadable")
+_LATER = ("calibration", "judged", "threads", "machines", "cpu_seconds", "unreadable", "stopped")
 """Entries that checkpoints of earlier versions do not have."""
 
 
@@ -109,6 +110,7 @@ class TrainState:
         threads: Every number of threads used for computation, in the order of first use.
         machines: Environments of the processes of the run (`machine.machine`), successive equal ones once.
         unreadable: Unreadable streamed images so far, with the reason: those of the loader.
+        stopped: Why a callback has ended the run.
         began: Start time (`time.perf_counter`).
         saved: `step` and `ended` of the last checkpoint on the disk.
     """
@@ -131,6 +133,7 @@ class TrainState:
     threads: list[int] = field(default_factory=list)
     machines: list[dict[str, Any]] = field(default_factory=list)
     unreadable: dict[int, str] = field(default_factory=dict)
+    stopped: str | None = None
     began: float = field(default_factory=time.perf_counter)
     saved: tuple[int, int] = (0, 0)
 
@@ -156,7 +159,8 @@ class TrainState:
         kept = {name: getattr(self, name) for name in self._KEPT}
         plan = {"calibration": self.calibration, "judged": list(astuple(self.sizes)) if self.sizes else []}
         used = {"threads": list(self.threads), "machines": list(self.machines), "unreadable": dict(self.unreadable)}
-        return kept | plan | used | {"before": self.wall, "cpu_seconds": self.cpu_seconds}
+        clocks = {"before": self.wall, "cpu_seconds": self.cpu_seconds}
+        return kept | plan | used | clocks | {"stopped": self.stopped}
 
     @staticmethod
     def problems(state: Mapping[str, Any]) -> list[str]:
@@ -177,4 +181,5 @@ class TrainState:
         self.threads[:] = state.get("threads", [])  # checkpoints of earlier versions have neither
         self.machines[:] = state.get("machines", [])
         self.unreadable.update(state.get("unreadable", {}))
+        self.stopped = state.get("stopped")
         self.cpu_seconds = state.get("cpu_seconds", math.nan)  # absent from checkpoints of earlier versions
