@@ -4,14 +4,16 @@ import json
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from own_code import Count, Ends, Evaluates, Fails, Meddle, Meddles
 from rank_pool import on_ranks
 from small_runs import assert_same_state, leave_out_evaluation, saved, stop_after, tiny, use_few_images
 
 import inbatch
-from inbatch.errors import ConfigError, Preempted, TrainingError
+from inbatch.errors import ConfigError, InbatchError, Preempted, TrainingError
 from inbatch.training.callbacks import Callback, named
 
 
@@ -58,6 +60,29 @@ class FailsAfterAnEpoch(Callback):
 
     def on_epoch(self, moment: inbatch.training.callbacks.Moment) -> None:
         raise RuntimeError("it fails")
+
+
+class KeepsNumPy(Callback):
+    """Keeps a number of NumPy, from the beginning or from the first step on."""
+
+    def __init__(self, value: float = np.float64(0.5)) -> None:
+        self.value = value
+
+    def on_step(self, moment: inbatch.training.callbacks.Moment) -> None:
+        self.value = np.float64(self.value)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"values": [self.value]}
+
+
+def test_state_that_a_checkpoint_cannot_hold_is_named(brief: None, tmp_path: Path) -> None:
+    words = r"the callback KeepsNumPy returns numpy.float64 in state_dict: .* float\(\.\.\.\)"
+    with pytest.raises(InbatchError, match=words):
+        tiny("simclr", tmp_path / "first", callbacks=[KeepsNumPy], epochs=1)
+    assert not (tmp_path / "first").exists(), "before the first step"
+    with pytest.raises(InbatchError, match=words):
+        tiny("simclr", tmp_path / "later", callbacks=[KeepsNumPy(0.5)], epochs=1)
+    assert json.loads((tmp_path / "later" / "run.json").read_text())["status"] == "failed"
 
 
 class FailsAtTheStart(Callback):

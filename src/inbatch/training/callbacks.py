@@ -1,5 +1,6 @@
 """Callbacks of a run: the user's code after steps, epochs and evaluations."""
 
+import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any, ClassVar, SupportsFloat
 
 import torch
 
-from inbatch.errors import ConfigError, InbatchError, TrainingError, reason
+from inbatch.errors import ConfigError, InbatchError, TrainingError, reason, type_name
 from inbatch.models import Encoder
 from inbatch.runtime import distributed
 from inbatch.runtime.sharding import local
@@ -100,10 +101,54 @@ _PART = "callback "
 """Beginning of the name of a callback's part of a checkpoint."""
 
 
-def with_state(callbacks: Mapping[str, Callback]) -> dict[str, Callback]:
-    """Return the callbacks with state for a checkpoint, by the name of the part."""
+def with_state(callbacks: Mapping[str, Callback]) -> dict[str, "KeptState"]:
+    """Return the state of the callbacks that have some, by the name of its part of a checkpoint."""
     base = Callback.state_dict
-    return {f"{_PART}{name}": one for name, one in callbacks.items() if type(one).state_dict is not base}
+    return {
+        f"{_PART}{name}": KeptState(name, one) for name, one in callbacks.items() if type(one).state_dict is not base
+    }
+
+
+@dataclass(frozen=True)
+class KeptState:
+    """The part of a checkpoint that a callback keeps; a fault in it is an error that names the callback."""
+
+    name: str
+    callback: Callback
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of the callback; InbatchError if a checkpoint could not hold it."""
+        try:
+            state = self.callback.state_dict()
+        except Exception as error:  # of any code
+            raise InbatchError(f"the callback {self.name} failed in state_dict: {reason(error)}") from error
+        if (kind := _not_kept(state) if isinstance(state, dict) else type_name(state)) is not None:
+            raise InbatchError(
+                f"the callback {self.name} returns {kind} in state_dict: a checkpoint holds a dict of numbers, texts, "
+                "lists, dicts and tensors; convert it, such as by float(...)"
+            )
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the state of the callback."""
+        self.callback.load_state_dict(state)
+
+
+def _not_kept(value: Any) -> str | None:
+    """Return the type of a value that a checkpoint cannot hold, such as a number of NumPy; None if there is none."""
+    if isinstance(value, dict | list | tuple):
+        parts = value.values() if isinstance(value, dict) else value
+        return next((kind for kind in map(_not_kept, parts) if kind is not None), None)
+    if value is None or isinstance(value, torch.Tensor) or type(value) in (bool, int, float, str):
+        return None
+    file = io.BytesIO()
+    try:
+        torch.save(value, file)
+        file.seek(0)
+        torch.load(file, weights_only=True)
+    except Exception:
+        return type_name(value)
+    return None
 
 
 def come_or_gone(parts: Mapping[str, Any], state: Mapping[str, Any]) -> list[str]:

@@ -46,6 +46,7 @@ def check_start(built: RunComponents, callbacks: Sequence[Callback], images: str
         images: Signature of the images of a resumed run; None for a new run.
 
     Raises:
+        InbatchError: If a checkpoint cannot hold the state of a callback.
         DataError: If the images of a resumed run have changed.
         ConfigError: If ranks differ in what they have built, or if a callback could not change weights.
     """
@@ -55,6 +56,8 @@ def check_start(built: RunComponents, callbacks: Sequence[Callback], images: str
                 f"shard and the callback {name} exclude each other: it changes weights, and with shard callbacks get a "
                 "copy of the encoder; leave one of the two out"
             )
+    for part in with_state(named(callbacks)).values():
+        part.state_dict()  # a fault in it must not end the run at its first checkpoint
     now = images_signature(built.loader.source)
     if images is not None:
         check_same_images(images, now)
