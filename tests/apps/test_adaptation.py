@@ -54,6 +54,8 @@ def test_the_interval_counts_seeds_and_images() -> None:
     one = accuracy_gain(0 * hits[:1], hits[:1])
     assert (one.low, one.high, one.spread, one.shows(1)) == (None, None, None, False)
     assert measure_gain([1.0], [2.0], "lower").low is None
+    unknown = measure_gain([None, 1.0], [float("nan"), 2.0], "higher")  # a file holds null for nan
+    assert unknown.low is None and unknown.mean != unknown.mean
     equal = accuracy_gain(hits, hits)
     assert (equal.mean, equal.low, equal.high) == (0, 0, 0)
 

@@ -76,19 +76,20 @@ def accuracy_gain(before: Float[Tensor, "s n"], after: Float[Tensor, "s n"]) -> 
     return Gain(old, new, *_interval(float(difference.mean()), variance, max(freedom, 1.0)))
 
 
-def measure_gain(before: list[float], after: list[float], better: str) -> Gain:
+def measure_gain(before: Sequence[float | None], after: Sequence[float | None], better: str) -> Gain:
     """Return the gain in a measure that every seed has once: Student's interval of the paired differences.
 
     Args:
-        before: The measure with the initial weights, by seed.
+        before: The measure with the initial weights, by seed; None for nan, as the file of a result holds it.
         after: The measure with the trained weights.
         better: "higher" or "lower".
     """
-    difference = _differences(before, after)
+    old, new = ([math.nan if value is None else value for value in values] for values in (before, after))
+    difference = _differences(old, new)
     bounds: tuple[float | None, float | None] = (None, None)
     if len(difference) > 1 and bool(difference.isfinite().all()):
         bounds = _interval(float(difference.mean()), float(difference.var() / len(difference)), len(difference) - 1)
-    return Gain(tuple(before), tuple(after), *bounds, better)
+    return Gain(tuple(old), tuple(new), *bounds, better)
 
 
 def _differences(before: Sequence[float], after: Sequence[float]) -> Float[Tensor, "s"]:
