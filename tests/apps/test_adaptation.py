@@ -177,6 +177,8 @@ def test_better_weights_are_recommended_and_seeds_can_be_added(
     assert run(f"{call} --seeds 3").exit_code == 0 and training.seeds == [0, 1, 2]
     other = run(f"{call} --seeds 3 --lr 0.1")
     assert other.exit_code == 2 and "holds another adaptation: optimizer.lr = 0.1 (it has 0.0003)" in other.stderr
+    other = run(f"{call} --seeds 3 --test digits-canvas")  # the runs were evaluated on other images
+    assert other.exit_code == 2 and "test = 'digits-canvas' (it has None)" in other.stderr
     assert training.seeds == [0, 1, 2]
 
 

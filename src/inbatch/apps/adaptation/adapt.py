@@ -32,7 +32,7 @@ from inbatch.training.holdout import EvaluationSplit, evaluation_split
 from inbatch.training.monitors.online_evaluation import fit_readout, limited
 from inbatch.training.own_requests import with_own_parts
 from inbatch.training.plan import plan_without_budget
-from inbatch.training.requested_settings import check_one_length, merged_settings
+from inbatch.training.requested_settings import check_one_length, merged_settings, requested_test
 
 REQUEST, VERDICT = "adapt.json", "verdict.json"
 SHARE = "seconds_of_a_run"
@@ -89,6 +89,7 @@ def adapt(
         split = evaluation_split(plan.recipe, plan.source, plan.data, test)
         facts: dict[str, Any] = {"seeds": seeds} if total is not None else {}
         facts |= {"data": plan.recipe.data, "images": plan.source.signature(), "from": str(weights), "settings": chosen}
+        facts |= requested_test(test)
         folder = _prepare_folder(out, plan.recipe.data, facts)
         each = {key: value for key, value in chosen.items() if key != "own"}  # every run writes it itself
         if total is not None:
