@@ -196,6 +196,20 @@ def test_each_seed_is_compared_with_its_own_start(
     assert knn["before"][0] < 0.2 < knn["before"][1] == knn["after"][1]
 
 
+def test_a_stopped_adaptation_names_the_command_that_continues_it(
+    folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without --output-dir the same command begins another adaptation."""
+
+    def stopped(*arguments: Any, **options: Any) -> None:
+        raise Preempted("stopped")
+
+    monkeypatch.setattr(adaptation, "pretrain", stopped)
+    monkeypatch.chdir(tmp_path)
+    done = run(f"adapt digits-canvas --from {folders[0]} --set subset=400 -q")
+    assert done.exit_code == 75 and "with --output-dir runs/adapt-digits-canvas-1 to continue" in done.stderr
+
+
 def test_own_method_can_be_typed(folders: tuple[Path, Path], training: Training, tmp_path: Path) -> None:
     """It was refused with the advice to type it."""
     start, training.end = folders

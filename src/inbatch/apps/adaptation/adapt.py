@@ -49,7 +49,7 @@ def adapt(
     """Continue the training of existing weights on other images with several seeds, and judge whether it has helped.
 
     The encoder learns with a low rate that decreases from layer to layer, after an epoch in which only the heads learn
-    (`adaptation.start`). Every setting of a recipe can be set. A repeated call continues an interrupted adaptation:
+    (`adaptation.start`). Every setting of a recipe can be set. A repeated call with its `out` continues an adaptation:
     seeds that are finished are not trained again, and `seeds` may be larger.
 
     Args:
@@ -198,7 +198,8 @@ def _load_or_train(
             data, out=folder, settings=settings, test=test, resume=True, device=device, workers=workers, quiet=quiet
         )
     except (Preempted, Interrupted) as error:
-        raise type(error)(f"{error}. Repeat the command to continue the adaptation in {folder.parent}") from None
+        again = f"Repeat the command with --output-dir {folder.parent} to continue the adaptation"
+        raise type(error)(f"{error}. {again}") from None  # without the option it would begin another one
     except InbatchError:
         _remove_request(folder.parent)
         raise

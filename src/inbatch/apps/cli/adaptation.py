@@ -32,8 +32,8 @@ from inbatch.runtime.path_list import joined_paths
     "  inbatch adapt ~/photos --from runs/simclr-photos-1 --budget 30m -o adapted\n\n"
     "  inbatch adapt ~/photos --from weights.safetensors --encoder resnet50 --method moco --seeds 5\n\n"
     "  inbatch embed adapted ~/photos -o features.parquet     with the recommended weights\n\n"
-    "Exit codes: 0 helped, or not shown (the verdict says which); 4 did not help. The same command continues an "
-    "adaptation that was interrupted.",
+    "Exit codes: 0 helped, or not shown (the verdict says which); 4 did not help. The same command with the "
+    "same -o continues an adaptation that was interrupted.",
 )
 def adapt(
     data: Data,
