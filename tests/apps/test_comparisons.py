@@ -416,6 +416,7 @@ def test_images_without_labels_are_compared_without_accuracy(trained: list[list[
     ("words", "code", "says"),
     [
         (f"'{SIMCLR}' '{SIMCLR} --set method.temperature=0.5' --set method.temperature=0.5", 2, "are the same recipe"),
+        (f"'{SIMCLR}' '{SIMCLR} --set cache_on_device=false'", 2, "would share every run"),
         (f"'{SIMCLR}' 'pretrain simclrr'", 2, "variant 'pretrain simclrr'"),
         (f"'{SIMCLR}'", 2, "at least two variants"),
         (f"'{SIMCLR}' '{BYOL}' --metric kn", 2, "metric = 'kn' is unknown"),

@@ -12,6 +12,7 @@ from inbatch.apps.comparisons.runner import ComparisonRunner
 from inbatch.apps.comparisons.timing import Shares, plan_shares
 from inbatch.apps.comparisons.variants import Variant
 from inbatch.apps.papers.spec import Cell, Column, Row, Scale, Table, cells
+from inbatch.apps.papers.spec import key as run_key
 from inbatch.errors import ConfigError, DataError
 from inbatch.methods import METHODS
 from inbatch.runtime.files import check_writable, read_json, to_json, write_json
@@ -127,13 +128,13 @@ def _check_different(variants: Sequence[Variant], recipes: Sequence[Recipe]) -> 
     """Raise ConfigError if two variants are the same recipe: they would share every run."""
     seen: dict[str, str] = {}
     for variant, recipe in zip(variants, recipes, strict=True):
-        text = to_json({key: value for key, value in recipe.flat().items() if key != "preset"})
-        if text in seen:
+        identity = run_key(recipe)  # that of a run: without settings that do not change what is learned
+        if identity in seen:
             raise ConfigError(
-                f"the variants {seen[text]!r} and {variant.name!r} are the same recipe and would share every run: "
+                f"the variants {seen[identity]!r} and {variant.name!r} are the same recipe and would share every run: "
                 "leave one out"
             )
-        seen[text] = variant.name
+        seen[identity] = variant.name
 
 
 def differing(recipes: Sequence[Recipe]) -> list[dict[str, Any]]:
