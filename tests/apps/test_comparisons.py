@@ -15,6 +15,7 @@ import own_code
 import pytest
 import torch
 from command_line import one_object, run
+from PIL import Image
 
 import inbatch
 from inbatch.apps import statistics as st
@@ -331,6 +332,18 @@ def test_a_comparison_from_the_command_line(trained: list[list[str]], tmp_path: 
     assert comparison["variants"][2]["failures"] == ["the loss is nan"] * 3
     run(f"compare '{SIMCLR}' 'pretrain vicreg' {' '.join(FAST)} -o own --quiet --retry-failed")
     assert len([w for w in trained if "--dry-run" not in w]) == 12
+
+
+def test_the_commands_of_the_page_can_be_typed(trained: list[list[str]], tmp_path: Path) -> None:
+    """They had the name of the images, not their path, and the page stated seed 0."""
+    for i in range(4):
+        (tmp_path / "images" / f"{i % 2}").mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (24, 24), (60 * i, 0, 0)).save(tmp_path / "images" / f"{i % 2}" / f"{i}.png")
+    result = inbatch.compare([SIMCLR, BYOL], "images", seeds=[4, 5], epochs=1, out="own", jobs=1, quiet=True)
+    for row in result["variants"]:
+        assert f"--data {tmp_path / 'images'} " in row["command"] and "--set seed=4" in row["command"]
+    page = (tmp_path / "own" / "comparison.md").read_text()
+    assert "## Commands (seed 4)" in page and result["variants"][1]["command"] in page
 
 
 def test_a_crash_keeps_the_other_runs(trained: list[list[str]]) -> None:

@@ -96,7 +96,7 @@ def markdown(result: dict[str, Any]) -> str:
     parts += ["## Conditions", "\n".join(f"- {markdown_text(line, code=False)}" for line in notes(result))]
     parts += ["## Settings that differ", markdown_table(*setting_grid(result))]
     commands = "\n".join(f"{row['command']}" for row in result["variants"])
-    parts += ["## Commands (seed 0)", f"```bash\n{commands}\n```"]
+    parts += [f"## Commands (seed {result['seeds'][0]})", f"```bash\n{commands}\n```"]
     return printable("\n\n".join(parts) + "\n")
 
 

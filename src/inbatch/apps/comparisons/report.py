@@ -1,6 +1,7 @@
 """The result of a comparison: figures by variant, paired tests, and a sentence for each comparison."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from statistics import mean, stdev
 from typing import Any
 
@@ -50,7 +51,10 @@ def report(plan: Plan, records: Records, *, all_pairs: bool, detect: float | Non
         "data": rows[0].cells[0].data, "images": plan.images, "judged_by": plan.held_out,
         "metric": _metric_entry(metric),
         "seeds": [cell.seed for cell in rows[0].cells],
-        "variants": [_row(row, own, metric) for row, own in zip(rows, differing(plan.recipes), strict=True)],
+        "variants": [
+            _row(row, own, metric) | {"command": replace(recipe, seed=row.cells[0].seed).command()}
+            for row, own, recipe in zip(rows, differing(plan.recipes), plan.recipes, strict=True)
+        ],
         "comparisons": comparisons,
         "best": best_of(rows, metric) if len(rows) > 2 else None,
         "runs": {
@@ -79,7 +83,7 @@ def _row(row: Variation, settings: dict[str, Any], metric: Metric) -> dict[str, 
             others[name] = {"mean": mean(values), "deviation": stdev(values) if len(values) > 1 else None}
     values = list(row.values.values())
     return {
-        "name": row.name, "command": row.cells[0].command(), "settings": settings,
+        "name": row.name, "settings": settings,
         "values": {str(seed): value for seed, value in row.values.items()},
         "mean": mean(values) if values else None, "deviation": stdev(values) if len(values) > 1 else None,
         "count": len(values), "failed": row.failed, "others": others,
