@@ -9,11 +9,11 @@ from inbatch.apps.papers import render
 from inbatch.apps.papers.effects import stated_effects
 from inbatch.apps.papers.filled_table import FilledTable, fill
 from inbatch.apps.papers.results import read_records, shipped
-from inbatch.apps.papers.runner import Runner
+from inbatch.apps.papers.runner import ON, Runner
 from inbatch.apps.papers.scales import WHERE
 from inbatch.apps.papers.spec import Table, cells
 from inbatch.apps.papers.table_notes import notes
-from inbatch.errors import ConfigError, InbatchError
+from inbatch.errors import ConfigError, InbatchError, listed
 from inbatch.runtime.files import check_writable, replacing
 from inbatch.training.registry import check_known
 
@@ -148,7 +148,7 @@ def run_table_command(
         out: File to which the table will be written, checked before anything is run.
 
     Raises:
-        ConfigError: For an unknown name, scale, row, data set or file ending.
+        ConfigError: For an unknown name, scale, row, data set or file ending, or a path of images that no run reads.
         DataError: For files that are not results.
     """
     check_known("table", name, tables)
@@ -158,6 +158,7 @@ def run_table_command(
     if out is not None:
         _writer(out)
         check_writable(out)
+    _check_places(table, scale, runner)
     table = selection.apply(table, scale)
     if from_ is not None and not any(from_.glob("*.json")):
         state = "contains no records of runs (*.json)" if from_.is_dir() else "is not a folder of results"
@@ -173,6 +174,15 @@ def run_table_command(
     others = runs and runner.results.resolve() != shipped().resolve()
     reference = fill(table, scale, read_records(shipped())) if others else None
     return TableReport(fill(table, scale, records), problems, reference, launch)
+
+
+def _check_places(table: Table, scale: str, runner: Runner) -> None:
+    """Raise ConfigError if a path is given for an unknown name, which no run would read."""
+    at = table.scales[scale]
+    others = [protocol.removeprefix(ON) for protocol in at.protocols if protocol.startswith(ON)]
+    read = {str(settings["data"]) for settings in at.data.values() if "data" in settings} | {*others}
+    for name in sorted(runner.places.keys() - read - WHERE.keys()):
+        raise ConfigError(f"--data {name}=PATH: no run of {table.name} reads {name}: choose {listed(sorted(read))}")
 
 
 def _writer(out: Path) -> Callable[[FilledTable], str]:
