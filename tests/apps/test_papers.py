@@ -531,6 +531,25 @@ def test_invalid_requests_are_refused(words: list[str], code: int, says: str, ru
     assert report["exit_code"] == code and says in report["error"]
 
 
+def test_images_of_the_current_folder(run_cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`.` was removed from every number of the result."""
+    known = list(cells(TABLE, "smoke", (0,)))
+
+    def call(self: Runner, cell: Cell, words: list[str], log: Path) -> dict[str, Any]:
+        file = Path(words[words.index("--config") + 1])
+        recipe = json.loads(file.read_text())
+        assert recipe["data"] == str(tmp_path)
+        result = record(known[0], 0.5, environment=environment(torch.device("cpu"))).file()
+        return result | {"recipe": recipe, "curve": [{"epoch": 1, "step": 1, "knn": 0.125}]}
+
+    monkeypatch.setattr(Runner, "_call", call)
+    words = ["ba-ssl-3", "--scale", "smoke", "--row", "SimCLR", "--seed", "0", "--data", "digits-canvas-colour=."]
+    result = run_cli(*words, "--jobs", "1")
+    assert result.exit_code == 0, result.output
+    [one] = read_records(tmp_path / "runs" / "table" / "results").values()
+    assert one.source == tmp_path.name and one.curve[0]["knn"] == 0.125
+
+
 @pytest.mark.grid(1)
 @pytest.mark.parametrize("ending", render.FORMATS)
 def test_a_table_is_written(ending: str, run_cli: Any, tmp_path: Path) -> None:

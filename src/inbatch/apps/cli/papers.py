@@ -109,11 +109,12 @@ def table(
 
 
 def _places(texts: list[str] | None) -> dict[str, str]:
-    """Return NAME=PATH arguments as a mapping."""
+    """Return NAME=PATH arguments as a mapping, with absolute paths: results are searched for them to leave them out."""
     places: dict[str, Any] = {}
     for text in texts or ():
         name, equals, path = text.partition("=")
         if not (equals and name and path):
             raise ConfigError(f"--data takes NAME=PATH, for example cifar10=~/cifar-10-batches-py, not {text!r}")
-        places[name] = expanded(path)
+        place = expanded(path)
+        places[name] = str(Path(place).absolute()) if Path(place).exists() else place
     return places
