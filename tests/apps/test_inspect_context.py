@@ -22,6 +22,7 @@ from inbatch.context.curation import pair_distances, violating
 from inbatch.context.grouped import as_group
 from inbatch.errors import ConfigError, DataError, Preempted
 from inbatch.models.attention_slots import blocks
+from inbatch.runtime.picture_mark import png_mark
 from inbatch.training import checkpoint
 from inbatch.training.build import RunComponents, build
 from inbatch.training.run import source_of
@@ -115,13 +116,21 @@ def test_looking_changes_no_part_of_the_run(full: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_seed_chooses_and_an_earlier_look_is_replaced(full: Path, tmp_path: Path) -> None:
     kept = {name: shown(full / "inspect" / name) for name in ("views.png", "fused.png")}
-    (tmp_path / "attention.png").write_bytes(b"of an earlier look")
+    Image.new("RGB", (4, 4)).save(tmp_path / "attention.png", pnginfo=png_mark())  # of an earlier look
     (tmp_path / "mine.txt").touch()
     inbatch.inspect_run(full, out=tmp_path, count=COUNT)
     assert all(np.array_equal(shown(tmp_path / name), kept[name]) for name in kept), "the same seed draws the same"
     assert len(shown(tmp_path / "attention.png")) > 100 and (tmp_path / "mine.txt").exists()
     inbatch.inspect_run(full, out=tmp_path, count=COUNT, seed=1)
     assert not np.array_equal(shown(tmp_path / "views.png"), kept["views.png"])
+
+
+def test_pictures_of_the_user_are_kept(full: Path, tmp_path: Path) -> None:
+    """All names of pictures were removed from the folder, also of those that the run has none of."""
+    Image.new("RGB", (4, 4)).save(tmp_path / "mixed.png")
+    with pytest.raises(ConfigError, match=r"mixed.png is not a picture of inbatch"):
+        inbatch.inspect_run(full, out=tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["mixed.png"]
 
 
 @pytest.mark.slow

@@ -23,7 +23,7 @@ from inbatch.runtime.device import device_for
 from inbatch.runtime.files import cannot_write, replacing
 from inbatch.runtime.isolation import isolated
 from inbatch.runtime.paths import path_of
-from inbatch.runtime.picture_mark import png_mark
+from inbatch.runtime.picture_mark import is_marked, png_mark
 from inbatch.runtime.text import printable
 from inbatch.training import checkpoint
 from inbatch.training.build import RunComponents, build
@@ -213,6 +213,13 @@ def _grid(built: RunComponents, originals: Sequence[Tensor], drawn: Drawn, which
     return Image.fromarray(grid(originals, selected, built.views.mean, built.views.std))
 
 
+def _check_pictures(out: Path) -> None:
+    """Raise ConfigError for a picture in the folder that inbatch has not drawn, which would be removed."""
+    for name in PICTURES:
+        if (out / name).exists() and not is_marked(str(out / name)):
+            raise ConfigError(f"{out / name} is not a picture of inbatch and would be replaced: choose another --out")
+
+
 def _write(out: Path, pictures: dict[str, Image.Image]) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -241,13 +248,16 @@ def inspect_run(
         device: Device to use.
 
     Raises:
-        ConfigError: If there is no run or no checkpoint.
+        ConfigError: If there is no run or no checkpoint, or `out` holds a picture of that name that is not of inbatch.
         DataError: If the images cannot be read.
         Unwritten: If the pictures cannot be written; the error holds the measurements.
     """
     folder = path_of(path)
     if not (folder / "recipe.json").is_file():
         raise not_a_run(folder)
+    pictures = folder / "inspect" if out is None else path_of(out, "out")
+    if out is not None:
+        _check_pictures(pictures)
     if count < 1 or seed < 0:
         raise ConfigError(f"count must be at least 1 and seed at least 0, not {count} and {seed}")
     saved, settings = checkpoint.load(folder / "checkpoints"), read_file(folder / "recipe.json")
@@ -264,7 +274,6 @@ def inspect_run(
     built, progress = build(recipe, source, device=device_for(device), init=kept_initial(folder)), TrainState()
     checkpoint.restore(built.parts() | {"progress": progress}, saved.state)
     where = {"run": str(path), "step": progress.step, "note": saved.note, "data": printable(source.report())}
-    pictures = folder / "inspect" if out is None else path_of(out, "out")
     try:
         return where | draw_report(built, progress.step // built.loader.steps, pictures, count)
     except Unwritten as error:
