@@ -16,7 +16,7 @@ from typer.testing import CliRunner, Result
 
 from inbatch import rng
 from inbatch.apps.cli import app
-from inbatch.apps.reports.crop_statistics import PAPER_AREA, PAPER_SHARES, count_configurations, parse_size
+from inbatch.apps.reports.crop_statistics import PAPER_AREA, PAPER_SHARES, _ours, count_configurations, parse_size
 from inbatch.batch import Batch
 from inbatch.data import Loader, open_data
 from inbatch.data.views import PRESETS, View, Views, crop_pairs
@@ -361,6 +361,11 @@ def test_chunks_change_nothing(monkeypatch):
     monkeypatch.setattr("inbatch.apps.reports.crop_statistics._CHUNK", 7)
     parts = count_configurations("equal", (20, 30), 100)
     assert (whole.shares, whole.area) == (parts.shares, parts.area) and torch.equal(whole.coverage, parts.coverage)
+
+
+def test_pairs_are_numbered_when_they_are_drawn():
+    """The numbers of all pairs took 8 bytes each, before the first one was drawn."""
+    assert next(_ours("default", (32, 32), 10**14, 0)).shape == (2, 1024, 4)
 
 
 def test_torchvision_draws_the_same_shares_and_leaves_its_generator_alone():

@@ -138,7 +138,8 @@ def count_configurations(
 def _ours(name: str, size: tuple[int, int], pairs: int, seed: int) -> Iterator[Int[Tensor, "2 b 4"]]:
     views, together = arrange(name, (View(32), View(32)))  # only the boxes of these views are used
     draw = Views(views, (0.5,), (0.5,), together)
-    for index in torch.arange(pairs).split(_CHUNK):
+    for first in range(0, pairs, _CHUNK):
+        index = torch.arange(first, min(first + _CHUNK, pairs))
         yield draw.boxes(index, torch.tensor(size).expand(len(index), 2), seed, 0)
 
 
