@@ -80,6 +80,9 @@ def test_numbers_of_seeds_are_those_of_power_tables() -> None:
     assert st.power_of(0.0, 1.0, 5) == pytest.approx(0.05) and st.power_of(1000.0, 1.0, 5) == 1.0
     for seeds in (2, 3, 10):
         assert st.power_of(st.detectable(2.0, seeds), 2.0, seeds) == pytest.approx(st.POWER, abs=1e-4)
+    # Two seeds and many comparisons: T is above the limit if |N(0, 1)| is below shift / limit, which is 1.2816 at 80 %.
+    limit = math.tan(math.pi / 2 * (1 - st.LEVEL / 50))
+    assert st.detectable(1.0, 2, st.LEVEL / 50) == pytest.approx(1.2816 * limit / math.sqrt(2), rel=1e-3)
     assert st.largest_deviation(1.0, 3) == pytest.approx(math.sqrt(2 / 0.446287), rel=1e-5)  # -2 ln 0.8
 
 

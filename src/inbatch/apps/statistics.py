@@ -136,12 +136,12 @@ def power_of(effect: float, deviation: float, seeds: int, level: float = LEVEL) 
         seeds: Number of differences, at least 2.
         level: Significance level.
     """
-    from scipy.stats import nct, t
+    from scipy.stats import chi2, nct, t
 
     degrees, shift = seeds - 1, abs(effect) / deviation * math.sqrt(seeds)
     limit = float(t.ppf(1 - level / 2, degrees))
-    if shift > limit + 35:  # where scipy's noncentral t underflows
-        return 1.0
+    if shift > limit + 35:  # where scipy's noncentral t underflows: the estimated deviation alone decides
+        return float(chi2.cdf(degrees * (shift / limit) ** 2, degrees))
     upper, lower = float(nct.sf(limit, degrees, shift)), float(nct.cdf(-limit, degrees, shift))
     return min(1.0, upper + (0.0 if math.isnan(lower) else lower))
 
