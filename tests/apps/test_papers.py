@@ -513,7 +513,7 @@ def test_a_table_is_shown_without_running_anything(table: Table, run_cli: Any, t
         (["ba-ssl-3", "--row", "SimCLR+BA"], 2, "SimCLR + BA"),
         (["ba-ssl-3", "--on", "cifar"], 2, "photos"),
         (["ba-ssl-3", "--data", "cifar10"], 2, "NAME=PATH"),
-        (["ba-ssl-3", "--data", "photos=."], 2, "no run of ba-ssl-3 reads photos: choose cifar10"),
+        (["ba-ssl-3", "--scale", "cpu", "--data", "photos=."], 2, "no run of ba-ssl-3 reads photos: choose cifar10"),
         (["ba-ssl-3", "--from", "nowhere"], 2, "is not a folder of results: pass the folder `results`"),
         (["ba-ssl-3", "--from", "."], 2, "contains no records of runs (*.json): pass the folder `results`"),
         (["ba-ssl-3", "-o", "table.doc"], 2, ".md"),

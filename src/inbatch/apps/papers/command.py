@@ -158,7 +158,8 @@ def run_table_command(
     if out is not None:
         _writer(out)
         check_writable(out)
-    _check_places(table, scale, runner)
+    if runs:
+        _check_places(table, scale, runner)
     table = selection.apply(table, scale)
     if from_ is not None and not any(from_.glob("*.json")):
         state = "contains no records of runs (*.json)" if from_.is_dir() else "is not a folder of results"
