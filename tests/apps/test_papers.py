@@ -34,6 +34,7 @@ from inbatch.apps.statistics import difference, paired, seeds_for
 from inbatch.errors import ConfigError, DataError, InbatchError, Preempted
 from inbatch.runtime.environment import environment
 from inbatch.runtime.files import locked, write_json
+from inbatch.training.machine import STEP_RULES
 from inbatch.training.recipe import make
 
 EVERY = pytest.mark.parametrize("table", TABLES.values(), ids=TABLES)
@@ -393,6 +394,18 @@ def test_a_run_is_compared_with_the_repetition_on_its_kind_of_processor(tmp_path
     text = " ".join(notes(sheet))
     assert "1 gain against repetitions" in text and all(f", {name}, float32)" in text for name in "AB")
     assert ", C, " not in text and "2 of " in text
+
+
+def test_runs_with_a_mended_fault_are_counted(tmp_path: Path) -> None:
+    """Fusion by convolutions had wrong gradients; a run of now states the rules of its step."""
+    (cell,) = (cell for cell in cells(TABLE, "laptop", (0,)) if cell.row == "SimCLR + BA" and cell.data == "cifar10")
+    old = record(cell, 0.5)
+    now = record(cell, 0.5, environment=old.environment | {"step rules": STEP_RULES})
+    others = [record(cell, 0.5) for cell in cells(TABLE, "laptop", (0,)) if cell.row in ("SimCLR", "SimCLR + BA, set")]
+    assert [old.outdated, now.outdated, *(one.outdated for one in others)] == [True, *[False] * (1 + len(others))]
+    for one, count in ((old, 1), (now, 0)):
+        text = " ".join(notes(fill(TABLE, "laptop", {one.run_key: one})))
+        assert ("1 run with fusion by convolutions had wrong gradients" in text) == bool(count)
 
 
 def test_the_precision_of_runs_can_be_chosen(tmp_path: Path) -> None:

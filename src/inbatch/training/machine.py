@@ -10,6 +10,12 @@ from inbatch.data.views import numba_backend
 from inbatch.nn.cpu_matmul import onednn
 from inbatch.runtime.environment import environment
 
+STEP_RULES = 2
+"""Incremented if a step of the same recipe gives other weights than before.
+
+2: right gradients of the convolutions of batch fusion in the memory layout channels-last.
+"""
+
 _IRRELEVANT = ("allocator", "commit", "cores", "platform")
 """Entries that do not change a number, or belong to the version of inbatch."""
 
@@ -25,6 +31,7 @@ def machine(device: torch.device, precision: torch.dtype) -> dict[str, Any]:
     return environment(device) | {
         "precision": str(precision).removeprefix("torch."),
         "decoders": decoders(),
+        "step rules": STEP_RULES,
         "views": "compiled kernel" if on_cpu and numba_backend.available() else "torch",
         "float32 products": "oneDNN" if on_cpu and onednn() else "torch",
     }

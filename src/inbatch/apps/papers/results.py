@@ -121,6 +121,13 @@ class Record(pydantic.BaseModel, extra="forbid", allow_inf_nan=False):
         """Precision and instructions of the processor (AVX2, AVX512), which change the bits of every step."""
         return self.precision, self.environment.get("instructions")
 
+    @property
+    def outdated(self) -> bool:
+        """Whether a fault that is mended since changed the weights: those of a fusion by convolutions (`STEP_RULES`)."""
+        fusion = self.recipe.get("fuse") or {}
+        layout = fusion.get("name") == "conv" and bool(self.recipe.get("channels_last"))
+        return layout and self.environment.get("step rules", 1) < 2
+
     def like(self, other: "Record") -> "Record":
         """Return the repetition of this run that was computed like another run; this one if there is none."""
         for one in (self, *self._repetitions):

@@ -25,6 +25,11 @@ def notes(filled: FilledTable) -> list[str]:
             f"{many(mixed, 'gain')} between runs of different precision or instructions of the processor, which has an "
             "effect of its own: repeat one of the runs."
         )
+    if old := sum(record.outdated for record in finished):
+        lines.append(
+            f"{many(old, 'run')} with fusion by convolutions had wrong gradients of these convolutions "
+            "(docs/user-faults.md, section 58) and must be repeated: remove the files."
+        )
     if repeated := filled.repetitions:
         lines.append(
             f"{many(len(repeated), 'gain')} against repetitions, on the same kind of processor, of the runs that are "
