@@ -123,7 +123,7 @@ class Record(pydantic.BaseModel, extra="forbid", allow_inf_nan=False):
 
     @property
     def outdated(self) -> bool:
-        """Whether a fault that is mended since changed the weights: those of a fusion by convolutions (`STEP_RULES`)."""
+        """Whether a fault that is mended since changed its weights, those of fusion by convolutions (`STEP_RULES`)."""
         fusion = self.recipe.get("fuse") or {}
         layout = fusion.get("name") == "conv" and bool(self.recipe.get("channels_last"))
         return layout and self.environment.get("step rules", 1) < 2

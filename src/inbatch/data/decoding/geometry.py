@@ -62,8 +62,8 @@ def _by_pillow(
     """Resize a box (left, top, right, bottom) of an image, its rows first, as torch does.
 
     Pillow 13 chooses the order by the size. Bicubic values are limited to 0 to 255 between the passes, so that its
-    pixels differ from those of Pillow 12 by up to 20. As with `reducing_gap`, blocks of a much larger image are averaged
-    first.
+    pixels differ from those of Pillow 12 by up to 20. As with `reducing_gap`, blocks of a much larger image are
+    averaged first.
     """
     height, width = size
     left, top, right, bottom = box
