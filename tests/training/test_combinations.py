@@ -2,6 +2,7 @@
 
 import itertools
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from inbatch.context.fusion import FUSIONS
 from inbatch.context.mixing import MIXERS
 from inbatch.context.negatives import NEGATIVES
 from inbatch.data.samplers import SAMPLERS
+from inbatch.data.views import Views
 from inbatch.data.views.crop_pairs import CROPS
 from inbatch.errors import ConfigError
 from inbatch.methods import METHODS
@@ -106,3 +108,32 @@ def test_every_plug_in_trains_or_is_refused_in_one_sentence(method: str, kind: s
 def test_every_two_plug_ins_train_together_with_every_method(method: str, data: dict[str, Path]) -> None:
     for plugs in pairwise(method):
         assert not sentence(data, method, plugs), plugs
+
+
+def weights_after_a_step(data: dict[str, Path], plugs: dict[str, Any], channels_last: bool) -> dict[str, torch.Tensor]:
+    """Return the weights of SimCLR in float64 after one step of SGD."""
+    options = {kind if kind in ("crops", "shuffle_groups", "joint_norm", "variance_weight") else f"{kind}.name": value
+               for kind, value in plugs.items()}  # fmt: skip
+    options |= {"encoder.name": "tiny", "image_size": 12, "group_column": "video", "context": 8, "precision": "float32"}
+    options |= {"optimizer.name": "sgd", "views.name": "simclr_cifar", "channels_last": channels_last}
+    built = api.prepare(data["images"], "simclr", batch_size=16, epochs=2, device="cpu", settings=options)
+    for part in (built.network, built.method, built.step.curator):
+        if part is not None:
+            part.double()
+    for number, batch in zip(range(2), built.loader.epoch(1), strict=False):
+        built.step(batch, built.loader.steps + number)
+    return {name: value.detach().clone() for name, value in built.network.named_parameters()}
+
+
+def test_the_memory_layout_changes_no_step(data: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every plug-in learns by the same gradients in channels-last and contiguous memory."""
+    drawn = Views.__call__
+    monkeypatch.setattr(
+        Views, "__call__",
+        lambda views, batch: replace(one := drawn(views, batch), images=tuple(x.double() for x in one.images)),
+    )  # fmt: skip
+    for kind in ("fuse", "attend", "curate", "mix", "joint_norm"):
+        for value in PLUGS[kind]:
+            last, plain = (weights_after_a_step(data, {kind: value}, layout) for layout in (True, False))
+            for name, expected in plain.items():
+                torch.testing.assert_close(last[name], expected, rtol=1e-9, atol=1e-11, msg=f"{kind} {value}: {name}")
