@@ -168,7 +168,7 @@ def pretrain(
             plan.recipe, plan.source, device=device_for(device), workers=workers, loader=plan.loader,
             init=previous and kept_initial(previous), teacher=previous and kept_teacher(previous),
         )  # fmt: skip
-        check_start(built, callbacks, plan.images)
+        images = check_start(built, callbacks, plan.images)
         here = plan.here or plan.recipe
         split = evaluation_split(here, built.loader.source, plan.data, test, download)
         directory = previous or _claim_directory(out, plan.recipe)
@@ -181,7 +181,7 @@ def pretrain(
                     _check_out(out, replaces or previous is not None)
                     notes += begin_run(directory, built, here, previous is not None)
             result = train(
-                built, directory, split, resume=previous is not None, quiet=quiet, notes=notes,
+                built, directory, split, images, resume=previous is not None, quiet=quiet, notes=notes,
                 stop_on_collapse=stop_on_collapse, reference=reference, began=began,
                 calibration=plan.choice.json() if plan.choice else None, track=trackers, callbacks=callbacks,
             )  # fmt: skip

@@ -37,8 +37,8 @@ from inbatch.training.trackers.selection import Selection, select
 from inbatch.training.train_state import TrainState
 
 
-def check_start(built: RunComponents, callbacks: Sequence[Callback], images: str | None) -> None:
-    """Raise an error that ends a run before it writes a file.
+def check_start(built: RunComponents, callbacks: Sequence[Callback], images: str | None) -> str:
+    """Return the signature of the images; raise an error that ends a run before it writes a file.
 
     Args:
         built: The run.
@@ -63,10 +63,11 @@ def check_start(built: RunComponents, callbacks: Sequence[Callback], images: str
         check_same_images(images, now)
     facts = {"images that can be read": now, "context": built.context, "callbacks": list(named(callbacks))}
     assert_equal_across_ranks(facts)
+    return now
 
 
 def train(
-    built: RunComponents, out: Path, split: EvaluationSplit | None, *, resume: bool, quiet: bool,
+    built: RunComponents, out: Path, split: EvaluationSplit | None, images: str, *, resume: bool, quiet: bool,
     notes: Sequence[str] = (), stop_on_collapse: bool = False, reference: Reference | None = None,
     began: float | None = None, calibration: Mapping[str, Any] | None = None, track: tuple[str, ...] | None = None,
     callbacks: Sequence[Callback] = (),
@@ -77,6 +78,7 @@ def train(
         built: The run.
         out: Run directory, locked by the caller.
         split: Images of the evaluation, from `evaluation_split`; None without labels.
+        images: Signature of the training images, from `check_start`.
         resume: Whether to continue from the last checkpoint.
         quiet: Print no progress.
         notes: Sentences for the user, printed at the start.
@@ -95,7 +97,7 @@ def train(
     """
     progress = TrainState(began=began or time.perf_counter(), unreadable=built.loader.bad)
     called, main = named(callbacks), distributed.rank() == 0
-    parts, data = built.parts() | {"progress": progress} | with_state(called), images_signature(built.loader.source)
+    parts = built.parts() | {"progress": progress} | with_state(called)
     saved = None
     if resume:
         saved = _restore(built, parts, progress, out)
@@ -106,7 +108,7 @@ def train(
     assert_equal_across_ranks({"checkpoint": f"step {progress.step}"})
     if saved is not None and main:  # every rank has read it
         set_aside(saved)
-    progress.data = data
+    progress.data = images
     epochs = evaluation_epochs(built.recipe)
     compared = (
         Comparison(reference.average_losses(epochs), progress.curve, epochs, built.loader.steps) if reference else None
