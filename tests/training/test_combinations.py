@@ -23,6 +23,7 @@ from inbatch.errors import ConfigError
 from inbatch.methods import METHODS
 from inbatch.models import create_encoder, save_encoder
 from inbatch.models.attention_slots import ATTENDS
+from inbatch.training.build import RunComponents
 
 PLUGS: dict[str, list[Any]] = {
     "fuse": [*FUSIONS], "attend": [*ATTENDS], "curate": [*CURATORS], "mix": [*MIXERS], "negatives": [*NEGATIVES],
@@ -110,8 +111,8 @@ def test_every_two_plug_ins_train_together_with_every_method(method: str, data: 
         assert not sentence(data, method, plugs), plugs
 
 
-def weights_after_a_step(data: dict[str, Path], plugs: dict[str, Any], channels_last: bool) -> dict[str, torch.Tensor]:
-    """Return the weights of SimCLR in float64 after one step of SGD."""
+def in_float64(data: dict[str, Path], plugs: dict[str, Any], channels_last: bool = True) -> RunComponents:
+    """Return a run of SimCLR in float64, with SGD; the views must be in float64, too (`wide_views`)."""
     options = {kind if kind in ("crops", "shuffle_groups", "joint_norm", "variance_weight") else f"{kind}.name": value
                for kind, value in plugs.items()}  # fmt: skip
     options |= {"encoder.name": "tiny", "image_size": 12, "group_column": "video", "context": 8, "precision": "float32"}
@@ -120,20 +121,60 @@ def weights_after_a_step(data: dict[str, Path], plugs: dict[str, Any], channels_
     for part in (built.network, built.method, built.step.curator):
         if part is not None:
             part.double()
-    for number, batch in zip(range(2), built.loader.epoch(1), strict=False):
-        built.step(batch, built.loader.steps + number)
-    return {name: value.detach().clone() for name, value in built.network.named_parameters()}
+    return built
 
 
-def test_the_memory_layout_changes_no_step(data: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every plug-in learns by the same gradients in channels-last and contiguous memory."""
+@pytest.fixture
+def wide_views(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw views in float64."""
     drawn = Views.__call__
     monkeypatch.setattr(
         Views, "__call__",
         lambda views, batch: replace(one := drawn(views, batch), images=tuple(x.double() for x in one.images)),
     )  # fmt: skip
+
+
+def test_the_memory_layout_changes_no_step(data: dict[str, Path], wide_views: None) -> None:
+    """Every plug-in learns by the same gradients in channels-last and contiguous memory."""
     for kind in ("fuse", "attend", "curate", "mix", "joint_norm"):
         for value in PLUGS[kind]:
-            last, plain = (weights_after_a_step(data, {kind: value}, layout) for layout in (True, False))
-            for name, expected in plain.items():
-                torch.testing.assert_close(last[name], expected, rtol=1e-9, atol=1e-11, msg=f"{kind} {value}: {name}")
+            weights = []
+            for channels_last in (True, False):
+                built = in_float64(data, {kind: value}, channels_last)
+                for number, batch in zip(range(2), built.loader.epoch(1), strict=False):
+                    built.step(batch, built.loader.steps + number)
+                weights.append(dict(built.network.named_parameters()))
+            for name, plain in weights[1].items():
+                torch.testing.assert_close(
+                    weights[0][name], plain, rtol=1e-9, atol=1e-11, msg=f"{kind} {value}: {name}"
+                )
+
+
+def test_gradients_are_the_derivatives_of_the_loss(data: dict[str, Path], wide_views: None) -> None:
+    """With every plug-in, the gradient of a step agrees with finite differences of its loss, for each part."""
+    kinds = ("fuse", "attend", "mix", "negatives", "curate", "joint_norm", "variance_weight", "shuffle_groups")
+    for plug in ((kind, value) for kind in kinds for value in PLUGS[kind] if not refused("simclr", kind, value)):
+        built = in_float64(data, dict([plug]))
+        parameters, batch = dict(built.network.named_parameters()), next(iter(built.loader.epoch(1)))
+        noise = torch.Generator().manual_seed(0)
+        for parameter in parameters.values():  # a plug-in may begin as the identity
+            parameter.data += 0.05 * torch.randn(parameter.shape, generator=noise, dtype=torch.float64)
+        start = {name: x.clone() for name, x in built.network.state_dict().items()}
+        built.optimizer.step = lambda: None
+        built.step(batch, built.loader.steps)
+        gradients = {name: x.grad.clone() for name, x in parameters.items() if x.grad is not None}
+        for part in {name.split(".")[0] for name in gradients}:
+            own = [name for name in gradients if name.startswith(f"{part}.")]
+            directions = [torch.randn(gradients[n].shape, generator=noise, dtype=torch.float64) for n in own]
+            losses = []
+            for sign in (1, -1):
+                built.network.load_state_dict(start)
+                for name, direction in zip(own, directions, strict=True):
+                    parameters[name].data += sign * 1e-8 * direction
+                losses.append(float(built.step(batch, built.loader.steps)["loss"]))
+            products = [(gradients[n] * d).sum() for n, d in zip(own, directions, strict=True)]
+            error, size = (
+                abs(float(sum(products)) - (losses[0] - losses[1]) / 2e-8),
+                float(torch.stack(products).norm()),
+            )
+            assert error < 1e-2 * size, f"{plug}: {part}, {error} of {size}"
