@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from inbatch.context.fusion import FUSIONS, ConvFusion, Fusion, SetFusion, patch_for, patches, restore
+from inbatch.context.fusion import FUSIONS, ConvFusion, Fusion, SetFusion, attention, patch_for, patches, restore
 from inbatch.context.grouped import as_group
 from inbatch.errors import ConfigError
 from inbatch.models.network import Network, ema_update, make_target_network
@@ -239,3 +239,34 @@ def test_the_memory_layout_does_not_change_gradients(kind: str) -> None:
         gradients.append([p.grad for p in fusion.parameters()])
     for plain, last in zip(*gradients, strict=True):
         torch.testing.assert_close(last, plain, rtol=1e-9, atol=1e-9)
+
+
+def test_attention_is_that_of_mkl_in_both_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs on AMD processors set oneDNN, which is four times slower for its small products; the setting is restored."""
+    matmul, asked = torch.backends.mkldnn.matmul, []
+    usual = torch.nn.functional.scaled_dot_product_attention
+
+    def attend(*inputs: torch.Tensor) -> torch.Tensor:
+        asked.append(matmul.fp32_precision)
+        output = usual(*inputs)
+        output.register_hook(lambda gradient: asked.append(matmul.fp32_precision))
+        return output
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attend)
+    inputs, weight = torch.randn(3, 5, 2, 9, 4), torch.randn(5, 2, 9, 4)
+
+    def both_passes() -> list[torch.Tensor]:
+        own = inputs.clone().requires_grad_()
+        output = attention(*own)
+        return [output.detach(), *torch.autograd.grad((output * weight).sum(), own)]
+
+    before, plain = matmul.fp32_precision, both_passes()
+    matmul.fp32_precision = "bf16"
+    try:
+        inside = both_passes()
+        assert asked == [before, before, "ieee", "ieee"] and matmul.fp32_precision == "bf16"
+        wide = attention(*inputs.double().requires_grad_())
+        assert wide.dtype == torch.float64 and asked[-1] == "bf16"
+    finally:
+        matmul.fp32_precision = before
+    assert all(torch.equal(x, y) for x, y in zip(plain, inside, strict=True))

@@ -1,7 +1,8 @@
 """Batch fusion: the images of a context group are mixed before the encoder, by layers trained with the loss."""
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -166,8 +167,45 @@ class _Attention(nn.Module):
     def forward(self, tokens: Tokens) -> Tokens:
         parts = self.into(self.norm(tokens)).chunk(3, -1)
         q, k, v = (x.unflatten(-1, (self.heads, -1)).permute(1, 2, 0, 3) for x in parts)
-        met = nn.functional.scaled_dot_product_attention(q, k, v)  # (P, heads, G, width / heads)
+        met = attention(q, k, v)  # (P, heads, G, width / heads)
         return nn.functional.instance_norm(self.out(met.permute(2, 0, 1, 3).flatten(2))[:, None])[:, 0]
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Compute scaled dot-product attention by MKL, also while other float32 products are computed by oneDNN.
+
+    A run on an AMD processor sets oneDNN, which is faster for large products and four times slower for these.
+    """
+    onednn = torch.backends.mkldnn.matmul.fp32_precision == "bf16"  # type: ignore[attr-defined]
+    if onednn and q.device.type == "cpu" and q.dtype == torch.float32 and not torch.is_autocast_enabled("cpu"):
+        return _ByMkl.apply(q, k, v)
+    return nn.functional.scaled_dot_product_attention(q, k, v)
+
+
+@contextmanager
+def _mkl() -> Iterator[None]:
+    matmul: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before, matmul.fp32_precision = matmul.fp32_precision, "ieee"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
+class _ByMkl(torch.autograd.Function):
+    """Attention that is computed by MKL in both passes."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Tensor) -> Tensor:
+        with _mkl(), torch.enable_grad():
+            ctx.inputs = [x.detach().requires_grad_() for x in inputs]
+            ctx.output = nn.functional.scaled_dot_product_attention(*ctx.inputs)
+        return ctx.output.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+        with _mkl():
+            return torch.autograd.grad(ctx.output, ctx.inputs, gradients[0])
 
 
 FUSIONS: dict[str, type[Fusion]] = {"conv": ConvFusion, "set": SetFusion}
