@@ -381,7 +381,7 @@ def test_a_run_is_compared_with_the_repetition_on_its_kind_of_processor(tmp_path
     write_record(tmp_path, asked[0], record(asked[0], 0.5, training_cpu_seconds=8.0, **older))
     write_record(tmp_path, asked[1], record(asked[1], 0.53, training_cpu_seconds=6.0, **alike))
     first = fill(TABLE, "laptop", read_records(tmp_path))
-    assert first.mixed_pairs == 1 and not first.repetitions
+    assert first.mixed_pairs == 1 and not first.repetitions and {effect.time for effect in effects(first)} == {None}
     for name, top1 in (("b", 0.51), ("a", 0.9)):
         path = write_record(tmp_path / name, asked[0], record(asked[0], top1, training_cpu_seconds=4.0, **alike))
         path.rename(tmp_path / f"{path.stem}-{name}.json")

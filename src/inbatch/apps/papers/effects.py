@@ -115,10 +115,11 @@ def _p(value: float | None) -> str:
 def _time(line: Line, data: str) -> float | None:
     """Return the mean ratio of the training times at the seeds that both have, by processor time; None without.
 
-    Runs without processor time, of earlier versions, are compared by wall time.
+    Runs without processor time, of earlier versions, are compared by wall time; runs on two kinds of processors are not
+    compared.
     """
     ratios = []
-    for pair in line.compared(data):
+    for pair in (pair for pair in line.compared(data) if pair[0].computation == pair[1].computation):
         first, second = (record.training_cpu_seconds for record in pair)
         if not (first and second):
             first, second = (record.training_seconds for record in pair)
