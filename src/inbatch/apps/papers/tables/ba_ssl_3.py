@@ -47,8 +47,8 @@ TABLE = Table(
         "laptop": "Where features are learned (68.8 % by k-NN with SimCLR), batch fusion by convolutions lowers the "
         "accuracy of all three methods, where the paper gains 0.68 to 1.25: by k-NN -0.8 points with "
         "SimCLR, -1.1 with BYOL and -1.4 with symmetric MoCo, by the probe -0.6, -0.6 and -1.5. All nine "
-        "pairs are worse by both. After the correction for six rows, MoCo is told from chance by k-NN (p "
-        "0.003) and SimCLR by the probe (p 0.02). Fusion that does not depend on the order of the samples "
+        "pairs are worse by both. After the correction for six rows, MoCo is told from chance by k-NN and "
+        "SimCLR by the probe. Fusion that does not depend on the order of the samples "
         "changes k-NN by -0.1, -0.1 and +0.2, and the probe by -0.2, -0.2 and -0.6, all within chance. "
         "Wall times include pauses; processor times are from two kinds of processors beside other work. "
         "SimSiam, MoCo with one online view, and Tiny ImageNet have not been run at this scale.",
