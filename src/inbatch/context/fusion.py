@@ -147,7 +147,8 @@ class _Convolutions(nn.Module):
 class _InstanceNorm(nn.Module):
     """InstanceNorm over the positions, flattened.
 
-    With two dimensions of positions, torch 2.15 returns wrong gradients for a batch of one in the layout channels-last.
+    With two dimensions of positions, torch 2.11 to 2.15 return wrong gradients for a batch of one in channels-last on a
+    CPU.
     """
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Decoding of image files to uint8 pixels: the header is read first, pixels on demand and only as many as needed.
 
-JPEG is decoded by simplejpeg. Pillow decodes all other formats and every JPEG that simplejpeg reports a problem with,
-with pillow-heif also HEIF; tifffile decodes TIFF files that Pillow does not support.
+JPEG is decoded by simplejpeg, HEIF by pillow-heif, TIFF that Pillow does not support by tifffile, everything else by
+Pillow, also a JPEG that simplejpeg reports a problem with.
 """
 
 from collections.abc import Callable, Sequence
